@@ -1,0 +1,182 @@
+"""What capturing gives: one flat fx graph per mode, and how a call's arguments become its placeholders.
+
+The contract that every way of capturing keeps, and that costs, split and export rely on:
+
+- Placeholders stand for the *tensor* leaves of ``(args, kwargs)``, in pytree order; all other leaves are
+  constants of the capture (`Signature.constants`).
+- ``output`` holds one flat tuple with a leaf of the model's output in each place (a node or a constant);
+  ``ModeGraph.out_spec`` puts them together again.
+- ``call_module`` and ``get_attr`` targets are the qualified names of the original model, whose modules and
+  parameters the graph module shares (never copies).
+- Every node carries ``meta["val"]`` (its value on fake tensors: a pytree of FakeTensors and Python scalars),
+  ``meta["module"]`` (qualified name of the innermost original module that it comes from, ``""`` for the
+  root) and ``meta["location"]`` (``"file.py:123"`` of the user's code, ``""`` if unknown).
+- Both graphs have the same placeholders. They are one object where a single graph is right for both modes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Binds a call of the model to the tensors that its graph takes, and says what does not fit."""
+
+    forward: inspect.Signature
+    in_spec: pytree.TreeSpec
+    names: tuple[str, ...]  # of each leaf, for messages: "x", "batch['mask']"
+    tensors: tuple[int, ...]  # which leaves are placeholders, in order
+    constants: Mapping[int, Any]  # the other leaves, baked into the graph
+
+    @classmethod
+    def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
+        """The signature of ``model(*args, **kwargs)``."""
+        forward = inspect.signature(model.forward)
+        leaves, names, spec = _bind(forward, args, kwargs)
+        tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+        constants = {i: leaf for i, leaf in enumerate(leaves) if i not in set(tensors)}
+        return cls(forward, spec, tuple(names), tensors, constants)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the placeholders' arguments, in order."""
+        return tuple(self.names[i] for i in self.tensors)
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The placeholders' tensors of one call.
+
+        Raises
+        ------
+        TypeError
+            The arguments do not fit ``forward``, or have another structure than the example's.
+        ValueError
+            A non-tensor argument differs from the example's.
+        """
+        leaves, names, spec = _bind(self.forward, args, kwargs)
+        if spec != self.in_spec:
+            raise TypeError(
+                f"the inputs have another structure than the example inputs that the model was compiled "
+                f"with: got {_describe(names)}, expected {_describe(self.names)}. "
+                f"Compile again with an example of this form."
+            )
+        for i, expected in self.constants.items():
+            if isinstance(leaves[i], torch.Tensor) or not _same(leaves[i], expected):
+                raise ValueError(
+                    f"argument {self.names[i]!r} was {expected!r} when the model was compiled and is "
+                    f"{_short(leaves[i])} now; only tensors may change between calls. "
+                    f"Compile again with an example of this form."
+                )
+        for i in self.tensors:
+            if not isinstance(leaves[i], torch.Tensor):
+                raise TypeError(
+                    f"argument {self.names[i]!r} was a tensor when the model was compiled and is "
+                    f"{_short(leaves[i])} now. Compile again with an example of this form."
+                )
+        return [leaves[i] for i in self.tensors]
+
+    def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` with ``tensors`` in the placeholders' places."""
+        leaves = [self.constants.get(i) for i in range(len(self.names))]
+        for i, tensor in zip(self.tensors, tensors, strict=True):
+            leaves[i] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class ModeGraph:
+    """The graph of one mode (train or eval)."""
+
+    module: GraphModule
+    out_spec: pytree.TreeSpec
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Run it on placeholder tensors; gives the model's output in its own structure."""
+        return pytree.tree_unflatten(list(self.module(*tensors)), self.out_spec)
+
+
+@dataclass(frozen=True)
+class KeptWhole:
+    """A submodule that could not be traced into and stands in the graph as one node."""
+
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as graphs: the first result of the compiler's pipe."""
+
+    model: nn.Module
+    signature: Signature
+    train: ModeGraph
+    eval: ModeGraph
+    method: str  # name of the way that was accepted
+    kept_whole: tuple[KeptWhole, ...] = ()
+    notes: tuple[str, ...] = ()  # what a user should know, for the report
+
+    def graph(self, training: bool) -> ModeGraph:
+        """The graph of a mode."""
+        return self.train if training else self.eval
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether one graph serves both modes."""
+        return self.train is self.eval
+
+
+def _bind(
+    forward: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], list[str], pytree.TreeSpec]:
+    """Leaves, their names and the structure of a call, the same however its arguments were passed."""
+    try:
+        bound = forward.bind(*args, **kwargs)
+    except TypeError as e:
+        raise TypeError(f"the inputs do not fit the model's forward{forward}: {e}") from None
+    bound.apply_defaults()
+    pairs, spec = pytree.tree_flatten_with_path((bound.args, dict(sorted(bound.kwargs.items()))))
+    positional = [
+        name
+        for name, p in forward.parameters.items()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = []
+    for path, _ in pairs:
+        where, key, *rest = path
+        if where == pytree.SequenceKey(1):
+            root = str(key.key)
+        elif key.idx < len(positional):
+            root = positional[key.idx]
+        else:
+            root = f"args[{key.idx}]"
+        names.append(root + pytree.keystr(tuple(rest)))
+    return [leaf for _, leaf in pairs], names, spec
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except Exception:
+        return False
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _describe(names: Sequence[str]) -> str:
+    return "(" + ", ".join(names) + ")"
