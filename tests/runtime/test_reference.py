@@ -1,0 +1,189 @@
+"""The runtime against the serial reference: 100 batches, weights, buffers and losses.
+
+The compiler chooses the cuts; the reference gets plain modules cut at the same places.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dtrp
+from dtrp.runtime.random import pass_seed
+from tests.reference.dtrp_serial import SerialPipeline, train
+from tests.reference.models import FLAT_CNN, MLP, Case
+
+N_BATCHES = 100
+SEED = 3
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.02),
+    "momentum": partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-3),
+    "dampened": partial(torch.optim.SGD, lr=0.02, momentum=0.8, dampening=0.3),
+    "nesterov": partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-3, nesterov=True),
+    "adam": partial(torch.optim.Adam, lr=3e-3, weight_decay=1e-2),
+    "adamw": partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.1, betas=(0.8, 0.99)),
+    "rmsprop": partial(torch.optim.RMSprop, lr=1e-3, momentum=0.5),
+}
+
+PREDICTIONS = [
+    ("momentum", "none"),
+    ("momentum", "linear"),
+    ("momentum", "geometric"),
+    ("momentum", "difference"),
+    ("momentum", "auto"),
+    ("sgd", "auto"),
+    ("sgd", "difference"),
+    ("dampened", "geometric"),
+    ("nesterov", "linear"),
+    ("nesterov", "geometric"),
+    ("adam", "adam"),
+    ("adam", "difference"),
+    ("adam", "auto"),
+    ("adamw", "adam"),
+    ("adamw", "auto"),
+    ("rmsprop", "difference"),
+    ("rmsprop", "auto"),
+]
+
+
+def stages_of(pipe: dtrp.Pipeline, model: nn.Sequential) -> list[nn.Module]:
+    """Copies of a flat model's layers, cut as the pipeline is."""
+    twin = copy.deepcopy(model)
+    cut = [[twin.get_submodule(name) for name in stage.submodules] for stage in pipe.stages]
+    assert [m for layers in cut for m in layers] == list(twin)
+    return [nn.Sequential(*layers) for layers in cut]
+
+
+def compare(
+    case: Case,
+    n_stages: int,
+    optimizer: str,
+    *,
+    method: str,
+    recompute: bool | None = None,
+    n_batches: int = N_BATCHES,
+    tolerance: float = 1e-9,
+    lr_scheduler: Any = None,
+    **knobs: Any,
+) -> None:
+    """Train both, compare everything that training leaves behind."""
+    model = case.make()
+    batches = case.batches(n_batches, last=2)
+    compiled = {} if recompute is None else {"recompute": recompute}
+    pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=batches[0].args, **compiled)
+    assert len(pipe.stages) == n_stages
+    parts = stages_of(pipe, model)
+
+    reference = SerialPipeline(
+        parts,
+        OPTIMIZERS[optimizer],
+        case.loss_fn,
+        method=method,
+        recompute=recompute,
+        lr_scheduler=lr_scheduler,
+        seed=SEED,
+        pass_seed=pass_seed,
+        **knobs,
+    )
+    torch.manual_seed(11)
+    expected = train(reference, [(b.args[0], b.target) for b in batches])
+
+    torch.manual_seed(11)
+    trainer = pipe.trainer(
+        case.loss_fn,
+        OPTIMIZERS[optimizer],
+        method=method,
+        executor="inline",
+        seed=SEED,
+        lr_scheduler=lr_scheduler,
+        **knobs,
+    )
+    with trainer:
+        for batch in batches:
+            trainer.step(*batch.args, batch.target)
+        trainer.flush()
+        losses = list(trainer.losses)
+
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance * 1e-2)
+    close(torch.tensor(losses).double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
+    state = model.state_dict()
+    for stage, part in zip(pipe.stages, parts, strict=True):
+        for name, layer in zip(stage.submodules, part, strict=True):
+            for key, value in layer.state_dict().items():
+                close(state[f"{name}.{key}"], value, msg=lambda m, at=f"{name}.{key}": f"{at}: {m}")
+
+
+@pytest.mark.parametrize("horizon", ["stage", "common"])
+@pytest.mark.parametrize(("optimizer", "predictor"), PREDICTIONS)
+@pytest.mark.parametrize("n_stages", [2, 3, 4])
+def test_dtrp(n_stages: int, optimizer: str, predictor: str, horizon: str) -> None:
+    compare(MLP, n_stages, optimizer, method="dtrp", predictor=predictor, horizon=horizon)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("n_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", [MLP, FLAT_CNN], ids=str)
+@pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg", "adl", "bp"])
+def test_methods(method: str, case: Case, n_stages: int, optimizer: str) -> None:
+    knobs = {"accumulate": 2} if method == "adl" else {}
+    compare(case, n_stages, optimizer, method=method, **knobs)
+
+
+@pytest.mark.parametrize("horizon", ["stage", "common"])
+@pytest.mark.parametrize("predictor", ["linear", "geometric", "difference"])
+@pytest.mark.parametrize("n_stages", [2, 4])
+@pytest.mark.parametrize("case", [MLP, FLAT_CNN], ids=str)
+def test_kept_graphs(case: Case, n_stages: int, predictor: str, horizon: str) -> None:
+    compare(
+        case, n_stages, "momentum", method="dtrp", recompute=False, predictor=predictor, horizon=horizon
+    )
+
+
+@pytest.mark.parametrize("horizon", ["stage", "common"])
+@pytest.mark.parametrize("predictor", ["geometric", "difference"])
+@pytest.mark.parametrize("n_stages", [2, 4])
+def test_batch_norm_under_prediction(n_stages: int, predictor: str, horizon: str) -> None:
+    compare(FLAT_CNN, n_stages, "nesterov", method="dtrp", predictor=predictor, horizon=horizon)
+
+
+@pytest.mark.parametrize("horizon", ["stage", "common"])
+@pytest.mark.parametrize("predictor", ["geometric", "linear", "difference"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.5])
+def test_horizon_scale(scale: float, predictor: str, horizon: str) -> None:
+    compare(MLP, 3, "momentum", method="dtrp", predictor=predictor, horizon=horizon, horizon_scale=scale)
+
+
+@pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"lr_shrink": 0.7},
+        {"grad_shrink": 0.8},
+        {"lr_shrink": 0.9, "grad_shrink": 0.6},
+        {"accumulate": 2},
+        {"accumulate": 3, "grad_shrink": 0.9},
+    ],
+    ids=lambda knobs: "-".join(knobs),
+)
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_knobs(method: str, knobs: dict[str, Any], optimizer: str) -> None:
+    compare(MLP, 3, optimizer, method=method, **knobs)
+
+
+@pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg", "bp"])
+def test_scheduler_steps_once_per_update(method: str) -> None:
+    """Predictions use the rate that holds at that moment, not the rate the optimizer was made with."""
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=40)
+    knobs = {} if method == "bp" else {"lr_shrink": 0.9}
+    compare(MLP, 3, "momentum", method=method, lr_scheduler=cosine, **knobs)
+
+
+@pytest.mark.parametrize("n_batches", [1, 2, 5])
+def test_fewer_batches_than_the_pipeline_holds(n_batches: int) -> None:
+    compare(MLP, 4, "momentum", method="dtrp", n_batches=n_batches)
