@@ -118,7 +118,7 @@ def identical(pipe: dtrp.Pipeline, model: nn.Module, x: Tensor) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--size", type=int, default=48, help="pixels per side, a multiple of 16")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
 
     print(f"mean IoU before training: {mean_iou(model, test_images, test_labels):.3f}")
     with pipe.trainer(
-        loss_fn=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9), seed=0
+        loss_fn=F.cross_entropy, optimizer=partial(torch.optim.AdamW, lr=3e-3), seed=0
     ) as trainer:
         for _ in tqdm(range(args.steps), desc=f"{args.stages} stages", unit="step"):
             trainer.step(*shapes(args.batch_size, args.size, generator))

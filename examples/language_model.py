@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--method", default="dtrp", choices=["dtrp", "dtr", "bp"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
