@@ -189,7 +189,8 @@ def main() -> None:
     bound = plain_time / max(ticks)
     filled = args.batches / (args.batches + 2 * args.stages - 2)
     print(
-        f"\n{args.model}, batch {args.batch_size}, {args.stages} stages, {args.rounds} rounds of {args.batches}"
+        f"\n{args.model}, batch {args.batch_size}, {args.stages} stages, "
+        f"{args.rounds} rounds of {args.batches} batches"
     )
     print(f"plain training, one process, one thread   {plain_time * 1e3:7.1f} ms per batch")
     print(f"pipeline, one thread per stage            {pipeline_time * 1e3:7.1f} ms per batch")
