@@ -1,8 +1,8 @@
 """The training algorithm once more, tick by tick, in one loop: what the runtime is measured against.
 
-Stages are plain modules in a row, each taking and giving one tensor. There is no graph, no executor, no
-message: at every tick the schedule's formulas say which batch a stage forwards and which it backwards.
-Nothing here may import dtrp.
+Stages are plain modules in a row, each taking what the one before gives: a tensor, or a tuple of tensors (so
+a value for a stage far downstream is handed through). There is no graph and no executor: at every tick the
+schedule's formulas say which batch a stage forwards and which it backwards. Nothing here may import dtrp.
 
 Stages are k = 1..K as in the papers (``stages[k - 1]``). Batches are numbered 0, 1, ... in the order fed. A
 tick that feeds nothing (while draining) leaves an empty slot behind that travels through the schedule.
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-LossFunction = Callable[[Tensor, Any], Tensor]
+LossFunction = Callable[[Any, Any], Tensor]
+Values = Tensor | tuple[Tensor, ...]
 
 # What a method's name stands for; every knob can still be given by hand.
 METHODS: dict[str, dict[str, Any]] = {
@@ -106,8 +107,8 @@ def predict(
 class LivePass:
     """A pass with its autograd graph: the weights it was taken at are leaves of their own."""
 
-    x: Tensor
-    output: Tensor
+    x: Values
+    output: Values
     weights: dict[str, Tensor]
 
 
@@ -136,7 +137,7 @@ class StageState:
     scheduler: Any
     predictor: str
     previous: dict[str, Tensor] = field(default_factory=dict)  # weights before the last update
-    inputs: dict[int, Tensor] = field(default_factory=dict)  # by batch, waiting for the recompute pass
+    inputs: dict[int, Values] = field(default_factory=dict)  # by batch, waiting for the recompute pass
     graphs: dict[int, LivePass] = field(default_factory=dict)  # by batch, where nothing is recomputed
     version: int = 1
     updates: int = 0
@@ -163,7 +164,7 @@ class StageState:
             weights[name] = ahead.requires_grad_(p.requires_grad)
         return weights
 
-    def run(self, x: Tensor, weights: dict[str, Tensor], trace: bool) -> Tensor:
+    def run(self, x: Values, weights: dict[str, Tensor], trace: bool) -> Values:
         """Forward on other weights; without ``trace`` buffers stay as they are."""
         replaced = dict(weights)
         if not trace:
@@ -256,10 +257,10 @@ class SerialPipeline:
             scheduler = lr_scheduler(opt) if lr_scheduler is not None and opt is not None else None
             self.stages.append(StageState(module, opt, scheduler, name))
         self.tick = 0
-        self.batches: list[tuple[Tensor, Any]] = []
+        self.batches: list[tuple[Values, Any]] = []
         self.slots: dict[int, int] = {}  # tick at which it was fed -> batch
-        self.activations: dict[tuple[int, int], Tensor] = {}  # (stage that takes it, batch)
-        self.gradients: dict[tuple[int, int], Tensor] = {}
+        self.activations: dict[tuple[int, int], Values] = {}  # (stage that takes it, batch)
+        self.gradients: dict[tuple[int, int], list[Tensor | None]] = {}
         self.finished: dict[int, float] = {}
         self.record: list[Cell] = []
 
@@ -270,7 +271,7 @@ class SerialPipeline:
         """Losses in batch order."""
         return [self.finished[b] for b in sorted(self.finished)]
 
-    def step(self, x: Tensor, target: Any) -> None:
+    def step(self, x: Values, target: Any) -> None:
         """Feed one batch: one tick."""
         self.batches.append((x, target))
         batch = len(self.batches) - 1
@@ -319,7 +320,7 @@ class SerialPipeline:
         assert not gradients, "a gradient was not taken at the tick after it was made"
         self.slots.pop(backwarded_slot(t, 1, last), None)
 
-    def forward_part(self, k: int, batch: int, x: Tensor) -> None:
+    def forward_part(self, k: int, batch: int, x: Values) -> None:
         """The first forward of a stage before the last."""
         stage = self.stages[k - 1]
         weights = stage.predicted(self.ahead(forward_horizon(k, self.n_stages, self.horizon)))
@@ -333,9 +334,9 @@ class SerialPipeline:
                 output = stage.run(x, weights, trace=True)
             stage.graphs[batch] = LivePass(x, output, weights)
         self.note(k, "forward", batch)
-        self.activations[k + 1, batch] = output.detach()
+        self.activations[k + 1, batch] = detached(output)
 
-    def backward_part(self, k: int, batch: int, gradient: Tensor) -> None:
+    def backward_part(self, k: int, batch: int, gradients: list[Tensor | None]) -> None:
         """Recompute (where the graph was not kept), backward, send the gradient on, step."""
         stage = self.stages[k - 1]
         if self.recompute[k - 1]:
@@ -347,11 +348,16 @@ class SerialPipeline:
         else:
             live = stage.graphs.pop(batch)
         self.note(k, "backward", batch)
-        if live.output.requires_grad:
-            live.output.backward(gradient * self.grad_shrink)
+        pairs = [
+            (value, grad * self.grad_shrink)
+            for value, grad in zip(tensors(live.output), gradients, strict=True)
+            if grad is not None and value.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
         self.after_backward(k, batch, live)
 
-    def last_stage(self, batch: int, x: Tensor) -> None:
+    def last_stage(self, batch: int, x: Values) -> None:
         """Forward, loss, backward and step of the stage that computes the loss."""
         k = self.n_stages
         stage = self.stages[k - 1]
@@ -370,7 +376,7 @@ class SerialPipeline:
         """Hand the input's gradient upstream, step if this backward was the last of its window."""
         stage = self.stages[k - 1]
         if k > 1:
-            self.gradients[k - 1, batch] = live.x.grad
+            self.gradients[k - 1, batch] = [x.grad for x in tensors(live.x)]
         stage.collect(live.weights)
         stage.backwards += 1
         if stage.backwards % self.accumulate == 0:
@@ -396,9 +402,12 @@ class SerialPipeline:
         """s: a horizon in batches as updates, scaled."""
         return self.horizon_scale * horizon / self.accumulate
 
-    def leaf(self, k: int, x: Tensor) -> Tensor:
+    def leaf(self, k: int, x: Values) -> Values:
         """A stage's input as the start of its own autograd graph."""
-        return x.detach().requires_grad_(k > 1 and x.is_floating_point())
+        x = detached(x)
+        for value in tensors(x):
+            value.requires_grad_(k > 1 and value.is_floating_point())
+        return x
 
     def note(self, k: int, part: str, batch: int) -> None:
         stage = self.stages[k - 1]
@@ -409,6 +418,16 @@ class SerialPipeline:
         if self.n_stages == 1 or self.pass_seed is None:
             return SeededPass(None)
         return SeededPass(self.pass_seed(self.seed, batch, k - 1))
+
+
+def tensors(values: Values) -> tuple[Tensor, ...]:
+    """One or several, as a tuple."""
+    return (values,) if isinstance(values, Tensor) else values
+
+
+def detached(values: Values) -> Values:
+    """The same values without history."""
+    return values.detach() if isinstance(values, Tensor) else tuple(v.detach() for v in values)
 
 
 class SeededPass:
@@ -432,7 +451,7 @@ def simple_pass_seed(seed: int, batch: int, stage: int) -> int:
     return (seed * 1_000_003 + batch * 1_009 + stage) % (1 << 31)
 
 
-def train(pipeline: SerialPipeline, batches: Sequence[tuple[Tensor, Any]]) -> list[float]:
+def train(pipeline: SerialPipeline, batches: Sequence[tuple[Values, Any]]) -> list[float]:
     """Feed all batches and drain; gives the losses in batch order."""
     for x, target in batches:
         pipeline.step(x, target)

@@ -7,6 +7,7 @@
 | `resnet` | ResNet-20's shape (He et al. 2016), narrow: BatchNorm, and sums of two paths |
 | `unet` | long skips: values that a stage far downstream needs |
 | `gpt` | integer inputs, tied embedding and head, dropout, values of no gradient |
+| `handed` | skips again, but of steps in a row, each of which can be run on its own |
 | `two_heads` | several inputs, one of which a late stage needs; several outputs, a target of several parts |
 
 All are float64, so that a difference in kind stands out from a difference in rounding.
@@ -165,6 +166,55 @@ class UNet(nn.Module):
         return self.head(x)
 
 
+# --- Skips handed from step to step ---------------------------------------------------------------------
+
+
+class Step(nn.Module):
+    """One layer on the first of several values; may set its output aside, or take in what was set aside."""
+
+    def __init__(self, layer: nn.Module, *, push: bool = False, pop: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.push, self.pop = push, pop
+
+    def forward(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *aside = values
+        if self.pop:
+            x = torch.cat([x, aside.pop()], dim=1)
+        x = self.layer(x)
+        return (x, *aside, x) if self.push else (x, *aside)
+
+
+class Handed(nn.Module):
+    """Two long skips, written as steps in a row."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(
+            [
+                Step(nn.Linear(8, width)),
+                Step(nn.Tanh(), push=True),
+                Step(nn.Linear(width, width)),
+                Step(nn.Tanh(), push=True),
+                Step(nn.Dropout(0.1)),
+                Step(nn.Linear(width, width)),
+                Step(nn.BatchNorm1d(width)),
+                Step(nn.Tanh()),
+                Step(nn.Linear(2 * width, width), pop=True),
+                Step(nn.Tanh()),
+                Step(nn.Linear(2 * width, width), pop=True),
+                Step(nn.Tanh()),
+                Step(nn.Linear(width, 3)),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        values: tuple[Tensor, ...] = (x,)
+        for step in self.steps:
+            values = step(values)
+        return values[0]
+
+
 # --- GPT ------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +354,8 @@ FLAT_CNN = Case("flat_cnn", flat_cnn, _images, F.cross_entropy)
 RESNET = Case("resnet", ResNet, _images, F.cross_entropy)
 RESNET20 = Case("resnet20", lambda: ResNet(blocks=3), _images, F.cross_entropy)
 UNET = Case("unet", UNet, _pixels, F.cross_entropy)
+HANDED = Case("handed", Handed, _vectors, F.cross_entropy)
 GPT_TIED = Case("gpt", GPT, _text, token_loss)
 TWO_HEADS = Case("two_heads", TwoHeads, _two_heads, two_heads_loss)
 
-CASES = {case.name: case for case in (MLP, FLAT_CNN, RESNET, RESNET20, UNET, GPT_TIED, TWO_HEADS)}
+CASES = {case.name: case for case in (MLP, FLAT_CNN, RESNET, RESNET20, UNET, HANDED, GPT_TIED, TWO_HEADS)}

@@ -270,3 +270,54 @@ def test_training_goes_on_after_draining() -> None:
     train(pipeline, batches(3))
     assert len(pipeline.losses) == 7
     assert [s.updates for s in pipeline.stages] == [7, 7, 7]
+
+
+class Keep(nn.Module):
+    """Hands its input through beside its output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x), x
+
+
+class Both(nn.Module):
+    """Works on the first value, hands the second through."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values):
+        return self.layer(values[0]), values[1]
+
+
+class Join(nn.Module):
+    """Takes both values."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values):
+        return self.layer(values[0] + values[1])
+
+
+def test_values_for_a_later_stage_are_handed_through() -> None:
+    torch.manual_seed(0)
+    wraps = [nn.Sequential, Keep, Both, Both, Join]
+    parts = [wrap(nn.Linear(6, 6).double()) for wrap in wraps]
+    plain = nn.Sequential(*copy.deepcopy(parts))
+    grads: list[torch.Tensor] = []
+    pipeline = SerialPipeline(parts, partial(torch.optim.SGD, lr=0.0), F.cross_entropy, method="dtr")
+    pipeline.stages[0].optimizer.register_step_pre_hook(
+        lambda *_: grads.append(parts[0][0].weight.grad.clone())
+    )
+    data = batches(5)
+    train(pipeline, data)
+    for (x, y), grad in zip(data, grads, strict=True):
+        plain.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        torch.testing.assert_close(grad, plain[0][0].weight.grad, rtol=1e-12, atol=1e-15)

@@ -16,7 +16,7 @@ from torch import nn
 import dtrp
 from dtrp.runtime.random import pass_seed
 from tests.reference.dtrp_serial import SerialPipeline, train
-from tests.reference.models import FLAT_CNN, MLP, Case
+from tests.reference.models import FLAT_CNN, HANDED, MLP, Case, Handed
 
 N_BATCHES = 100
 SEED = 3
@@ -52,11 +52,25 @@ PREDICTIONS = [
 ]
 
 
-def stages_of(pipe: dtrp.Pipeline, model: nn.Sequential) -> list[nn.Module]:
-    """Copies of a flat model's layers, cut as the pipeline is."""
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers in a row, and under which names the stages know them."""
+    if isinstance(model, Handed):
+        return [(f"steps.{i}.layer", step) for i, step in enumerate(model.steps)]
+    assert isinstance(model, nn.Sequential)
+    return list(model.named_children())
+
+
+def stages_of(pipe: dtrp.Pipeline, model: nn.Module) -> list[nn.Sequential]:
+    """Copies of the model's layers, cut as the pipeline is."""
     twin = copy.deepcopy(model)
-    cut = [[twin.get_submodule(name) for name in stage.submodules] for stage in pipe.stages]
-    assert [m for layers in cut for m in layers] == list(twin)
+    place = {name: stage.index for stage in pipe.stages for name in stage.submodules}
+    cut: list[list[nn.Module]] = [[] for _ in pipe.stages]
+    places = []
+    for name, layer in layers_of(twin):
+        at = place[name] if name in place else place[name.removesuffix(".layer")]
+        cut[at].append(layer)
+        places.append(at)
+    assert places == sorted(places)
     return [nn.Sequential(*layers) for layers in cut]
 
 
@@ -79,11 +93,12 @@ def compare(
     pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=batches[0].args, **compiled)
     assert len(pipe.stages) == n_stages
     parts = stages_of(pipe, model)
+    handed = isinstance(model, Handed)  # its steps give a tuple, of which the first is the output
 
     reference = SerialPipeline(
         parts,
         OPTIMIZERS[optimizer],
-        case.loss_fn,
+        (lambda output, target: case.loss_fn(output[0], target)) if handed else case.loss_fn,
         method=method,
         recompute=recompute,
         lr_scheduler=lr_scheduler,
@@ -92,7 +107,7 @@ def compare(
         **knobs,
     )
     torch.manual_seed(11)
-    expected = train(reference, [(b.args[0], b.target) for b in batches])
+    expected = train(reference, [(b.args if handed else b.args[0], b.target) for b in batches])
 
     torch.manual_seed(11)
     trainer = pipe.trainer(
@@ -112,11 +127,12 @@ def compare(
 
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance * 1e-2)
     close(torch.tensor(losses).double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
-    state = model.state_dict()
-    for stage, part in zip(pipe.stages, parts, strict=True):
-        for name, layer in zip(stage.submodules, part, strict=True):
-            for key, value in layer.state_dict().items():
-                close(state[f"{name}.{key}"], value, msg=lambda m, at=f"{name}.{key}": f"{at}: {m}")
+    trained = dict(layers_of(model))
+    seen = nn.Sequential(*trained.values()).state_dict()
+    reached = nn.Sequential(*[layer for part in parts for layer in part]).state_dict()
+    assert seen.keys() == reached.keys()
+    for name, value in reached.items():
+        close(seen[name], value, msg=lambda m, at=name: f"{at}: {m}")
 
 
 @pytest.mark.parametrize("horizon", ["stage", "common"])
@@ -182,6 +198,19 @@ def test_scheduler_steps_once_per_update(method: str) -> None:
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=40)
     knobs = {} if method == "bp" else {"lr_shrink": 0.9}
     compare(MLP, 3, "momentum", method=method, lr_scheduler=cosine, **knobs)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("n_stages", [2, 3, 4])
+@pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg"])
+def test_skips_over_stages(method: str, n_stages: int, optimizer: str) -> None:
+    """The reference hands values through; the runtime sends them straight to the stage that needs them."""
+    compare(HANDED, n_stages, optimizer, method=method)
+
+
+def test_shrunk_gradients_of_skips() -> None:
+    """A gradient that skips stages is shrunk as often as one that passes through them."""
+    compare(HANDED, 4, "momentum", method="fdg", grad_shrink=0.8)
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 5])
