@@ -1,0 +1,88 @@
+"""Fake tensors: a shape, dtype and device but no data, on which a model runs without computing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+
+class FakeWorld:
+    """Fake twins of a model's tensors and inputs, all under one `FakeTensorMode`.
+
+    Each tensor has exactly one twin, so tied parameters stay tied. A model on the meta device is imagined
+    on the CPU: code that makes tensors without naming a device then sees no mixture of devices.
+    """
+
+    def __init__(self, mode: FakeTensorMode | None = None) -> None:
+        # Tensors that no module registers (attributes, globals) may meet fake ones in the model's code.
+        self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
+        self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The fake tensor that stands for ``tensor``."""
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode:
+            return tensor
+        if id(tensor) not in self._twins:
+            # The real tensor is kept beside its twin so that its id cannot be given to another.
+            self._twins[id(tensor)] = (tensor, self._make(tensor))
+        return self._twins[id(tensor)][1]
+
+    def _make(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return self.mode.from_tensor(tensor)
+        with self.mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
+
+    @contextmanager
+    def inhabited_by(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model's parameters and buffers are their fake twins, and the mode is on."""
+        swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        try:
+            for module in model.modules():
+                registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for registry in registries:
+                    for name, tensor in registry.items():
+                        if tensor is not None:
+                            swapped.append((registry, name, tensor))
+                            registry[name] = self.twin(tensor)
+            with self.mode:
+                yield
+        finally:
+            for registry, name, tensor in swapped:
+                registry[name] = tensor
+
+
+def fake_inputs(
+    world: FakeWorld, tensors: Sequence[torch.Tensor], batch: tuple[int, ...] = (), size: int = 0
+) -> list[torch.Tensor]:
+    """Fake twins of a call's tensors; those at the indices in ``batch`` with ``size`` samples instead."""
+    result = []
+    for i, tensor in enumerate(tensors):
+        fake = world.twin(tensor)
+        if i in batch:
+            with world.mode:
+                fake = torch.empty_like(
+                    fake[:1].expand(size, *fake.shape[1:]), requires_grad=fake.requires_grad
+                )
+        result.append(fake)
+    return result
+
+
+def light(value: Any) -> Any:
+    """``value`` with its tensors cut from the autograd graph that made them (requires_grad stays)."""
+
+    def cut(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.detach().requires_grad_(x.requires_grad)
+
+    return pytree.tree_map(cut, value)

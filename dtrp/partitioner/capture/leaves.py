@@ -1,0 +1,65 @@
+"""Which modules stand in the graph as one node."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+# Modules of torch.nn that are made of others. Kept as one node they would be most of a model; opened, they
+# show the layers inside. TransformerEncoderLayer and MultiheadAttention stay closed: in evaluation they
+# choose fused kernels by looking at their arguments, which a traced copy of their code would not do.
+_OPENED = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+
+
+def is_leaf(
+    module: nn.Module, name: str, *, closed: Collection[str] = (), opened: Collection[str] = ()
+) -> bool:
+    """Whether ``module`` (at the qualified ``name``) is one node of the graph.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The module that is called.
+    name : str
+        Its qualified name; the root, ``""``, is never a leaf.
+    closed : collection of str
+        Names that are leaves whatever they are.
+    opened : collection of str
+        Names that must not be leaves.
+    """
+    if name == "" or name in opened:
+        return False
+    if name in closed or has_hooks(module) or is_compiled(module):
+        return True
+    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(
+        module, _OPENED
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs hooks, which only a real call of it would run."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` is (or its call was replaced by) torch.compile's or TorchScript's."""
+    kind = type(module)
+    return (
+        module._compiled_call_impl is not None
+        or (kind.__module__, kind.__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")
+        or kind.__module__.startswith("torch.jit.")
+    )

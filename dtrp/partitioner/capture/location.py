@@ -1,0 +1,48 @@
+"""Where in the user's code a call comes from: the innermost stack frame outside torch and this package."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from types import FrameType
+
+import torch
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+
+
+def user_location() -> str:
+    """``"file.py:123"`` of the user's line that is running now, ``""`` if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if _is_users(file):
+            return f"{short_path(file)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def raised_at(error: BaseException) -> str:
+    """``"file.py:123"`` of the innermost user's line that ``error`` passed through."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if _is_users(file):
+            found = f"{short_path(file)}:{line}"
+    return found
+
+
+def short_path(file: str) -> str:
+    """The path as a user would name it: from site-packages or the working directory on, else whole."""
+    for marker in ("site-packages" + os.sep, "dist-packages" + os.sep):
+        if marker in file:
+            return file.rsplit(marker, 1)[1]
+    here = os.getcwd() + os.sep
+    return file.removeprefix(here)
+
+
+def _is_users(file: str) -> bool:
+    # Generated code ("<string>", "<eval_with_key>.3") has no file that a user could open.
+    return not (file.startswith((_TORCH, _HERE, "<")) or file.endswith(("contextlib.py", "functools.py")))

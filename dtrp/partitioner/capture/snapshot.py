@@ -1,0 +1,91 @@
+"""Leaving a model exactly as it was found, whatever was run on it in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def untouched(model: nn.Module, *, tensors: bool = False) -> Iterator[None]:
+    """On leaving, put back every module's attributes and flags, and all random-number states.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that may be traced or run inside.
+    tensors : bool
+        Also put back the *contents* of all parameters, buffers and tensor attributes (they are copied
+        first); needed where the model really runs, not where it is only traced.
+    """
+    modules = list(model.modules())
+    attributes = [dict(m.__dict__) for m in modules]
+    containers = [
+        {k: _copy(v) for k, v in saved.items() if isinstance(v, (dict, list, set))} for saved in attributes
+    ]
+    contents = [(t, t.detach().clone()) for t in _tensors(modules)] if tensors else []
+    gradients = [(p, p.grad) for p in model.parameters()]
+    with preserved_randomness():
+        try:
+            yield
+        finally:
+            for m, saved, copies in zip(modules, attributes, containers, strict=True):
+                for key in [k for k in m.__dict__ if k not in saved]:
+                    del m.__dict__[key]
+                for key, value in saved.items():
+                    if key in copies:
+                        _refill(value, copies[key])
+                    m.__dict__[key] = value
+            for p, gradient in gradients:
+                if p.grad is not gradient:
+                    p.grad = gradient
+            with torch.no_grad():
+                for tensor, value in contents:
+                    if not torch.equal(tensor.detach(), value):
+                        tensor.detach().copy_(value)
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """On leaving, put back the random state of torch (all devices in use), numpy and Python."""
+    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if used else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _tensors(modules: list[nn.Module]) -> list[torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    for m in modules:
+        for registry in (m._parameters, m._buffers, m.__dict__):
+            for value in registry.values():
+                if isinstance(value, torch.Tensor) and not value.is_meta:
+                    found[id(value)] = value
+    return list(found.values())
+
+
+def _copy(container: Any) -> Any:
+    return type(container)(container) if type(container) in (dict, list, set) else container.copy()
+
+
+def _refill(container: Any, saved: Any) -> None:
+    if isinstance(container, list):
+        container[:] = saved
+    else:
+        container.clear()
+        container.update(saved)

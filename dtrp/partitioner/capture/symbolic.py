@@ -1,0 +1,71 @@
+"""First way: torch.fx's symbolic tracing, down to the layers of torch.nn.
+
+All sizes stay symbolic, so the graph takes any batch and any resolution that the model takes. Python code
+that must know a value (a branch on a shape, ``len``, an assertion) cannot be followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node, Proxy, Tracer
+
+from .graph import Signature
+from .leaves import is_leaf
+from .location import user_location
+from .structure import flatten_output
+from .traced import Traced
+
+
+def trace_symbolically(model: nn.Module, signature: Signature, *, opened: Collection[str] = ()) -> Traced:
+    """Trace ``model`` in its present mode with proxies in place of the tensors."""
+    tracer = _ModuleTracer(signature, opened)
+    graph = tracer.trace(model)
+    assert tracer.out_spec is not None
+    return Traced(graph, tracer.out_spec)
+
+
+class _ModuleTracer(Tracer):
+    """fx's tracer with flat placeholders and outputs, and the user's module and line on every node."""
+
+    def __init__(self, signature: Signature, opened: Collection[str]) -> None:
+        # Plain Python functions of sizes (math.sqrt of a width) become nodes too.
+        import math
+
+        super().__init__(autowrap_modules=(math,))
+        self._signature = signature
+        self._opened = opened
+        self.out_spec: torch.utils._pytree.TreeSpec | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m, module_qualified_name, opened=self._opened)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        names = (f"input_{i}" for i in range(len(self._signature.tensors)))
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+        def run(root: nn.Module, *tensors: Proxy) -> tuple[Any, ...]:
+            args, kwargs = self._signature.unflatten(tensors)
+            leaves, self.out_spec = flatten_output(root_fn(root, *args, **kwargs))
+            return tuple(leaves)
+
+        return run, [self.root, *proxies]
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(kind, *args, **kwargs)
+        node.meta["module"] = str(node.target) if kind == "call_module" else self.scope.module_path
+        node.meta["location"] = user_location() if kind.startswith("call") else ""
+        return node
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        try:
+            return super().trace(root, concrete_args)
+        except BaseException as error:
+            # The facade reports the module that was being traced.
+            error.__dict__.setdefault("dtrp_module", self.scope.module_path)
+            raise
