@@ -15,7 +15,18 @@ class CaptureError(DtrpError):
 
 
 class InfeasiblePlanError(DtrpError):
-    """No partition satisfies the limits; the message names the smallest need and where it arises."""
+    """No partition satisfies the limits; the message names the smallest need and where it arises.
+
+    Attributes
+    ----------
+    smallest_limit : float or None
+        A memory limit per stage, in bytes, that a partition was found to meet; None where limits differ
+        between stages or memory is not what stands in the way.
+    """
+
+    def __init__(self, message: str, *, smallest_limit: float | None = None) -> None:
+        super().__init__(message)
+        self.smallest_limit = smallest_limit
 
 
 class PlanMismatchError(DtrpError):

@@ -1,0 +1,254 @@
+"""Cut any weighted DAG into consecutive stages so that the slowest stage is as fast as can be.
+
+The facade: checks what it is given, compiles it to arrays (`solvers.problem`), runs the engines in `solvers`
+and says what came out of it, with a lower bound that no partition can beat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import networkx as nx
+import numpy as np
+
+from .solvers.checks import (
+    check_acyclic,
+    check_arguments,
+    check_enough,
+    check_models,
+    check_nodes,
+    check_numbers,
+    memory_limits,
+)
+from .solvers.clock import Clock
+from .solvers.engine import TOLERANCE, solve
+from .solvers.explain import infeasible, reason
+from .solvers.loads import evaluate
+from .solvers.problem import compile_problem
+
+
+@dataclass(frozen=True)
+class StageOption:
+    """One way to run a stage: what it costs is linear in sums over the stage's nodes.
+
+    Parameters
+    ----------
+    label : str
+        Its name in the result, e.g. ``"recompute"`` or ``"keep"``.
+    time : mapping of str to float
+        Node attribute -> weight. Seconds of compute are the weighted attributes, summed over the nodes.
+    memory : mapping of str to float
+        Node attribute -> weight. Bytes, summed likewise.
+    input_memory : float
+        Bytes of memory per byte of the stage's inputs (every value from outside counted once).
+    fixed_time : float
+        Seconds that the stage takes however little it holds.
+    """
+
+    label: str
+    time: Mapping[str, float]
+    memory: Mapping[str, float]
+    input_memory: float = 0.0
+    fixed_time: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """What a stage offers: options to choose from, and its memory limit in bytes (None: no limit)."""
+
+    options: tuple[StageOption, ...]
+    memory_limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition into stages, what it costs, and how far from the best it can be at most.
+
+    Attributes
+    ----------
+    stage_of : mapping
+        Stage (0-based) of every node.
+    n_stages : int
+    loads, compute, time_in, time_out : tuple of float
+        Per stage, seconds: the load, and what it is made of.
+    memory : tuple of float
+        Per stage, bytes, with the chosen option.
+    options : tuple of str
+        Per stage, label of the option chosen.
+    max_load : float
+        Seconds of the slowest stage: what was minimised.
+    lower_bound : float
+        No partition has a smaller ``max_load``.
+    engine : str
+        Which engine found it.
+    seconds : float
+        Time that planning took.
+    bottleneck : int
+        The slowest stage.
+    reason : str
+        Why it is not faster, in a sentence.
+    """
+
+    stage_of: Mapping[Hashable, int] = field(repr=False)
+    n_stages: int
+    loads: tuple[float, ...]
+    compute: tuple[float, ...]
+    time_in: tuple[float, ...]
+    time_out: tuple[float, ...]
+    memory: tuple[float, ...]
+    options: tuple[str, ...]
+    max_load: float
+    lower_bound: float
+    engine: str
+    seconds: float
+    bottleneck: int
+    reason: str
+
+    @property
+    def gap(self) -> float:
+        """``max_load / lower_bound - 1``; 0 if optimal, inf if nothing is known."""
+        if self.optimal:
+            return 0.0
+        return self.max_load / self.lower_bound - 1 if self.lower_bound > 0 else math.inf
+
+    @property
+    def optimal(self) -> bool:
+        """Whether it is proven that no partition is better (up to rounding of sums)."""
+        return self.max_load <= self.lower_bound * (1 + TOLERANCE)
+
+
+def partition(
+    graph: nx.DiGraph,
+    n_stages: int,
+    *,
+    time: str = "time",
+    memory: str = "memory",
+    transfer: str = "transfer",
+    size: str = "bytes",
+    stage_models: Sequence[StageModel] | None = None,
+    overlap: bool = True,
+    memory_limit: float | Sequence[float | None] | None = None,
+    colocate: Iterable[Collection[Hashable]] = (),
+    order: Iterable[tuple[Hashable, Hashable]] = (),
+    fixed: Mapping[Hashable, int] | None = None,
+    allow_empty: bool = False,
+    engine: str = "auto",
+    time_limit: float = 10.0,
+    seed: int = 0,
+) -> Partition:
+    """Cut a DAG into consecutive stages, minimising the load of the slowest.
+
+    Parameters
+    ----------
+    graph : networkx.DiGraph
+        Edges say who needs whose value. An edge with ``precedence=False`` carries a value and allows its
+        consumer an earlier stage than its producer; all others demand ``stage(u) <= stage(v)``.
+    n_stages : int
+        Number of stages K.
+    time, memory : str
+        Node attributes (seconds, bytes) that a stage sums up; unused with ``stage_models``. Missing: 0.
+    transfer, size : str
+        Attributes of a producing node, or of its edges (the largest counts), for the seconds that moving
+        its value takes and for its bytes. A value that leaves its stage is charged once to the sending stage
+        and once to every receiving one, however many consumers it has there.
+    stage_models : sequence of StageModel, optional
+        What each stage offers. Default: one option for all, ``{time: 1}`` and ``{memory: 1}``.
+    overlap : bool
+        Whether a stage computes while it communicates: load = max(compute, time in, time out). If not,
+        load = compute + time in + time out.
+    memory_limit : float or sequence of float, optional
+        Bytes, for all stages or one each (None: no limit). The stage model's own limit holds as well.
+    colocate : iterable of collections of nodes
+        Each collection shares a stage.
+    order : iterable of (node, node)
+        Further precedence that carries no value.
+    fixed : mapping of node to stage, optional
+        Nodes pinned to a stage.
+    allow_empty : bool
+        Whether stages may stay empty; else all K hold something.
+    engine : {"auto", "interval", "search"}
+        ``"interval"``: exact for the graph's own order only. ``"search"``: over orders. ``"auto"``: all, to
+        the best result.
+    time_limit : float
+        Seconds after which the best so far is returned with its bound.
+    seed : int
+        Of the search's random choices: same input and seed, same search (its length depends on the clock).
+
+    Returns
+    -------
+    Partition
+
+    Raises
+    ------
+    ValueError, TypeError
+        A wrong argument: cyclic graph, more stages than nodes (or than groups that must stay together),
+        unknown nodes, negative or non-finite numbers.
+    InfeasiblePlanError
+        No partition meets the memory limits (the message names the smallest that can be met, and where
+        they are needed), or pins contradict colocation and precedence.
+
+    Notes
+    -----
+    Minimising the bottleneck over all contiguous partitions of a DAG is NP-hard; for one topological order
+    it takes O(K n^2). See the engines' modules for methods, complexity and references.
+
+    Examples
+    --------
+    >>> import networkx as nx
+    >>> chain = nx.path_graph(6, create_using=nx.DiGraph)
+    >>> nx.set_node_attributes(chain, {0: 1.0, 1: 1.0, 2: 2.0, 3: 1.0, 4: 1.0, 5: 2.0}, "time")
+    >>> result = partition(chain, 3)
+    >>> result.max_load, result.optimal
+    (3.0, True)
+    """
+    check_arguments(graph, n_stages, engine, time_limit)
+    clock = Clock(time_limit)
+    fixed = dict(fixed or {})
+    colocate = [list(alike) for alike in colocate]
+    order = list(order)
+    if stage_models is None:
+        stage_models = [StageModel((StageOption("default", {time: 1.0}, {memory: 1.0}),))] * n_stages
+    check_models(n_stages, stage_models)
+    check_nodes(graph, n_stages, colocate, order, fixed)
+    used = {a for m in stage_models for o in m.options for weights in (o.time, o.memory) for a in weights}
+    check_numbers(graph, used, {transfer, size})
+    check_acyclic(graph, order)
+    problem = compile_problem(
+        graph,
+        n_stages,
+        stage_models,
+        limits=memory_limits(n_stages, stage_models, memory_limit),
+        transfer=transfer,
+        size=size,
+        kind="overlap" if overlap else "sum",
+        colocate=colocate,
+        order=order,
+        fixed=fixed,
+        allow_empty=allow_empty,
+    )
+    check_enough(problem, len(graph))
+    solution = solve(problem, engine=engine, clock=clock, seed=seed)
+    if solution.stage is None:
+        raise infeasible(problem, solution)
+    loads = evaluate(problem, solution.stage)
+    bottleneck = int(np.argmax(loads.load))
+    stage_of = {u: int(s) for s, alike in zip(solution.stage, problem.members, strict=True) for u in alike}
+    return Partition(
+        stage_of=MappingProxyType(stage_of),
+        n_stages=problem.n_stages,
+        loads=tuple(loads.load.tolist()),
+        compute=tuple(loads.compute.tolist()),
+        time_in=tuple(loads.time_in.tolist()),
+        time_out=tuple(loads.time_out.tolist()),
+        memory=tuple(loads.memory.tolist()),
+        options=tuple(problem.options[s][max(int(o), 0)].label for s, o in enumerate(loads.option)),
+        max_load=loads.max_load,
+        lower_bound=min(solution.bound.value, loads.max_load),
+        engine=solution.engine,
+        seconds=clock.seconds,
+        bottleneck=bottleneck,
+        reason=reason(problem, solution, loads),
+    )

@@ -1,0 +1,92 @@
+"""Lower bounds on the slowest stage's load that hold for every partition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .problem import Floats, Problem
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A lower bound and where it comes from."""
+
+    value: float
+    kind: str  # "group": one group alone; "balance": all stages' work together; others name their engine
+    group: int = -1  # the group, for kind "group"
+
+
+def stage_work(problem: Problem) -> tuple[Floats, Floats]:
+    """Least work of every group on every stage, and least fixed time of every stage.
+
+    Returns
+    -------
+    work : array, shape (K, n)
+        inf where the group may not be on the stage: pinned elsewhere, or over the memory limit by itself.
+    fixed : array, shape (K,)
+        0 for stages that may be empty.
+    """
+    k, n = problem.n_stages, problem.n
+    work, fixed = np.empty((k, n)), np.zeros(k)
+    for stages in problem.stage_types:
+        s = stages[0]
+        per_option = []
+        for option, (column, _) in zip(problem.options[s], problem.work(s), strict=True):
+            fits = problem.kind == "memory" or np.isinf(problem.limits[s])
+            allowed = np.full(n, True) if fits else option.memory <= problem.limits[s] * (1 + 1e-9)
+            per_option.append(np.where(allowed, column, np.inf))
+        work[stages] = np.min(per_option, axis=0)
+        if not problem.allow_empty:
+            fixed[stages] = min(extra for _, extra in problem.work(s))
+    pinned = np.flatnonzero(problem.pinned >= 0)
+    for g in pinned:
+        elsewhere = np.arange(k) != problem.pinned[g]
+        work[elsewhere, g] = np.inf
+    return work, fixed
+
+
+def group_bound(problem: Problem, work: Floats, fixed: Floats) -> Bound:
+    """The heaviest group on the stage that suits it best."""
+    alone = np.min(work + fixed[:, None], axis=0)
+    g = int(np.argmax(alone))
+    return Bound(float(alone[g]), "group", g)
+
+
+def balance_bound(work: Floats, fixed: Floats, *, rounds: int = 200) -> Bound:
+    """What no distribution of the work over the stages can beat, precedence and traffic left out.
+
+    For weights ``w >= 0`` of the stages, ``max load * sum w >= sum_k w_k load_k >= sum_v min_k w_k c_k(v)
+    + sum_k w_k fixed_k``. Any weights give a valid bound; the best ones are the dual of scheduling on
+    unrelated machines (Lenstra, Shmoys, Tardos, Math. Programming 46, 1990) and are approached by
+    multiplicative updates. With stages alike the weights are equal and the bound is total / K.
+    """
+    kinds, inverse = np.unique(np.column_stack([work, fixed]), axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    size = np.bincount(inverse).astype(np.float64)
+    cost, extra = kinds[:, :-1], kinds[:, -1]
+    weight = np.ones(len(kinds))
+    best, step = 0.0, 0.5
+    columns = np.arange(cost.shape[1])
+    for _ in range(rounds if len(kinds) > 1 else 1):
+        chosen = np.argmin(weight[:, None] * cost, axis=0)
+        taken = cost[chosen, columns]
+        if not np.all(np.isfinite(taken)):
+            return Bound(np.inf, "balance")
+        total = float((weight[chosen] * taken).sum() + (size * weight * extra).sum())
+        bound = total / float((size * weight).sum())
+        best = max(best, bound)
+        load = np.bincount(chosen, weights=taken, minlength=len(kinds)) / size + extra
+        weight = weight * np.exp(step * (load / max(bound, 1e-300) - 1).clip(-1, 1))
+        weight /= weight.max()
+        step *= 0.97
+    return Bound(best, "balance")
+
+
+def simple_bound(problem: Problem) -> Bound:
+    """The better of `group_bound` and `balance_bound`."""
+    if problem.n == 0:
+        return Bound(0.0, "balance")
+    work, fixed = stage_work(problem)
+    return max(group_bound(problem, work, fixed), balance_bound(work, fixed), key=lambda b: b.value)
