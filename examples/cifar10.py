@@ -35,7 +35,7 @@ from tqdm import tqdm
 import dtrp
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images, per channel
-METHODS = ("dtrp", "dtr", "fdg", "adl", "bp", "gpipe", "1f1b")
+METHODS = ("dtrp", "dtr", "fdg", "adl", "bp")
 
 
 # ------------------------------------------------------------------------------------------- networks
