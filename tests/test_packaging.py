@@ -1,4 +1,4 @@
-"""The house: version, typing marker, links, the cost of importing, the command, and what documents promise."""
+"""The house: version, typing marker, links, cost of importing, the command, what documents promise."""
 
 import ast
 import inspect
