@@ -1,0 +1,230 @@
+"""What a cut may not do: the rules that data edges alone do not show.
+
+Running the graph once on fake tensors while watching every operator tells, for each node, which storages
+it reads, makes and writes, and whether it draws random numbers. From that follow
+
+- **groups**: nodes that must share a stage. Between stages a value is a copy, so a tensor and everything
+  that touches it up to the last in-place write to it stay together; so do all users of a buffer that is
+  updated; and a value that cannot travel (anything but tensors, numbers and containers of them) stays with
+  its users.
+- **order**: pairs ``(u, v)`` with stage(u) <= stage(v) beyond the data edges. Whoever reads a tensor after
+  an in-place write comes after the writer; and random operations keep the program's order, so that the
+  stages, run one after the other, draw the same numbers as the model.
+- **differentiable**: the nodes through which gradient flows when every parameter is trainable.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .capture.graph import Captured, ModeGraph
+
+TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
+"""Leaves that a link can carry from stage to stage."""
+
+
+@dataclass(frozen=True)
+class Hazards:
+    """Rules for cutting one graph; nodes are given by name.
+
+    Attributes
+    ----------
+    groups : tuple of frozenset of str
+        Nodes that must share a stage; disjoint.
+    order : tuple of (str, str)
+        ``(u, v)``: stage(u) <= stage(v), though no data flows from u to v.
+    differentiable : frozenset of str
+        Nodes whose value requires gradient when all floating-point parameters do.
+    written_inputs : frozenset of int
+        Model inputs that the graph writes to in place.
+    """
+
+    groups: tuple[frozenset[str], ...]
+    order: tuple[tuple[str, str], ...]
+    differentiable: frozenset[str]
+    written_inputs: frozenset[int]
+
+
+def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
+    """The rules for cutting ``graph`` (default: the train graph). Nothing is computed."""
+    gm = (graph or captured.train).module
+    accesses = _watch(gm)
+    groups, order, written = _storage_rules(gm, accesses)
+    groups += _untransferable(gm)
+    random = [a.node.name for a in accesses if a.random]
+    order += list(itertools.pairwise(random))
+    return Hazards(
+        groups=tuple(_merge(groups)),
+        order=tuple(dict.fromkeys((u, v) for u, v in order if u != v)),
+        differentiable=frozenset(a.node.name for a in accesses if a.differentiable),
+        written_inputs=frozenset(written),
+    )
+
+
+@dataclass
+class _Access:
+    """What one node did to storages when it ran."""
+
+    node: fx.Node
+    reads: set[int] = field(default_factory=set)
+    makes: set[int] = field(default_factory=set)
+    writes: set[int] = field(default_factory=set)
+    random: bool = False
+    differentiable: bool = False
+
+
+class _Watch(TorchDispatchMode):
+    """Notes, for the node that is running, every operator's reads, writes and use of random numbers."""
+
+    def __init__(self, real: Mapping[int, int]) -> None:
+        super().__init__()
+        self.access: _Access | None = None
+        self.real = real  # fake storage of a parameter or buffer -> its real one
+
+    def storages(self, tree: Any) -> set[int]:
+        found = {_storage(t) for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)}
+        return {self.real.get(s, s) for s in found}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        access = self.access
+        if access is not None:
+            access.random |= torch.Tag.nondeterministic_seeded in func.tags
+            for argument, value in _arguments(func, args, kwargs):
+                storages = self.storages(value)
+                access.reads |= storages
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    access.writes |= storages
+        return func(*args, **kwargs)
+
+
+class _Runner(fx.Interpreter):
+    """Runs the graph on fake tensors, one `_Access` per node."""
+
+    def __init__(self, gm: fx.GraphModule, watch: _Watch) -> None:
+        super().__init__(gm, garbage_collect_values=False)  # storages' ids must stay unique
+        self.watch = watch
+        self.accesses: list[_Access] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        access = self.watch.access = _Access(n)
+        value = super().run_node(n)
+        self.watch.access = None
+        if n.op != "output":
+            access.reads |= self.watch.storages([self.env[a] for a in n.all_input_nodes])
+            access.makes |= self.watch.storages(value)
+            access.differentiable = any(
+                isinstance(v, torch.Tensor) and v.requires_grad for v in pytree.tree_leaves(value)
+            )
+            self.accesses.append(access)
+        return value
+
+
+def _watch(gm: fx.GraphModule) -> list[_Access]:
+    example = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    mode = next((v.fake_mode for v in example if isinstance(v, FakeTensor)), None)
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    state = itertools.chain(gm.parameters(), gm.buffers())
+    watch = _Watch({_storage(mode.from_tensor(t)): _storage(t) for t in state})
+    runner = _Runner(gm, watch)
+    try:
+        with mode, watch, all_trainable(gm), torch.enable_grad():
+            inputs = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in example]
+            runner.run(*inputs)
+    finally:
+        mode.allow_non_fake_inputs = allowed
+    return runner.accesses
+
+
+@contextmanager
+def all_trainable(module: nn.Module) -> Iterator[None]:
+    """Every floating-point parameter requires gradient inside; flags are as before afterwards."""
+    frozen = [
+        p for p in module.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())
+    ]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def _storage_rules(
+    gm: fx.GraphModule, accesses: list[_Access]
+) -> tuple[list[set[str]], list[tuple[str, str]], set[int]]:
+    """Groups and order that in-place writes ask for, and the model inputs that are written."""
+    touching: dict[int, list[_Access]] = defaultdict(list)
+    for access in accesses:
+        for storage in access.reads | access.makes | access.writes:
+            touching[storage].append(access)
+    state = {_storage(t) for t in itertools.chain(gm.parameters(), gm.buffers())}
+    placeholders = [a for a in accesses if a.node.op == "placeholder"]
+    groups: list[set[str]] = []
+    order: list[tuple[str, str]] = []
+    written: set[int] = set()
+    for storage, touches in touching.items():
+        # A node that makes a storage and writes to it there and then is nobody else's business.
+        writers = [i for i, a in enumerate(touches) if storage in a.writes and (i > 0 or storage in state)]
+        if not writers:
+            continue
+        # State that a pass updates lives in one stage only; other tensors may leave after the last write.
+        end = len(touches) if storage in state else writers[-1] + 1
+        groups.append({a.node.name for a in touches[:end] if a.node.op not in ("placeholder", "get_attr")})
+        order += [(touches[end - 1].node.name, a.node.name) for a in touches[end:]]
+        written |= {i for i, p in enumerate(placeholders) if storage in p.makes}
+    return groups, order, written
+
+
+def _untransferable(gm: fx.GraphModule) -> list[set[str]]:
+    """Groups that keep a value which cannot travel, or is only taken apart, beside its users."""
+    groups = []
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        leaves = pytree.tree_leaves(node.meta.get("val"))
+        users = [u.name for u in node.users if u.op != "output"]
+        if not all(isinstance(leaf, TRAVELS) for leaf in leaves):
+            groups.append({node.name, *users})
+        elif not isinstance(node.meta.get("val"), TRAVELS):
+            items = [u.name for u in node.users if u.op == "call_function" and u.target is operator.getitem]
+            groups.append({node.name, *items})
+    return groups
+
+
+def _merge(groups: Iterable[set[str]]) -> list[frozenset[str]]:
+    """Overlapping groups become one (union-find by repeated lookup)."""
+    home: dict[str, set[str]] = {}
+    for group in groups:
+        merged = set(group)
+        for name in group:
+            merged |= home.get(name, set())
+        for name in merged:
+            home[name] = merged
+    unique = {id(g): g for g in home.values()}
+    return [frozenset(g) for g in unique.values() if len(g) > 1]
+
+
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    for argument, value in itertools.zip_longest(func._schema.arguments, args):
+        if argument is None:
+            return
+        yield argument, kwargs.get(argument.name, value)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

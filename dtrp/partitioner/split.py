@@ -1,0 +1,271 @@
+"""Plan and graph become stage modules, and the wiring that says how their values travel.
+
+Any DAG can be cut: a value goes straight from the stage that makes it to each stage that uses it, also over
+several stages; model inputs go straight from the caller to where they are used. A parameter that several
+stages use appears in each of them under its original name. A value that is a container travels as its
+leaves and is put together again where it is used.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import PlanMismatchError
+from ..wiring import CALLER, Constant, Source, StageWires, Wiring
+from .align import align
+from .capture.graph import Captured, ModeGraph
+from .hazards import Hazards
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class SplitGraph:
+    """The stages of one mode: a graph module each, and their wiring."""
+
+    modules: tuple[fx.GraphModule, ...]
+    wiring: Wiring
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the stages one after the other in this process; differentiable."""
+        made: list[tuple[Any, ...]] = []
+
+        def fetch(source: Source) -> Any:
+            return inputs[source.index] if source.stage == CALLER else made[source.stage][source.index]
+
+        for module, wires in zip(self.modules, self.wiring.stages, strict=True):
+            made.append(module(*(fetch(s) for s in wires.inputs)))
+        return self.wiring.unflatten(
+            [leaf.value if isinstance(leaf, Constant) else fetch(leaf) for leaf in self.wiring.result]
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Both modes' stages. The two are one object where one graph serves both modes."""
+
+    train: SplitGraph
+    eval: SplitGraph
+
+    def graph(self, training: bool) -> SplitGraph:
+        return self.train if training else self.eval
+
+
+def split(captured: Captured, plan: Plan, hazards: Hazards) -> Split:
+    """Cut both modes' graphs of a captured model as the plan says.
+
+    Raises
+    ------
+    PlanMismatchError
+        The plan does not fit the graph: unknown or missing nodes, an edge that runs backwards, nodes apart
+        that must share a stage.
+    """
+    stage_of = dict(plan.stage_of)
+    _check(captured.train, stage_of, plan.n_stages, hazards)
+    train = split_graph(captured.train, stage_of, plan.n_stages, hazards.differentiable)
+    if captured.one_graph:
+        return Split(train, train)
+    eval_stage_of = align(captured.train, captured.eval, stage_of)
+    return Split(train, split_graph(captured.eval, eval_stage_of, plan.n_stages, frozenset()))
+
+
+def split_graph(
+    graph: ModeGraph, stage_of: Mapping[str, int], n_stages: int, differentiable: Collection[str]
+) -> SplitGraph:
+    """Cut one graph; ``stage_of`` covers its call nodes, legally."""
+    builders = [_StageBuilder(graph.module, k) for k in range(n_stages)]
+    placeholders = {n: i for i, n in enumerate(graph.module.graph.find_nodes(op="placeholder"))}
+
+    def value(node: fx.Node, stage: int) -> fx.Node:
+        """``node``'s value as a node of stage ``stage``'s graph."""
+        builder = builders[stage]
+        if node in builder.here:
+            return builder.here[node]
+        if node.op == "get_attr":
+            builder.here[node] = builder.copy(node, value)
+        elif node.op == "placeholder":
+            builder.here[node] = builder.argument(node, [Source(CALLER, placeholders[node])], node.name)
+        else:
+            sources = builders[stage_of[node.name]].give(node)
+            builder.here[node] = builder.argument(node, sources, node.name)
+        return builder.here[node]
+
+    for node in graph.module.graph.nodes:
+        if node.op in ("call_function", "call_module", "call_method"):
+            builder = builders[stage_of[node.name]]
+            builder.here[node] = builder.copy(node, value)
+
+    result: list[Source | Constant] = []
+    (output,) = graph.module.graph.find_nodes(op="output")
+    for leaf in output.args[0]:
+        if not isinstance(leaf, fx.Node):
+            result.append(Constant(leaf))
+        elif leaf.op == "placeholder":
+            result.append(Source(CALLER, placeholders[leaf]))
+        else:
+            # A parameter that is itself an output is given by the last stage.
+            home = builders[stage_of[leaf.name] if leaf.op != "get_attr" else n_stages - 1]
+            value(leaf, home.stage)
+            result.extend(home.give(leaf))
+    finished = [builder.finish(differentiable) for builder in builders]
+    return SplitGraph(
+        tuple(module for module, _ in finished),
+        Wiring(tuple(wires for _, wires in finished), tuple(result), graph.out_spec),
+    )
+
+
+class Rebuild(nn.Module):
+    """Puts a container that travelled as its leaves together again."""
+
+    def __init__(self, spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, *leaves: Any) -> Any:
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+
+def tree_leaf(tree: Any, index: int) -> Any:
+    """One leaf of a container, for values that travel as their leaves."""
+    return pytree.tree_leaves(tree)[index]
+
+
+class _StageBuilder:
+    """One stage's graph while it grows."""
+
+    def __init__(self, root: fx.GraphModule, stage: int) -> None:
+        self.root = root
+        self.stage = stage
+        self.graph = fx.Graph()
+        self.here: dict[fx.Node, fx.Node] = {}  # original node -> its value in this graph
+        self.inputs: list[tuple[Source, fx.Node]] = []
+        self.given: dict[fx.Node, list[Source]] = {}
+        self.outputs: list[tuple[str, fx.Node, fx.Node]] = []  # name, node here, original
+        self.rebuilders: dict[str, nn.Module] = {}
+        self.first: fx.Node | None = None
+
+    def copy(self, node: fx.Node, value: Any) -> fx.Node:
+        # Arguments first: a value from elsewhere adds its placeholder before the node is placed.
+        arguments = {a: value(a, self.stage) for a in node.all_input_nodes}
+        copied = self.graph.node_copy(node, lambda a: arguments[a])
+        self.first = self.first or copied
+        return copied
+
+    def argument(self, node: fx.Node, sources: list[Source], name: str) -> fx.Node:
+        """A value that arrives from outside: one placeholder per leaf, then the container again."""
+        leaves, spec = pytree.tree_flatten(node.meta.get("val"))
+        single = _is_leaf(node)
+        arrived = []
+        for i, source in enumerate(sources):
+            with self._front():
+                placeholder = self.graph.placeholder(name if single else f"{name}_{i}")
+            placeholder.meta = {**node.meta, "val": leaves[i] if i < len(leaves) else None}
+            self.inputs.append((source, placeholder))
+            arrived.append(placeholder)
+        if single:
+            return arrived[0]
+        target = f"_rebuild_{node.name}"
+        self.rebuilders[target] = Rebuild(spec)
+        rebuilt = self.graph.call_module(target, tuple(arrived))
+        rebuilt.meta = dict(node.meta)
+        self.first = self.first or rebuilt
+        return rebuilt
+
+    def _front(self) -> AbstractContextManager[Any]:
+        return self.graph.inserting_before(self.first) if self.first else nullcontext()
+
+    def give(self, node: fx.Node) -> list[Source]:
+        """The sources under which this stage gives ``node``'s leaves; adds outputs on first use."""
+        if node not in self.given:
+            here = self.here[node]
+            nodes = [here]
+            if not _is_leaf(node):
+                leaves = pytree.tree_leaves(node.meta["val"])
+                nodes = [self.graph.call_function(tree_leaf, (here, i)) for i in range(len(leaves))]
+                for leaf, taken in zip(leaves, nodes, strict=True):
+                    taken.meta = {**node.meta, "val": leaf}
+            names = [node.name if len(nodes) == 1 else f"{node.name}[{i}]" for i in range(len(nodes))]
+            start = len(self.outputs)
+            self.outputs += [(name, n, node) for name, n in zip(names, nodes, strict=True)]
+            self.given[node] = [Source(self.stage, start + i) for i in range(len(nodes))]
+        return self.given[node]
+
+    def finish(self, differentiable: Collection[str]) -> tuple[fx.GraphModule, StageWires]:
+        self.graph.output(tuple(n for _, n, _ in self.outputs))
+        self.graph.lint()
+        attributes = _attributes(self.root, self.graph) | self.rebuilders
+        module = fx.GraphModule(attributes, self.graph, class_name=f"Stage{self.stage}")
+        module.training = self.root.training
+        order = {n: i for i, n in enumerate(self.graph.find_nodes(op="placeholder"))}
+        inputs = sorted(self.inputs, key=lambda pair: order[pair[1]])
+        return module, StageWires(
+            inputs=tuple(source for source, _ in inputs),
+            outputs=tuple(name for name, _, _ in self.outputs),
+            differentiable=tuple(
+                original.name in differentiable and _carries_gradient(here.meta.get("val"))
+                for _, here, original in self.outputs
+            ),
+        )
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    """Whether the node's value is no container."""
+    value = node.meta.get("val")
+    leaves = pytree.tree_leaves(value)
+    return len(leaves) == 1 and leaves[0] is value
+
+
+def _carries_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _attributes(root: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    """Modules, parameters and tensors that ``graph`` uses, by their original qualified names."""
+    targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    return {t: operator.attrgetter(t)(root) for t in targets if not t.startswith("_rebuild_")}
+
+
+def _check(graph: ModeGraph, stage_of: Mapping[str, int], n_stages: int, hazards: Hazards) -> None:
+    """Every node once, no edge backwards, nothing cut that must stay together."""
+    nodes = [n for n in graph.module.graph.nodes if n.op in ("call_function", "call_module", "call_method")]
+    names = {n.name for n in nodes}
+    if missing := sorted(names - stage_of.keys()):
+        raise PlanMismatchError(f"the plan says nothing of node(s) {_list(missing)} of the captured graph")
+    known = {n.name for n in graph.module.graph.nodes}
+    if unknown := sorted(stage_of.keys() - known):
+        raise PlanMismatchError(f"the plan names node(s) {_list(unknown)} that the captured graph lacks")
+    for name in sorted(names):
+        if not 0 <= stage_of[name] < n_stages:
+            raise PlanMismatchError(
+                f"node {name!r} is in stage {stage_of[name]}; stages go from 0 to {n_stages - 1}"
+            )
+    edges = [(a.name, n.name) for n in nodes for a in n.all_input_nodes if a.name in names]
+    for u, v in [*edges, *hazards.order]:
+        if u in names and v in names and stage_of[u] > stage_of[v]:
+            raise PlanMismatchError(
+                f"node {v!r} (stage {stage_of[v]}) needs node {u!r} of a later stage ({stage_of[u]}); "
+                f"values only flow to the same or a later stage"
+            )
+    for group in hazards.groups:
+        by_stage: dict[int, list[str]] = defaultdict(list)
+        for name in sorted(group & names):
+            by_stage[stage_of[name]].append(name)
+        if len(by_stage) > 1:
+            raise PlanMismatchError(
+                f"nodes {_list(sorted(group & names))} must share a stage (one writes to the other's memory, "
+                f"or their value cannot travel); the plan puts them in stages {sorted(by_stage)}"
+            )
+
+
+def _list(names: Iterable[str], most: int = 6) -> str:
+    names = list(names)
+    shown = ", ".join(repr(n) for n in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,140 @@
+"""How to train: everything that `Pipeline.trainer` was told, checked and immutable."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from .predictors import Predictor, check_predictor
+from .schedule import Horizon
+
+METHODS = ("dtrp", "dtr", "fdg", "adl", "bp")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run, the same for every stage.
+
+    Attributes mirror the arguments of `Pipeline.trainer`; section 3 and 4 of the algorithm's description
+    say what they mean.
+    """
+
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None
+    optimizer: Callable[[Any], Optimizer]
+    lr_scheduler: Callable[[Optimizer], Any] | None = None
+    method: str = "dtrp"
+    predictor: str | Predictor = "auto"
+    horizon: Horizon = "common"
+    horizon_scale: float = 1.0
+    lr_shrink: float = 1.0
+    grad_shrink: float = 1.0
+    accumulate: int = 1
+    max_grad_norm: float | None = None
+    autocast: torch.dtype | None = None
+    seed: int | None = None
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    param_groups: Callable[[str, torch.nn.Parameter], dict[str, Any]] | None = None
+    scheduler_step: Literal["update", "epoch"] = "update"
+    compile_stages: bool = False
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("horizon", self.horizon, ("common", "stage"))
+        _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        _one_of("scheduler_step", self.scheduler_step, ("update", "epoch"))
+        check_predictor(self.predictor)
+        for name in ("optimizer", "loss_fn", "lr_scheduler", "param_groups"):
+            value = getattr(self, name)
+            if value is None and name != "optimizer":
+                continue
+            if not callable(value) or isinstance(value, Optimizer):
+                raise TypeError(f"{name}={_short(value)}: expected {_EXPECTED[name]}")
+        _number("horizon_scale", self.horizon_scale, low=0.0)
+        _number("lr_shrink", self.lr_shrink, above=0.0)
+        _number("grad_shrink", self.grad_shrink, above=0.0)
+        if self.max_grad_norm is not None:
+            _number("max_grad_norm", self.max_grad_norm, above=0.0)
+        for name, low in (("accumulate", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name}={value!r}: expected an int >= {low}")
+            if value < low:
+                raise ValueError(f"{name}={value!r}: expected an int >= {low}")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise TypeError(f"seed={self.seed!r}: expected an int or None")
+        if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
+            raise TypeError(f"autocast={self.autocast!r}: expected a dtype such as torch.bfloat16")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        predicts = self.predictor not in ("none", "auto")
+        if predicts and self.method in ("dtr", "bp", "fdg", "adl"):
+            raise ValueError(
+                f"method={self.method!r} with predictor={self.predictor!r}: {_WHY_NONE[self.method]}; "
+                f"use method='dtrp', or predictor='none'"
+            )
+        if self.method == "bp" and (self.lr_shrink != 1.0 or self.grad_shrink != 1.0):
+            raise ValueError(
+                "method='bp' is exact back-propagation: lr_shrink and grad_shrink compensate a delay that it "
+                "does not have; leave them at 1"
+            )
+
+    @property
+    def predicts(self) -> bool:
+        """Whether passes run on predicted weights."""
+        return self.method == "dtrp" and self.predictor != "none" and self.horizon_scale > 0
+
+    @property
+    def one_batch_at_a_time(self) -> bool:
+        """Whether a batch leaves the pipeline before the next one enters (back-propagation)."""
+        return self.method == "bp"
+
+    def recompute(self, planned: bool) -> bool:
+        """Whether a stage recomputes, given the plan's choice."""
+        if self.method in ("fdg", "adl", "bp"):
+            return False
+        return planned
+
+
+_EXPECTED = {
+    "optimizer": "a callable that takes parameters and returns a torch.optim.Optimizer, such as "
+    "partial(torch.optim.SGD, lr=0.1)",
+    "loss_fn": "a callable (output, target) -> scalar tensor, or None if the model gives its own loss",
+    "lr_scheduler": "a callable that takes an optimizer and returns a scheduler, such as "
+    "partial(torch.optim.lr_scheduler.StepLR, step_size=30)",
+    "param_groups": "a callable (name, parameter) -> dict of optimizer options",
+}
+
+_WHY_NONE = {
+    "dtr": "dtr is the scheme without weight prediction",
+    "bp": "back-propagation has no delay to predict over",
+    "fdg": "fdg keeps each batch's graph on the weights that its forward used",
+    "adl": "adl keeps each batch's graph on the weights that its forward used",
+}
+
+
+def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:
+    text = f">= {low:g}" if low is not None else f"> {above:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r}: expected a number {text}")
+    number = float(value)
+    if not math.isfinite(number) or (low is not None and number < low) or (above is not None and number <= above):
+        raise ValueError(f"{name}={value!r}: expected a finite number {text}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

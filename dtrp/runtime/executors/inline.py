@@ -1,0 +1,136 @@
+"""All stages in this process, one after the other: the reference that other executors must equal."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import DtrpError, WorkerError
+from ..config import TrainConfig
+from ..events import Event
+from ..links import InlineLinks
+from ..program import StageProgram
+from ..stage import Feed, Report, StageRunner
+from .base import Loss, Measure
+
+
+class InlineExecutor:
+    """Runs the stages' ticks in stage order. Trains the model's own parameters, in place."""
+
+    def __init__(
+        self, programs: Sequence[StageProgram], config: TrainConfig, *, seed: int | None, record: bool = False
+    ) -> None:
+        self.config = config
+        self.links = InlineLinks()
+        self.reports: deque[Report] = deque()
+        self.runners: list[StageRunner] = []
+        for program in programs:
+            with _blamed(program.stage):
+                runner = StageRunner(
+                    _with_guests_of_its_own(program),
+                    config,
+                    self.links,
+                    seed=seed,
+                    report=self.reports.append,
+                    record=record,
+                )
+            self.runners.append(runner)
+
+    def tick(self, feeds: Sequence[Feed | None]) -> None:
+        with self._threads():
+            squared_norm = 0.0
+            for runner, feed in zip(self.runners, feeds, strict=True):
+                with _blamed(runner.stage):
+                    squared_norm += runner.begin(feed)
+            for runner in self.runners:
+                with _blamed(runner.stage):
+                    runner.finish(squared_norm)
+
+    def settle(self) -> None:
+        self.call("settle")
+
+    def losses(self) -> list[Loss]:
+        found = []
+        while self.reports and self.reports[0].ready():
+            report = self.reports.popleft()
+            found.append(Loss(report.batch, report.value(), report.skipped))
+        return found
+
+    def evaluate(self, batches: Any, measure: Measure | None) -> list[Any]:
+        results = []
+        try:
+            self.call("begin_evaluation", [(measure,)] * len(self.runners))
+            for slot, feeds in enumerate(batches):
+                result = None
+                with self._threads():
+                    for runner, feed in zip(self.runners, feeds, strict=True):
+                        with _blamed(runner.stage):
+                            result = runner.evaluate(slot, feed)
+                results.append(result)
+        finally:
+            self.call("end_evaluation")
+        return results
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        results = []
+        for k, runner in enumerate(self.runners):
+            with _blamed(runner.stage):
+                results.append(getattr(runner, method)(*(arguments[k] if arguments else ())))
+        return results
+
+    def events(self) -> list[Event]:
+        return [event for events in self.call("take_events") for event in events]
+
+    def close(self) -> None:
+        self.links.clear()
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """As many threads as a worker process would use: sums may depend on their number."""
+        if len(self.runners) == 1:
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _with_guests_of_its_own(program: StageProgram) -> StageProgram:
+    """The program with its own copies of the parameters that belong to another stage; the rest is shared."""
+    guests = {tie.name_in(program.stage) for tie in program.ties if tie.owner != program.stage}
+    held = guests - {None}
+    if not held:
+        return program
+    parameters = dict(program.module.named_parameters())
+    shared: dict[int, Any] = {
+        id(t): t
+        for t in (*program.module.parameters(), *program.module.buffers())
+        if not any(t is parameters.get(str(n)) for n in held)
+    }
+    module = copy.deepcopy(program.module, shared)
+    assert isinstance(module, nn.Module)
+    return StageProgram(**{**program.__dict__, "module": module})
+
+
+@contextmanager
+def _blamed(stage: int) -> Iterator[None]:
+    """An exception in a stage reaches the caller as it would from a worker process."""
+    try:
+        yield
+    except DtrpError:
+        raise
+    except Exception as e:
+        text = "".join(traceback.format_exception(e))
+        raise WorkerError(
+            f"stage {stage} failed: {type(e).__name__}: {e}", stage=stage, remote_traceback=text
+        ) from e

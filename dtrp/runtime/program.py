@@ -1,0 +1,147 @@
+"""What one stage is given to run: its module, its wires, its place. Immutable, picklable, free of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..wiring import Wiring
+
+
+@dataclass(frozen=True)
+class Code:
+    """Generated Python source of a ``forward`` and the globals that it names."""
+
+    source: str
+    globals: Mapping[str, Any]
+
+    def compile(self) -> Callable[..., tuple[Any, ...]]:
+        """The function ``forward(self, *inputs) -> tuple of outputs``."""
+        scope = dict(self.globals)
+        exec(compile(self.source, "<dtrp stage>", "exec"), scope)
+        function: Callable[..., tuple[Any, ...]] = scope["forward"]
+        return function
+
+
+class StageModule(nn.Module):
+    """One stage as an ordinary module: the model's own submodules under their own names, one code per mode.
+
+    Which code runs follows ``self.training``. It pickles as source text, where an ``fx.GraphModule`` would
+    be traced anew.
+    """
+
+    def __init__(self, attributes: Mapping[str, Any], train: Code, evaluate: Code) -> None:
+        super().__init__()
+        for name in sorted(attributes, key=lambda n: (n.count("."), n)):
+            _assign(self, name, attributes[name])
+        self._code = {True: train, False: evaluate}
+        self._forward = {mode: code.compile() for mode, code in self._code.items()}
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """Outputs of the stage, in the order of its wires."""
+        return self._forward[self.training](self, *inputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forward = {mode: code.compile() for mode, code in self._code.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StageModule:
+        import copy
+
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        state = {k: v for k, v in self.__getstate__().items() if k != "_code"}
+        new.__setstate__({**copy.deepcopy(state, memo), "_code": self._code})
+        return new
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One trainable parameter that several stages hold: ``(stage, name there)``, the owner first.
+
+    The owner is the lowest stage, whose backward of a batch comes last; it alone steps with the sum of all
+    stages' gradients of that batch, then hands the sum to the others.
+    """
+
+    holders: tuple[tuple[int, str], ...]
+
+    @property
+    def owner(self) -> int:
+        return self.holders[0][0]
+
+    def name_in(self, stage: int) -> str | None:
+        """The parameter's name in ``stage``, ``None`` where it is not held."""
+        return dict(self.holders).get(stage)
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """All that a stage needs to know, whoever runs it."""
+
+    stage: int
+    module: StageModule
+    train: Wiring
+    evaluate: Wiring
+    recompute: bool
+    device: torch.device
+    ties: tuple[Tie, ...] = ()
+    writes_inputs: bool = False  # the stage changes some of its inputs in place
+
+    @property
+    def n_stages(self) -> int:
+        return self.train.n_stages
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.n_stages - 1
+
+    def wiring(self, training: bool) -> Wiring:
+        return self.train if training else self.evaluate
+
+
+@contextmanager
+def no_trace(module: nn.Module) -> Iterator[None]:
+    """Whatever a pass does to module state (buffers, counters, attributes) is undone at the end.
+
+    Buffers are cloned before, so that in-place updates go to the clones; parameters are left alone.
+    """
+    kept = [(m, m.__dict__.copy(), m._buffers.copy()) for m in module.modules()]
+    clones: dict[int, torch.Tensor] = {}  # a buffer shared by two modules stays shared
+    for m, _, buffers in kept:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                m._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+    try:
+        yield
+    finally:
+        for m, attributes, buffers in kept:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            m._buffers.clear()
+            m._buffers.update(buffers)
+
+
+def _assign(root: nn.Module, name: str, value: Any) -> None:
+    """Set ``root.a.b.c``, making plain modules on the way; what is already there as itself stays."""
+    *path, last = name.split(".")
+    module = root
+    for part in path:
+        child = getattr(module, part, None)
+        if child is None:
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if getattr(module, last, None) is value:
+        return
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        module.register_buffer(last, value, persistent=False)
+    else:
+        setattr(module, last, value)
