@@ -92,6 +92,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.access: _Access | None = None
         self.real = real  # fake storage of a parameter or buffer -> its real one
+        self.seen: list[Any] = []  # kept alive: a freed storage's number would come back as another's
 
     def storages(self, tree: Any) -> set[int]:
         found = {_storage(t) for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)}
@@ -107,7 +108,9 @@ class _Watch(TorchDispatchMode):
                 access.reads |= storages
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     access.writes |= storages
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.seen.append(result)
+        return result
 
 
 class _Runner(fx.Interpreter):
@@ -138,7 +141,9 @@ def _watch(gm: fx.GraphModule) -> list[_Access]:
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     state = itertools.chain(gm.parameters(), gm.buffers())
-    watch = _Watch({_storage(mode.from_tensor(t)): _storage(t) for t in state})
+    fakes = [(mode.from_tensor(t), t) for t in state]
+    watch = _Watch({_storage(fake): _storage(t) for fake, t in fakes})
+    watch.seen.append(fakes)
     runner = _Runner(gm, watch)
     try:
         with mode, watch, all_trainable(gm), torch.enable_grad():
