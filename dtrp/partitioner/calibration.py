@@ -1,0 +1,154 @@
+"""Measures once what the device at hand can do, and remembers it in the user's cache directory.
+
+A fraction of a second: large matrix products for the peak rate of each dtype, an elementwise operator on
+arrays larger than the caches for the memory bandwidth, a tiny operator for the launch overhead; the best of
+several repetitions each time, because interference only ever adds."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrp.partitioner.devices import GB, DeviceSpec
+
+_FORMAT = 1
+# What gloo moves between two processes of one machine, serialisation included; measured: 4 MB each way in 8
+# ms.
+_CPU_LINK = 1.0 * GB
+_CUDA_LINK = 25.0 * GB  # PCIe 4 x16; NVLink is faster, and `bandwidth=` says so
+
+
+def cache_directory() -> Path:
+    """Where dtrp keeps what it measured: ``$XDG_CACHE_HOME/dtrp``, else ``~/.cache/dtrp``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "dtrp"
+
+
+def calibrate(device: torch.device) -> DeviceSpec:
+    """The figures of ``device``, measured at the first call on this machine and read from the cache after."""
+    key = _identity(device)
+    return _calibrated(device, key)
+
+
+@functools.lru_cache(maxsize=32)
+def _calibrated(device: torch.device, key: str) -> DeviceSpec:
+    cached = read_cache("calibration", key)
+    if cached is not None:
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            return DeviceSpec.from_dict(cached)
+    spec = _measure(device)
+    write_cache("calibration", key, spec.to_dict())
+    return spec
+
+
+def read_cache(kind: str, key: str) -> dict[str, Any] | None:
+    """What was stored under ``key``; ``None`` if nothing was, or if the file cannot be trusted."""
+    try:
+        data = json.loads(_cache_file(kind, key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(data, dict) or data.get("format") != _FORMAT or data.get("key") != key:
+        return None
+    value = data.get("value")
+    return value if isinstance(value, dict) else None
+
+
+def write_cache(kind: str, key: str, value: dict[str, Any]) -> None:
+    """Stores ``value``; whole or not at all, and silently not where the directory cannot be written."""
+    path = _cache_file(kind, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"format": _FORMAT, "key": key, "value": value}, file)
+        os.replace(temporary, path)
+    except OSError:
+        return
+
+
+def _cache_file(kind: str, key: str) -> Path:
+    return cache_directory() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _identity(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}|torch {torch.__version__}"
+    return f"{_cpu_name()}|{torch.get_num_threads()} threads|torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _measure(device: torch.device) -> DeviceSpec:
+    cuda = device.type == "cuda"
+    flops: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        fast = dtype in (torch.float32, torch.bfloat16)  # some CPUs take ages for the others
+        size = 4096 if cuda else 512 if fast else 192
+        with contextlib.suppress(RuntimeError):  # a dtype that the device cannot multiply has no figure
+            a = torch.ones(size, size, dtype=dtype, device=device)
+            out = torch.empty_like(a)
+            seconds = best_time(functools.partial(torch.mm, a, a, out=out), device, budget=0.06)
+            flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+    # With a fresh result each time, as models do it: on CPU the allocation is part of the price.
+    large = torch.ones((256 if cuda else 16) * 2**20 // 4, device=device)
+    seconds = best_time(functools.partial(torch.add, large, large), device, budget=0.08)
+    bandwidth = 3 * large.numel() * 4 / seconds
+    tiny = torch.ones(8, device=device, requires_grad=True)
+
+    def many() -> None:
+        for _ in range(100):
+            torch.relu(tiny)
+
+    overhead = best_time(many, device, budget=0.02) / 100
+    return DeviceSpec(
+        name=torch.cuda.get_device_name(device) if cuda else f"CPU ({_cpu_name()})",
+        flops=flops,
+        memory_bandwidth=bandwidth,
+        launch_overhead=overhead,
+        memory_bytes=float(torch.cuda.get_device_properties(device).total_memory if cuda else _cpu_memory()),
+        link_bandwidth=_CUDA_LINK if cuda else _CPU_LINK,
+        link_latency=10e-6 if cuda else 100e-6,
+        kind="cuda" if cuda else "cpu",
+    )
+
+
+def best_time(
+    function: Callable[[], Any], device: torch.device, *, budget: float, least: int = 3, warm_up: int = 1
+) -> float:
+    """Seconds of the fastest of several calls, within about ``budget`` seconds in all."""
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
+    for _ in range(warm_up):
+        function()
+    wait()
+    best, count, end = float("inf"), 0, time.perf_counter() + budget
+    while count < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        wait()
+        best, count = min(best, time.perf_counter() - start), count + 1
+    return best
+
+
+def _nothing() -> None:
+    return None
+
+
+def _cpu_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,358 @@
+"""What one node of a graph costs: run alone on fake tensors, forward and backward.
+
+Nothing is computed and nothing is allocated. The node's inputs are fresh fake tensors of the right shapes,
+detached from everything before it; a dispatch mode sees each operator that the node and its backward reduce
+to, and torch's saved-tensor hooks see what autograd keeps in between. Two nodes with the same code,
+settings and input shapes cost the same, so each such kind runs once: a model of thousands of nodes takes
+seconds.
+
+The fake tensors pretend to be on the CPU whatever the model's device is (also meta). There, attention takes
+the fused kernel, as it does on GPUs, while on meta it would be spelled out with its quadratic intermediate
+result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtrp.partitioner.op_cost import OpCost, op_cost
+
+_DEVICE = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the graph without its contents. ``storage`` names the memory that it lies in."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    storage: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements (an expanded dimension counts in full: that is what would be sent)."""
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def kind(self) -> Hashable:
+        """All of it that matters to what a node costs."""
+        return (self.shape, self.stride, self.dtype, self.requires_grad)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """A tensor among a node's outputs, and whose memory it lies in: an input's, a parameter's, or new."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    alias_of: int | str | None  # index of an input, name of a parameter or buffer; None: new memory
+    fresh: int  # index into NodeCost.fresh where alias_of is None, else -1
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What a node does and keeps.
+
+    Attributes
+    ----------
+    forward, backward : tuple[OpCost, ...]
+        The operators of each pass.
+    fresh : tuple[int, ...]
+        Bytes of each new storage that outputs lie in.
+    saved_inputs, saved_fresh : tuple[int, ...]
+        Which inputs and which of ``fresh`` autograd saves for the backward pass.
+    saved_inside : int
+        Bytes of what it saves besides: dropout masks, statistics, values between a module's operators.
+    grad_inputs : tuple[int, ...]
+        Inputs that an in-place operation made to require a gradient.
+    outputs : Any
+        The node's value: a pytree with an `OutputSpec` for each tensor.
+    exact : bool
+        False if the node could not be run alone: then only its outputs' sizes are known.
+    """
+
+    forward: tuple[OpCost, ...]
+    backward: tuple[OpCost, ...]
+    fresh: tuple[int, ...]
+    saved_inputs: tuple[int, ...]
+    saved_fresh: tuple[int, ...]
+    saved_inside: int
+    grad_inputs: tuple[int, ...]
+    outputs: Any
+    exact: bool = True
+
+
+class NodeRunner:
+    """Runs nodes of one model on fake tensors and remembers what they cost.
+
+    Parameters
+    ----------
+    dtype
+        Run under autocast to this dtype; ``None``: in the model's own dtypes.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._dtype = dtype
+        self._memory: dict[Hashable, NodeCost] = {}
+
+    def function(
+        self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: Hashable = None
+    ) -> NodeCost:
+        """The cost of ``target(*args, **kwargs)``, where `TensorSpec` stands for tensors."""
+        kwargs = _on_cpu(kwargs)
+        key = _key(name or target, _on_cpu(args), kwargs)
+        return self._remember(key, lambda: self._run(target, _on_cpu(args), kwargs, {}))
+
+    def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NodeCost:
+        """The cost of ``module(*args, **kwargs)``, its parameters and buffers being fake as well."""
+        state = {
+            name: TensorSpec(tuple(t.shape), t.stride(), t.dtype, t.requires_grad, -1)
+            for name, t in [*module.named_parameters(), *module.named_buffers()]
+        }
+        config = _config(module)
+        key = None if config is None else _key(config, args, kwargs)
+
+        def target(*a: Any, **k: Any) -> Any:
+            with _untouched(module):
+                return torch.func.functional_call(module, self._fakes, a, k, tie_weights=True)
+
+        return self._remember(key, lambda: self._run(target, args, kwargs, state))
+
+    def _remember(self, key: Hashable, run: Callable[[], NodeCost]) -> NodeCost:
+        if key is None:
+            return run()
+        if key not in self._memory:
+            self._memory[key] = run()
+        return self._memory[key]
+
+    def _run(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Mapping[str, TensorSpec],
+    ) -> NodeCost:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        saved: list[torch.Tensor] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        autocast = nullcontext() if self._dtype is None else torch.autocast(_DEVICE.type, dtype=self._dtype)
+        with self._mode, torch.enable_grad():
+            self._fakes = {name: _fake(spec) for name, spec in state.items()}
+            # One value passed twice is one tensor: attention modules ask whether key *is* query.
+            made: dict[int, torch.Tensor] = {}
+            for leaf in leaves:
+                if isinstance(leaf, TensorSpec) and id(leaf) not in made:
+                    made[id(leaf)] = _fake(leaf)
+            # A node may work in place, which autograd forbids on leaves: it gets a copy that is not one.
+            copies = {i: root.clone() for i, root in made.items()}
+            roots = [made.get(id(leaf)) for leaf in leaves]
+            inputs = [copies.get(id(leaf), leaf) for leaf in leaves]
+            wanted = [
+                inp.requires_grad if root is not None else False
+                for root, inp in zip(roots, inputs, strict=True)
+            ]
+            call_args, call_kwargs = pytree.tree_unflatten(inputs, structure)
+            with _Operators() as forward, torch.autograd.graph.saved_tensors_hooks(pack, _unpack), autocast:
+                value = target(*call_args, **call_kwargs)
+            out_leaves, out_structure = pytree.tree_flatten(value)
+            tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
+            results = [t for t in tensors if t.requires_grad]
+            results += [
+                t
+                for t, before in zip(inputs, wanted, strict=True)
+                if isinstance(t, torch.Tensor) and t.requires_grad and not before
+            ]
+            sources = [r for r in made.values() if r.requires_grad]
+            sources += [t for t in self._fakes.values() if t.requires_grad]
+            backward = _Operators()
+            if results and sources:
+                gradients = [torch.empty_like(t) for t in results]
+                with backward:
+                    torch.autograd.grad(results, sources, gradients, allow_unused=True)
+        return _summary(forward, backward, inputs, wanted, self._fakes, saved, out_leaves, out_structure)
+
+
+def _summary(
+    forward: _Operators,
+    backward: _Operators,
+    inputs: Sequence[Any],
+    wanted: Sequence[bool],
+    state: Mapping[str, torch.Tensor],
+    saved: Sequence[torch.Tensor],
+    out_leaves: Sequence[Any],
+    out_structure: pytree.TreeSpec,
+) -> NodeCost:
+    """Sorts every storage that was met by whose it is: parameter, input, output or neither."""
+    owner: dict[int, int | str] = {_storage(t): name for name, t in state.items()}
+    owner |= {_storage(t): i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor)}
+    fresh: dict[int, tuple[int, int]] = {}  # storage -> (index, bytes)
+    outputs: list[Any] = []
+    for leaf in out_leaves:
+        if not isinstance(leaf, torch.Tensor):
+            outputs.append(leaf)
+            continue
+        storage = _storage(leaf)
+        alias = owner.get(storage)
+        if alias is None and storage not in fresh:
+            fresh[storage] = (len(fresh), leaf.untyped_storage().nbytes())
+        index = fresh[storage][0] if alias is None else -1
+        outputs.append(
+            OutputSpec(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, alias, index)
+        )
+    saved_inputs, saved_fresh, inside = set(), set(), {}
+    for tensor in saved:
+        storage = _storage(tensor)
+        alias = owner.get(storage)
+        if isinstance(alias, int):
+            saved_inputs.add(alias)
+        elif alias is None and storage in fresh:
+            saved_fresh.add(fresh[storage][0])
+        elif alias is None:
+            inside[storage] = tensor.untyped_storage().nbytes()
+    return NodeCost(
+        forward=tuple(forward.seen),
+        backward=tuple(backward.seen),
+        fresh=tuple(size for _, size in fresh.values()),
+        saved_inputs=tuple(sorted(saved_inputs)),
+        saved_fresh=tuple(sorted(saved_fresh)),
+        saved_inside=sum(inside.values()),
+        grad_inputs=tuple(
+            i
+            for i, (t, before) in enumerate(zip(inputs, wanted, strict=True))
+            if isinstance(t, torch.Tensor) and t.requires_grad and not before
+        ),
+        outputs=pytree.tree_unflatten(outputs, out_structure),
+    )
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the cost of each operator that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[OpCost] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        cost = op_cost(func, args, kwargs, out)
+        if cost is not None:
+            self.seen.append(cost)
+        return out
+
+
+def _fake(spec: TensorSpec) -> torch.Tensor:
+    return torch.empty_strided(
+        spec.shape, spec.stride, dtype=spec.dtype, device=_DEVICE, requires_grad=spec.requires_grad
+    )
+
+
+def _unpack(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Whatever the module notes on itself while it runs on fakes is gone afterwards."""
+    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes, buffers in before:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            m._buffers.clear()
+            m._buffers.update(buffers)
+
+
+def _on_cpu(arguments: Any) -> Any:
+    """Devices among the arguments (of factories, of ``to``) become the fakes' device."""
+    if isinstance(arguments, dict) and "device" in arguments and arguments["device"] is not None:
+        arguments = arguments | {"device": _DEVICE}
+    return pytree.tree_map_only(torch.device, lambda _: _DEVICE, arguments)
+
+
+def _key(target: Hashable, args: Any, kwargs: Any) -> Hashable:
+    """Identifies a call up to what changes its cost; ``None`` if that cannot be told."""
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    parts: list[Hashable] = []
+    first: dict[int, int] = {}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, TensorSpec):
+            part: Hashable = (leaf.kind, first.setdefault(id(leaf), i))
+        else:
+            part = (type(leaf), leaf)
+        if isinstance(leaf, slice):
+            part = ("slice", str(leaf))
+        try:
+            hash(part)
+        except TypeError:
+            return None
+        parts.append(part)
+    return (target, str(structure), tuple(parts))
+
+
+_SIMPLE = (int, float, str, bool, type(None), torch.dtype, torch.Size)
+
+
+def _config(module: nn.Module) -> Hashable:
+    """Code, settings and parameter shapes of a module and all below; ``None`` if it keeps anything else."""
+    parts: list[Hashable] = []
+    for name, m in module.named_modules():
+        settings: list[Hashable] = []
+        for attribute, value in m.__dict__.items():
+            if attribute in _PLUMBING:
+                continue
+            if attribute == "forward" or not _is_simple(value):
+                return None
+            settings.append((attribute, _frozen(value)))
+        tensors = tuple(
+            (key, tuple(t.shape), t.dtype, t.requires_grad)
+            for key, t in [*m._parameters.items(), *m._buffers.items()]
+            if t is not None
+        )
+        hooks = any(m.__dict__[key] for key in _HOOKS if key in m.__dict__)
+        if hooks:
+            return None
+        parts.append((name, type(m), tuple(settings), tensors))
+    return tuple(parts)
+
+
+_HOOKS = tuple(key for key in nn.Module().__dict__ if "hooks" in key)
+_PLUMBING = {*nn.Module().__dict__, "_flat_weights", "_flat_weight_refs"} - {"training"}
+
+
+def _frozen(value: Any) -> Hashable:
+    return tuple(map(_frozen, value)) if isinstance(value, (tuple, list)) else (type(value), value)
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_simple(v) for v in value)
+    return isinstance(value, _SIMPLE)

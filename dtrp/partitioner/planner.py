@@ -1,0 +1,201 @@
+"""Joins what planning needs: the cost graph, the rules for cutting, what stages cost, and the solver."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Protocol
+
+import networkx as nx
+
+from dtrp.errors import InfeasiblePlanError
+from dtrp.partitioner.capture.graph import Captured
+from dtrp.partitioner.devices import DeviceSpec, parse_bytes
+from dtrp.partitioner.partition import Partition, partition
+from dtrp.partitioner.plan import Plan, fingerprint
+from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, RECOMPUTE, stage_models
+
+log = logging.getLogger(__name__)
+
+USABLE_MEMORY = 0.9
+"""The share of a device's memory that a plan may fill; the rest is for the allocator and the libraries."""
+
+
+class Rules(Protocol):
+    """What a cut may not do; see `dtrp.partitioner.hazards`."""
+
+    @property
+    def groups(self) -> Sequence[Collection[str]]:
+        """Nodes that must share a stage."""
+
+    @property
+    def order(self) -> Sequence[tuple[str, str]]:
+        """``(u, v)``: stage(u) <= stage(v)."""
+
+
+def make_plan(
+    captured: Captured,
+    graph: nx.DiGraph,
+    hazards: Rules,
+    n_stages: int,
+    *,
+    devices: Sequence[DeviceSpec] | None = None,
+    memory_limit: float | str | Sequence[float | str | None] | None = None,
+    recompute: bool | str | Sequence[bool] = "auto",
+    optimizer_bytes: float = OPTIMIZER_BYTES,
+    predicts: bool = True,
+    horizon: str = "common",
+    pins: Mapping[str, int] | None = None,
+    engine: str = "auto",
+    time_limit: float = 5.0,
+    seed: int = 0,
+) -> Plan:
+    """The plan with the smallest tick time that fits the memory.
+
+    Parameters
+    ----------
+    captured, graph, hazards
+        The model, its cost graph (each node's ``stage`` is set here) and the rules for cutting it.
+    n_stages
+        K.
+    devices
+        What each stage runs on, one for each stage. Default: all on the graph's first device.
+    memory_limit
+        Bytes or text such as ``"16GB"``; one for all or one per stage. ``None``: what the device has; a
+        plan that does not fit there is still made, with as little memory as recomputation allows, and says
+        so in the log.
+    recompute
+        ``True``, ``False``, ``"auto"`` or one truth value per stage.
+    optimizer_bytes, predicts, horizon
+        How training will go; see `dtrp.partitioner.stage_cost.stage_models`.
+    pins
+        Module names (or node names) and the stages that they shall be in.
+    engine, time_limit, seed
+        For `dtrp.partitioner.partition.partition`.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        The memory limit or the pins cannot be met.
+    ValueError
+        A wrong argument, such as more stages than there are nodes to share out.
+    """
+    specs: Sequence[DeviceSpec] = graph.graph["specs"]
+    index = device_indices(graph, devices, n_stages)
+    limits = memory_limits(memory_limit, n_stages)
+    groups = [set(group) & set(graph) for group in hazards.groups]
+    groups += _parameters_with_their_users(graph)
+    order = [(u, v) for u, v in hazards.order if u in graph and v in graph]
+    fixed = _fixed(graph, pins or {})
+
+    def solve(choice: bool | str | Sequence[bool], limit: Sequence[float | None]) -> Partition:
+        models = stage_models(
+            n_stages,
+            recompute=choice,
+            devices=index,
+            memory_limit=limit,
+            optimizer_bytes=optimizer_bytes,
+            predicts=predicts,
+            horizon=horizon,
+        )
+        return partition(
+            graph,
+            n_stages,
+            transfer="transfer_time",
+            size="transfer_bytes",
+            stage_models=models,
+            colocate=[group for group in groups if len(group) > 1],
+            order=order,
+            fixed=fixed,
+            engine=engine,
+            time_limit=time_limit,
+            seed=seed,
+        )
+
+    if limits is not None:
+        result = solve(recompute, limits)
+    else:
+        try:
+            result = solve(recompute, default_limits([specs[i] for i in index]))
+        except InfeasiblePlanError as e:
+            log.warning("no plan fits the devices' memory; planning without that limit. %s", e)
+            result = solve(True if recompute == "auto" else recompute, [None] * n_stages)
+    edges = [(u, v) for u, v, data in graph.edges(data=True) if data.get("precedence", True)]
+    plan = Plan(
+        n_stages=n_stages,
+        stage_of={str(n): result.stage_of[n] for n in graph},
+        recompute=tuple(option == RECOMPUTE for option in result.options),
+        fingerprint=fingerprint(captured),
+        modules=dict(graph.nodes(data="module")),
+        edges=tuple(dict.fromkeys([*edges, *order])),
+        groups=_merged(groups),
+        lower_bound=result.lower_bound,
+        engine=result.engine,
+        reason=result.reason,
+    )
+    nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
+    return plan
+
+
+def device_indices(graph: nx.DiGraph, devices: Sequence[DeviceSpec] | None, n_stages: int) -> list[int]:
+    """For each stage, which of the cost graph's devices it runs on."""
+    specs: Sequence[DeviceSpec] = graph.graph["specs"]
+    if devices is None:
+        return [0] * n_stages
+    if len(devices) != n_stages:
+        raise ValueError(f"{len(devices)} devices for {n_stages} stages; give one device per stage")
+    names = [spec.name for spec in specs]
+    unknown = [spec.name for spec in devices if spec.name not in names]
+    if unknown:
+        raise ValueError(f"the cost graph has no times for {unknown[0]!r}, only for {', '.join(names)}")
+    return [names.index(spec.name) for spec in devices]
+
+
+def memory_limits(
+    limit: float | str | Sequence[float | str | None] | None, n_stages: int
+) -> list[float | None] | None:
+    """A limit in bytes for each stage; ``None`` if the user gave none."""
+    if limit is None:
+        return None
+    if isinstance(limit, (int, float, str)):
+        return [float(parse_bytes(limit))] * n_stages
+    if len(limit) != n_stages:
+        raise ValueError(f"{len(limit)} memory limits for {n_stages} stages; give one, or one per stage")
+    return [None if value is None else float(parse_bytes(value)) for value in limit]
+
+
+def default_limits(devices: Sequence[DeviceSpec]) -> list[float | None]:
+    """What the devices have: CUDA stages have one each, CPU stages share the machine's memory."""
+    on_cpu = sum(spec.kind == "cpu" for spec in devices)
+    return [spec.memory_bytes * USABLE_MEMORY / (on_cpu if spec.kind == "cpu" else 1) for spec in devices]
+
+
+def _parameters_with_their_users(graph: nx.DiGraph) -> list[set[str]]:
+    """A parameter that the graph reads by name goes where it is first used; later users have it too."""
+    groups = []
+    for node, data in graph.nodes(data=True):
+        users = list(graph.successors(node))
+        if data["kind"] == "get_attr" and users:
+            position = {n: i for i, n in enumerate(graph)} if len(users) > 1 else {}
+            groups.append({node, min(users, key=lambda u: position.get(u, 0))})
+    return groups
+
+
+def _fixed(graph: nx.DiGraph, pins: Mapping[str, int]) -> dict[Hashable, int]:
+    fixed: dict[Hashable, int] = {}
+    for name, stage in pins.items():
+        chosen = [
+            n for n, m in graph.nodes(data="module") if n == name or m == name or m.startswith(f"{name}.")
+        ]
+        if not chosen:
+            raise ValueError(f"nothing to pin: neither a module nor a node is called {name!r}")
+        fixed |= dict.fromkeys(chosen, stage)
+    return fixed
+
+
+def _merged(groups: Sequence[set[str]]) -> tuple[tuple[str, ...], ...]:
+    """Groups that overlap, as one."""
+    together = nx.Graph()
+    for group in groups:
+        nx.add_path(together, sorted(group))
+    return tuple(tuple(sorted(part)) for part in nx.connected_components(together) if len(part) > 1)

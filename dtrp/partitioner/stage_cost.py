@@ -1,0 +1,308 @@
+"""What a stage costs per tick, in time and in memory.
+
+With F and B the forward and backward time of a stage's nodes, P its parameters' bytes, G those of them that
+train (each has a gradient), A what autograd keeps, I its inputs, o the optimizer's bytes per parameter
+byte, and K - k stages behind stage k:
+
+==========================  =======================================  ======================================
+stage                       time per tick                            memory
+==========================  =======================================  ======================================
+k < K, recomputing          2F + B + update + predictions            P + G(1+o) + G + (2(K-k)+1) I + A
+k < K, keeping its graphs   F + B + update + prediction              P + G(1+o) + 2(K-k) P + (2(K-k)+1)(I + A)
+k = K                       F + B + update (+ prediction)            P + G(1+o) (+ G) + I + A
+==========================  =======================================  ======================================
+
+The lone G is the copy that predicted weights need. A counts no stage inputs (they are I), so a stage that
+keeps its graphs has both. An update sweeps over the trainable parameters 3 + 2o times (weight, gradient and
+state read, weight and state written), a prediction 2 + o times (weight and state read, prediction written).
+
+Two sides use this: `stage_models` puts it as weights on node attributes, which is what planning needs, and
+`stage_costs` evaluates a given assignment exactly (parameters that several stages hold, inputs that several
+nodes read), which is what the report shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from dtrp.partitioner.partition import StageModel, StageOption
+
+RECOMPUTE, KEEP, LAST = "recompute", "keep", "last"
+
+OPTIMIZER_BYTES = 2.0
+"""Optimizer state per parameter byte that is assumed where the optimizer is not known: Adam's two moments."""
+
+
+def predictions(k: int, n_stages: int, *, recompute: bool, predicts: bool, horizon: str) -> int:
+    """How many passes of stage ``k`` (0-based) in a tick run on predicted weights.
+
+    With the common horizon, a recomputing stage predicts for its first forward and, unless it is the first
+    stage (whose backward is the moment that all aim at), for the recomputation; the last stage predicts for
+    its only pass. With the stage's own horizon, only first forwards are predicted.
+    """
+    last = k == n_stages - 1
+    if not predicts or n_stages == 1:
+        return 0
+    if horizon == "stage":
+        return 0 if last else 1
+    return 1 if last or not recompute or k == 0 else 2
+
+
+def stage_models(
+    n_stages: int,
+    *,
+    recompute: bool | str | Sequence[bool] = "auto",
+    devices: Sequence[int] | None = None,
+    memory_limit: Sequence[float | None] | None = None,
+    optimizer_bytes: float = OPTIMIZER_BYTES,
+    predicts: bool = True,
+    horizon: str = "common",
+) -> list[StageModel]:
+    """What each stage offers to the planner, as weights on the cost graph's attributes.
+
+    Parameters
+    ----------
+    n_stages
+        K.
+    recompute
+        For all stages but the last, which never does: ``True``, ``False``, ``"auto"`` (the planner's
+        choice), or one truth value per stage.
+    devices
+        For each stage, which of the graph's devices it runs on. Default: the first.
+    memory_limit
+        Bytes, per stage; ``None``: none.
+    optimizer_bytes
+        o above.
+    predicts, horizon
+        Whether training predicts weights, and which moment it aims at (``"common"`` or ``"stage"``).
+    """
+    models = []
+    for k in range(n_stages):
+        suffix = _suffix(0 if devices is None else devices[k])
+        options = [
+            _option(k, n_stages, choice, suffix, optimizer_bytes, predicts, horizon)
+            for choice in _choices(k, n_stages, recompute)
+        ]
+        models.append(StageModel(tuple(options), None if memory_limit is None else memory_limit[k]))
+    return models
+
+
+def _choices(k: int, n_stages: int, recompute: bool | str | Sequence[bool]) -> tuple[bool, ...]:
+    if k == n_stages - 1:
+        return (False,)
+    if recompute == "auto":
+        return (False, True)
+    if isinstance(recompute, str):
+        raise ValueError(
+            f"recompute must be True, False, 'auto' or one truth value per stage; got {recompute!r}"
+        )
+    return (recompute,) if isinstance(recompute, bool) else (bool(recompute[k]),)
+
+
+def _option(
+    k: int, n_stages: int, recompute: bool, suffix: str, optimizer_bytes: float, predicts: bool, horizon: str
+) -> StageOption:
+    last = k == n_stages - 1
+    in_flight = 2 * (n_stages - 1 - k)
+    passes = predictions(k, n_stages, recompute=recompute, predicts=predicts, horizon=horizon)
+    sweeps = 3 + 2 * optimizer_bytes + passes * (2 + optimizer_bytes)
+    stashed = 0 if recompute else in_flight  # weight versions that kept graphs hold on to
+    copies = 1 if passes and not stashed else 0
+    graphs = 1 if recompute else in_flight + 1
+    return StageOption(
+        label=LAST if last else RECOMPUTE if recompute else KEEP,
+        time={
+            f"forward_time{suffix}": 2.0 if recompute else 1.0,
+            f"backward_time{suffix}": 1.0,
+            f"sweep_time{suffix}": sweeps,
+        },
+        memory={
+            "params_bytes": 1.0 + stashed,
+            "buffer_bytes": 1.0,
+            "gradient_bytes": 1.0 + optimizer_bytes + copies,
+            "kept_bytes": float(graphs),
+            "first_input_bytes": float(in_flight + 1),
+        },
+        input_memory=float(in_flight + 1),
+    )
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage costs: seconds per tick and bytes, and what they are made of.
+
+    Attributes
+    ----------
+    forward, recompute, backward, update, prediction : float
+        Seconds of each part of a tick.
+    time_in, time_out : float
+        Seconds of the values that arrive and that leave, gradients on the way back taking as long.
+    weights, gradients, optimizer, copies, stashed_inputs, stashed_weights, activations : float
+        Bytes: parameters and buffers; their gradients; the optimizer's state; predicted weights; inputs of
+        batches in flight; weight versions and further graphs of batches in flight, without recomputation.
+    input_bytes, output_bytes : int
+        Of one batch: what arrives (model inputs too) and what leaves to later stages.
+    """
+
+    stage: int
+    nodes: tuple[str, ...] = field(repr=False)
+    recomputes: bool
+    forward: float
+    recompute: float
+    backward: float
+    update: float
+    prediction: float
+    time_in: float
+    time_out: float
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    stashed_inputs: float
+    stashed_weights: float
+    activations: float
+    flops: int
+    backward_flops: int
+    params: int
+    params_bytes: int
+    activation_bytes: int
+    input_bytes: int
+    output_bytes: int
+
+    @property
+    def compute(self) -> float:
+        """Seconds of a tick in which the device computes."""
+        return self.forward + self.recompute + self.backward + self.update + self.prediction
+
+    @property
+    def tick(self) -> float:
+        """Seconds of a tick: communication overlaps with computing."""
+        return max(self.compute, self.time_in, self.time_out)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the fullest moment."""
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.copies
+            + self.stashed_inputs
+            + self.stashed_weights
+            + self.activations
+        )
+
+
+def stage_costs(
+    graph: nx.DiGraph,
+    stage_of: Mapping[str, int],
+    recompute: Sequence[bool],
+    *,
+    devices: Sequence[int] | None = None,
+    optimizer_bytes: float = OPTIMIZER_BYTES,
+    predicts: bool = True,
+    horizon: str = "common",
+) -> list[StageCost]:
+    """What each stage of a given assignment costs.
+
+    Parameters
+    ----------
+    graph
+        From `cost_graph`.
+    stage_of
+        Node -> stage, 0-based.
+    recompute
+        Per stage; its length is the number of stages.
+    devices, optimizer_bytes, predicts, horizon
+        As for `stage_models`.
+    """
+    n_stages = len(recompute)
+    nodes: list[list[str]] = [[] for _ in range(n_stages)]
+    arriving: list[set[str]] = [set() for _ in range(n_stages)]
+    leaving: list[set[str]] = [set() for _ in range(n_stages)]
+    for node in graph:
+        stage = stage_of[node]
+        nodes[stage].append(node)
+        for user in graph.successors(node):
+            if stage_of[user] != stage and graph.nodes[node]["transfer_bytes"]:
+                leaving[stage].add(node)
+                arriving[stage_of[user]].add(node)
+    return [
+        _evaluate(
+            graph,
+            k,
+            n_stages,
+            nodes[k],
+            arriving[k],
+            leaving[k],
+            recompute[k] and k < n_stages - 1,
+            _suffix(0 if devices is None else devices[k]),
+            optimizer_bytes,
+            predictions(
+                k, n_stages, recompute=recompute[k] and k < n_stages - 1, predicts=predicts, horizon=horizon
+            ),
+        )
+        for k in range(n_stages)
+    ]
+
+
+def _evaluate(
+    graph: nx.DiGraph,
+    k: int,
+    n_stages: int,
+    nodes: Sequence[str],
+    arriving: set[str],
+    leaving: set[str],
+    recomputes: bool,
+    suffix: str,
+    optimizer_bytes: float,
+    passes: int,
+) -> StageCost:
+    def total(attribute: str, of: Sequence[str] | set[str] = nodes) -> float:
+        return float(sum(graph.nodes[n][attribute] for n in of))
+
+    in_flight = 2 * (n_stages - 1 - k)
+    held = {name for n in nodes for name in graph.nodes[n]["params"]}
+    sizes: Mapping[str, tuple[int, int]] = graph.graph["params"]
+    params_bytes = sum(sizes[name][1] for name in held)
+    gradients = sum(sizes[name][1] for name in held & graph.graph["trainable"])
+    inputs: dict[str, int] = {}
+    for n in nodes:
+        inputs |= graph.nodes[n]["model_inputs"]
+    input_bytes = int(total("transfer_bytes", arriving)) + sum(inputs.values())
+    forward, sweep = total(f"forward_time{suffix}"), total(f"sweep_time{suffix}")
+    kept = total("kept_bytes")
+    stashed = 0 if recomputes else in_flight
+    return StageCost(
+        stage=k,
+        nodes=tuple(nodes),
+        recomputes=recomputes,
+        forward=forward,
+        recompute=forward if recomputes else 0.0,
+        backward=total(f"backward_time{suffix}"),
+        update=(3 + 2 * optimizer_bytes) * sweep,
+        prediction=passes * (2 + optimizer_bytes) * sweep,
+        time_in=total(f"transfer_time{suffix}", arriving),
+        time_out=total(f"transfer_time{suffix}", leaving),
+        weights=params_bytes + total("buffer_bytes"),
+        gradients=gradients,
+        optimizer=optimizer_bytes * gradients,
+        copies=gradients if passes and not stashed else 0,
+        stashed_inputs=(in_flight + 1) * input_bytes,
+        stashed_weights=stashed * params_bytes,
+        activations=kept * (1 if recomputes else in_flight + 1),
+        flops=int(total("flops")),
+        backward_flops=int(total("backward_flops")),
+        params=sum(sizes[name][0] for name in held),
+        params_bytes=params_bytes,
+        activation_bytes=int(total("activation_bytes")),
+        input_bytes=input_bytes,
+        output_bytes=int(total("transfer_bytes", leaving)),
+    )
+
+
+def _suffix(device: int) -> str:
+    return f"@{device}" if device else ""
