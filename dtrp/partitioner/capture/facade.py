@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
-
 from dtrp.errors import CaptureError
 
 from .fakes import FakeWorld, fake_inputs
 from .graph import Captured, ModeGraph, Signature
 from .location import raised_at
 from .propagate import fold_constants, propagate
+from .record import record
 from .snapshot import untouched
 from .symbolic import trace_symbolically
 from .traced import Traced, same_graph
 
 Way = Callable[..., Traced]
-WAYS: dict[str, Way] = {"fx": trace_symbolically}
+WAYS: dict[str, Way] = {"fx": trace_symbolically, "record": record}
 
 
 def capture(
@@ -29,6 +28,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     opened: Collection[str] = (),
+    ways: Sequence[str] | None = None,
 ) -> Captured:
     """Turn a model into flat fx graphs, one for each mode (or one for both where they are equal).
 
@@ -57,20 +57,22 @@ def capture(
     signature = Signature.of(model, args, kwargs or {})
     tensors = signature.flatten(args, kwargs or {})
     failures = []
-    for name, way in WAYS.items():
+    for name in WAYS if ways is None else ways:
         try:
             traces = {
-                training: _trace(model, signature, tensors, way, training, opened)
+                training: _trace(model, signature, tensors, WAYS[name], training, opened)
                 for training in (True, False)
             }
         except Exception as error:
             failures.append((name, error))
             continue
-        train = ModeGraph(GraphModule(model, traces[True].graph), traces[True].out_spec)
+        train = ModeGraph(traces[True].graph_module(model), traces[True].out_spec)
         evaluate = train
         if not same_graph(traces[True], traces[False]):
-            evaluate = ModeGraph(GraphModule(model, traces[False].graph), traces[False].out_spec)
-        return Captured(model, signature, train, evaluate, name)
+            evaluate = ModeGraph(traces[False].graph_module(model), traces[False].out_spec)
+        kept = tuple(dict.fromkeys(traces[True].kept_whole + traces[False].kept_whole))
+        notes = tuple(dict.fromkeys(traces[True].notes + traces[False].notes))
+        return Captured(model, signature, train, evaluate, name, kept, notes)
     raise _error(model, failures) from failures[0][1]
 
 
@@ -84,7 +86,7 @@ def _trace(
 ) -> Traced:
     with untouched(model):
         model.train(training)
-        traced = way(model, signature, opened=opened)
+        traced = way(model, signature, tensors, opened)
     with untouched(model):
         model.train(training)
         world = FakeWorld()

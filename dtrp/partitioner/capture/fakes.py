@@ -23,6 +23,7 @@ class FakeWorld:
         # Tensors that no module registers (attributes, globals) may meet fake ones in the model's code.
         self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake tensor that stands for ``tensor``."""
@@ -31,6 +32,7 @@ class FakeWorld:
         if id(tensor) not in self._twins:
             # The real tensor is kept beside its twin so that its id cannot be given to another.
             self._twins[id(tensor)] = (tensor, self._make(tensor))
+            self.originals[id(self._twins[id(tensor)][1])] = tensor
         return self._twins[id(tensor)][1]
 
     def _make(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,102 @@
-"""A model's output as flat leaves and back, for tuples, dicts, dataclasses and model-output classes."""
+"""Tensors inside values: a model's output as flat leaves and back, and the way to each part of a value."""
 
 from __future__ import annotations
 
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from torch.fx import Proxy
 from torch.utils import _pytree as pytree
+
+# One step into a value, as the fx function that makes it: (operator.getitem, key) or (getattr, name).
+Step = tuple[Callable[..., Any], Any]
+
+_DEPTH = 8  # how far objects are opened; what holds its parent is not followed for ever
+
+
+class Rebuilt:
+    """Stands in an output's structure for an object that pytree does not know (such as a dataclass).
+
+    `pytree.tree_unflatten` gives the object itself: an instance of the same class with the same attributes,
+    the tensors among them replaced.
+    """
+
+    def __init__(self, kind: type, names: tuple[str, ...], parts: list[Any]) -> None:
+        self.kind, self.names, self.parts = kind, names, parts
+
+
+def _flatten(value: Rebuilt) -> tuple[list[Any], Any]:
+    return value.parts, (value.kind, value.names)
+
+
+def _unflatten(parts: Any, context: Any) -> Any:
+    kind, names = context
+    value = object.__new__(kind)
+    for name, part in zip(names, parts, strict=True):
+        object.__setattr__(value, name, part)  # also where the class is frozen
+    return value
+
+
+pytree.register_pytree_node(
+    Rebuilt, _flatten, _unflatten, serialized_type_name="dtrp.partitioner.capture.structure.Rebuilt"
+)
 
 
 def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Leaves of ``output`` and the spec that puts them together again."""
-    return pytree.tree_flatten(output)
+    """Leaves of ``output`` and the spec that puts them together again.
+
+    Objects that pytree does not know are opened along their attributes if they hold tensors.
+    """
+    return pytree.tree_flatten(_opened(output, _DEPTH))
+
+
+def _opened(value: Any, depth: int) -> Any:
+    def open_object(x: Any) -> Any:
+        if depth == 0 or isinstance(x, (torch.Tensor, Proxy)) or not _holds_tensors(x, depth):
+            return x
+        steps = list(_parts(x))
+        names = tuple(name for (_, name), _ in steps)
+        return Rebuilt(type(x), names, [_opened(part, depth - 1) for _, part in steps])
+
+    return pytree.tree_map(open_object, value)
+
+
+def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[tuple[tuple[Step, ...], torch.Tensor]]:
+    """All tensors in ``value``, each with the steps that lead to it."""
+    if isinstance(value, torch.Tensor):
+        yield (), value
+    elif depth > 0:
+        for step, part in _parts(value):
+            for path, tensor in tensors_in(part, depth - 1):
+                yield (step, *path), tensor
+
+
+def _holds_tensors(value: Any, depth: int) -> bool:
+    if isinstance(value, (torch.Tensor, Proxy)):
+        return True
+    return depth > 0 and any(_holds_tensors(part, depth - 1) for _, part in _parts(value))
+
+
+def _parts(value: Any) -> Iterator[tuple[Step, Any]]:
+    """The direct parts of a value, each with the step that leads to it."""
+    if isinstance(value, dict):
+        yield from (((operator.getitem, k), v) for k, v in value.items())
+    elif isinstance(value, (tuple, list)):
+        yield from (((operator.getitem, i), v) for i, v in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        names += [k for k in getattr(value, "__dict__", ()) if k not in names]
+        yield from (((getattr, k), getattr(value, k)) for k in names if hasattr(value, k))
+    elif _is_plain_object(value):
+        yield from (((getattr, k), v) for k, v in vars(value).items())
+
+
+def _is_plain_object(value: Any) -> bool:
+    return (
+        hasattr(value, "__dict__")
+        and not callable(value)
+        and not type(value).__module__.startswith(("builtins", "torch", "numpy", "logging", "typing"))
+    )

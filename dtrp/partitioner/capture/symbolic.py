@@ -6,7 +6,7 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from .structure import flatten_output
 from .traced import Traced
 
 
-def trace_symbolically(model: nn.Module, signature: Signature, *, opened: Collection[str] = ()) -> Traced:
+def trace_symbolically(
+    model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], opened: Collection[str] = ()
+) -> Traced:
     """Trace ``model`` in its present mode with proxies in place of the tensors."""
     tracer = _ModuleTracer(signature, opened)
     graph = tracer.trace(model)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Graph, Node
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
+
+from .graph import KeptWhole
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,28 @@ class Traced:
 
     graph: Graph
     out_spec: pytree.TreeSpec
+    kept_whole: tuple[KeptWhole, ...] = ()
+    notes: tuple[str, ...] = ()
+    # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def graph_module(self, model: nn.Module) -> GraphModule:
+        """The graph with the model's own modules, parameters and buffers."""
+        held = {
+            str(n.target): _resolve(model, str(n.target), self.constants)
+            for n in self.graph.nodes
+            if n.op in ("call_module", "get_attr")
+        }
+        return GraphModule(held, self.graph, type(model).__name__)
+
+
+def _resolve(model: nn.Module, name: str, constants: Mapping[str, torch.Tensor]) -> Any:
+    if name in constants:
+        return constants[name]
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def same_graph(a: Traced, b: Traced) -> bool:

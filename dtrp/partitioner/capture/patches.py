@@ -1,0 +1,88 @@
+"""What must be caught besides torch functions while a model runs: module calls, custom gradients, writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class Observer(Protocol):
+    """Who is told of what the model does; ``proceed`` does what would have happened without patches."""
+
+    paused: bool
+
+    def on_module(
+        self, module: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """``module(*args, **kwargs)``."""
+
+    def on_gradient_function(
+        self,
+        function: type[torch.autograd.Function],
+        proceed: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """``function.apply(*args, **kwargs)``."""
+
+    def on_write(self, module: nn.Module, name: str, value: Any) -> None:
+        """``module.name = value``, before it happens."""
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside, calls and writes reach ``observer``; it is left alone while its ``paused`` is true."""
+    call, write = nn.Module.__call__, nn.Module.__setattr__
+    function = torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if observer.paused:
+            return call(module, *args, **kwargs)
+        return observer.on_module(module, call, args, kwargs)
+
+    def patched_write(module: nn.Module, name: str, value: Any) -> None:
+        if not observer.paused:
+            observer.on_write(module, name, value)
+        write(module, name, value)
+
+    def patched_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        def proceed(*a: Any, **k: Any) -> Any:
+            return apply.__get__(None, cls)(*a, **k)
+
+        if observer.paused:
+            return proceed(*args, **kwargs)
+        return observer.on_gradient_function(cls, proceed, args, kwargs)
+
+    try:
+        nn.Module.__call__ = patched_call  # type: ignore[method-assign]
+        nn.Module.__setattr__ = patched_write  # type: ignore[method-assign,assignment]
+        function.apply = classmethod(patched_apply)  # type: ignore[assignment,method-assign]
+        yield
+    finally:
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__setattr__ = write  # type: ignore[method-assign]
+        function.apply = apply
+
+
+class ObservedFakeMode(FakeTensorMode):
+    """A fake-tensor mode whose own use of torch functions is not taken for the model's."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.observer: Observer | None = None
+
+    def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+        observer = self.observer
+        if observer is None or observer.paused:
+            return super().__torch_dispatch__(*args, **kwargs)
+        observer.paused = True
+        try:
+            return super().__torch_dispatch__(*args, **kwargs)
+        finally:
+            observer.paused = False

@@ -1,0 +1,379 @@
+"""Writes down, as an fx graph, the torch functions and layers that a running model calls.
+
+The model's own code runs, on fake tensors, and is not changed: it sees real Python values for everything that
+it may ask of a tensor but its contents (shapes, lengths, dtypes, flags), so branches, loops, assertions,
+caches, dataclasses and closures take their usual course and leave nothing in the graph. What does enter it:
+
+- each call of a torch function that gives or changes a tensor (a `TorchFunctionMode` sees them all),
+- each call of a leaf module, as one node, whatever happens inside,
+- each custom autograd function, as one node that keeps its own backward,
+- assignments to buffers, as an in-place copy at the end.
+
+A tensor is known by its identity. One that appears out of nowhere (made by code that no torch function
+passed through) stops the recording of the module in question, rather than being frozen into the graph.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.node import base_types
+from torch.overrides import TorchFunctionMode
+
+from .custom import GradientFunction
+from .fakes import FakeWorld, light
+from .leaves import is_leaf
+from .location import raised_at, user_location
+from .structure import Step, tensors_in
+from .targets import is_property, node_form, property_name
+
+
+class CannotRecord(Exception):
+    """The running module does something that a graph cannot hold."""
+
+
+@dataclass
+class _Known:
+    """Where a tensor's value stands in the graph."""
+
+    tensor: torch.Tensor  # held so that its id is not given to another
+    node: Node
+    steps: tuple[Step, ...] = ()  # into the node's value, not yet taken
+
+
+# Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
+_REFUSED = {
+    "grad": "computes gradients inside forward",
+    "backward": "calls backward() inside forward",
+    "register_hook": "registers a gradient hook on a tensor",
+    "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
+    "retain_grad": "asks a tensor to retain its gradient",
+}
+
+
+class Recorder(TorchFunctionMode):
+    """See the module's docstring; use through `record`."""
+
+    def __init__(
+        self, model: nn.Module, world: FakeWorld, closed: Collection[str], opened: Collection[str]
+    ) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.paused = False
+        self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
+        self.constants: dict[str, torch.Tensor] = {}
+        self._world = world
+        self._closed, self._opened = closed, opened
+        self._names = {m: name for name, m in model.named_modules()}
+        self._known: dict[int, _Known] = {}
+        self._undo: list[tuple[int, _Known | None]] = []
+        self._attributes = _named_tensors(model, world)
+        self._module = ""
+        self._location = ""
+        self._updates: dict[str, torch.Tensor] = {}
+
+    # The borders of the graph
+
+    def placeholder(self, name: str, fake: torch.Tensor) -> None:
+        """Make ``fake`` the graph's next input."""
+        node = self.graph.placeholder(name)
+        self._describe(node, fake)
+        self._learn(fake, node)
+
+    def finish(self, leaves: list[Any]) -> None:
+        """Write the updates of buffers and the flat output."""
+        for name, value in self._updates.items():
+            buffer = self._new("get_attr", name, (), {}, self._attributes_by_name(name))
+            self._new("call_method", "copy_", (buffer, self._argument(value)), {}, value)
+        node = self.graph.output(tuple(self._argument(leaf) for leaf in leaves))
+        self._describe(node, tuple(leaves))
+
+    # What the model does
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        with self._pause():
+            self._refuse(func)
+            return self._call(func, node_form, args, kwargs)
+
+    def on_gradient_function(
+        self, function: type[torch.autograd.Function], proceed: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """A custom autograd function: one node with its own backward."""
+        if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
+            return args[0](*args[2:], **kwargs)
+        target = GradientFunction(function)
+        with self._pause():
+            return self._call(proceed, lambda _, a, k: ("call_function", target, a, k), args, kwargs)
+
+    def on_module(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module: one node if it is a leaf (or nothing else works), else its insides."""
+        name = self._names.get(module)
+        if name is None or name == "":  # made on the way, or the root called by itself
+            return proceed(module, *args, **kwargs)
+        if is_leaf(module, name, closed=self._closed, opened=self._opened):
+            return self._leaf(name, module, proceed, args, kwargs)
+        last = next(reversed(self.graph.nodes), None)
+        learned, outer = len(self._undo), self._module
+        self._module = name
+        try:
+            return proceed(module, *args, **kwargs)
+        except Exception as error:
+            if name in self._opened:
+                raise
+            self._roll_back(last, learned)
+            self._module = outer
+            try:
+                result = self._leaf(name, module, proceed, args, kwargs)
+            except Exception:
+                raise error from None  # what is wrong inside says more than what is wrong with the leaf
+            self.failures[name] = reason(error)
+            return result
+        finally:
+            self._module = outer
+
+    def on_write(self, module: nn.Module, name: str, value: Any) -> None:
+        """An assignment to a module's attribute."""
+        path = self._names.get(module)
+        if path is None:
+            return
+        old = module.__dict__.get(name)
+        full = f"{path}.{name}" if path else name
+        if name in module._buffers and isinstance(value, torch.Tensor):
+            twin = self._attributes_by_name(full)
+            if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
+                raise CannotRecord(f"replaces the buffer {full!r} by another kind of tensor")
+            self._updates[full] = value
+        elif name in module._parameters:
+            raise CannotRecord(f"replaces the parameter {full!r}")
+        elif isinstance(old, torch.Tensor) and id(old) in self._attributes and id(old) in self._known:
+            raise CannotRecord(f"keeps the tensor {full!r} from one call to the next")
+        elif type(old) in (int, float) and type(value) is type(old) and old != value:
+            raise CannotRecord(f"changes {full!r} from {old!r} to {value!r} while it runs")
+
+    # One call
+
+    def _call(self, function: Callable[..., Any], form: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run ``function`` on fakes and, if it gives or changes a tensor, make it a node."""
+        args, kwargs = self._fake(args), self._fake(kwargs)
+        inputs = [t for _, t in tensors_in((args, kwargs))]
+        versions = [_version(t) for t in inputs]
+        result = function(*args, **kwargs)
+        changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
+        outputs = list(tensors_in(result))
+        if not outputs and not changed:
+            return result  # a question, answered
+        node = self._new(*self._written(form(function, args, kwargs), bool(changed)), result)
+        return self._learn_all(result, outputs, node, inputs, changed)
+
+    def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with self._pause():
+            outer, self._module = self._module, name
+            try:
+                form = ("call_module", name, args, kwargs)
+                return self._call(lambda *a, **k: proceed(module, *a, **k), lambda *_: form, args, kwargs)
+            finally:
+                self._module = outer
+
+    def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+        """The node's arguments. Where gradients are switched off, none must flow through it."""
+        op, target, args, kwargs = form
+        cut = op != "call_module" and not torch.is_grad_enabled()
+        return op, target, self._argument(args, cut), self._argument(kwargs, cut)
+
+    def _learn_all(
+        self,
+        result: Any,
+        outputs: list[tuple[tuple[Step, ...], torch.Tensor]],
+        node: Node,
+        inputs: list[torch.Tensor],
+        changed: list[torch.Tensor],
+    ) -> Any:
+        silent = not torch.is_grad_enabled()
+        if silent and node.op == "call_module":
+            # The layer's own parameters would still let gradients in: cut them off behind it.
+            fresh = {id(t): t for _, t in outputs if not any(t is x for x in inputs)}
+            for steps, tensor in outputs:
+                if id(tensor) in fresh and tensor.is_floating_point():
+                    cut = self._new("call_method", "detach", (self._reach(node, steps),), {}, tensor)
+                    self._learn(tensor, cut)
+                elif id(tensor) in fresh:
+                    self._learn(tensor, node, steps)
+            return result
+        replaced: dict[int, torch.Tensor] = {}
+        for steps, tensor in outputs:
+            is_input = any(tensor is x for x in inputs)
+            is_changed = any(tensor is x for x in changed)
+            if is_input and silent:
+                # The tensor itself, through which gradients keep flowing, although none may flow through
+                # this node.
+                continue
+            if is_input and not is_changed:
+                # Given back as it came. On another device or under autocast it may be a new tensor: give
+                # the model another object, which stands for this node.
+                replaced[id(tensor)] = alias = tensor.view_as(tensor)
+                self._learn(alias, node, steps)
+            else:
+                self._learn(tensor, node, steps)
+        return _replace(result, replaced) if replaced else result
+
+    # Nodes and tensors
+
+    def _new(self, op: Any, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
+        node = self.graph.create_node(op, target, args, kwargs)
+        self._describe(node, value)
+        return node
+
+    def _describe(self, node: Node, value: Any) -> None:
+        node.meta["val"] = light(value)
+        node.meta["module"] = self._module
+        node.meta["location"] = user_location() if node.op.startswith("call") else ""
+
+    def _learn(self, tensor: torch.Tensor, node: Node, steps: tuple[Step, ...] = ()) -> None:
+        self._undo.append((id(tensor), self._known.get(id(tensor))))
+        self._known[id(tensor)] = _Known(tensor, node, steps)
+
+    def _reach(self, node: Node, steps: tuple[Step, ...]) -> Node:
+        value = node.meta["val"]
+        for function, key in steps:
+            value = function(value, key)
+            node = self._new("call_function", function, (node, key), {}, value)
+        return node
+
+    def _tensor_node(self, tensor: torch.Tensor) -> Node:
+        known = self._known.get(id(tensor))
+        if known is not None:
+            if known.steps:
+                self._learn(tensor, self._reach(known.node, known.steps))
+            return self._known[id(tensor)].node
+        if id(tensor) in self._attributes:
+            name = self._attributes[id(tensor)][1]
+        elif id(tensor) in self._world.originals:
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = self._world.originals[id(tensor)]
+            self._attributes[id(tensor)] = (tensor, name)
+        else:
+            raise CannotRecord(
+                "uses a tensor that was made where it cannot be followed "
+                "(TorchScript, a C++ extension, another thread, or an earlier call)"
+            )
+        # A node for each use: parameters are at hand in every stage and need not travel between them.
+        return self._new("get_attr", name, (), {}, tensor)
+
+    def _argument(self, value: Any, cut: bool = False) -> Any:
+        """``value`` as an argument of a node."""
+        if isinstance(value, torch.Tensor):
+            node = self._tensor_node(value)
+            if cut and value.requires_grad:
+                return self._new("call_method", "detach", (node,), {}, value.detach())
+            return node
+        if isinstance(value, tuple):
+            items = [self._argument(x, cut) for x in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if isinstance(value, list):
+            return [self._argument(x, cut) for x in value]
+        if isinstance(value, dict):
+            return {k: self._argument(v, cut) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._argument(x, cut) for x in (value.start, value.stop, value.step)))
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, (*base_types, enum.Enum, range)) or value is None or value is ...:
+            return value
+        raise CannotRecord(f"hands an object of type {type(value).__name__} to a torch function or layer")
+
+    def _fake(self, value: Any) -> Any:
+        """``value`` with real tensors replaced by their fake twins."""
+        if isinstance(value, torch.Tensor):
+            return value if isinstance(value, FakeTensor) else self._world.twin(value)
+        if type(value) in (tuple, list):
+            return type(value)(self._fake(x) for x in value)
+        if type(value) is dict:
+            return {k: self._fake(v) for k, v in value.items()}
+        return value
+
+    def _attributes_by_name(self, name: str) -> torch.Tensor:
+        return next(tensor for tensor, n in self._attributes.values() if n == name)
+
+    def _roll_back(self, last: Node | None, learned: int) -> None:
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        while len(self._undo) > learned:
+            key, before = self._undo.pop()
+            if before is None:
+                del self._known[key]
+            else:
+                self._known[key] = before
+
+    def _refuse(self, function: Callable[..., Any]) -> None:
+        name = getattr(function, "__name__", "")
+        if name in _REFUSED:
+            raise CannotRecord(_REFUSED[name])
+        if name == "__set__":
+            raise CannotRecord(f"assigns to the attribute {property_name(function)!r} of a tensor")
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why a module could not be recorded, with the user's line."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    place = raised_at(error)
+    if not isinstance(error, CannotRecord):
+        text = f"{type(error).__name__}: {text}"
+    return f"{text} ({place})" if place else text
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _named_tensors(model: nn.Module, world: FakeWorld) -> dict[int, tuple[torch.Tensor, str]]:
+    """Qualified names of the model's tensors, by the ids of the tensors and of their fake twins."""
+    found: dict[int, tuple[torch.Tensor, str]] = {}
+    for prefix, module in model.named_modules():
+        for registry in (module._parameters, module._buffers, module.__dict__):
+            for name, value in registry.items():
+                if isinstance(value, torch.Tensor):
+                    full = f"{prefix}.{name}" if prefix else name
+                    found.setdefault(id(value), (value, full))
+                    found.setdefault(id(world.twin(value)), (world.twin(value), full))
+    return found
+
+
+def _replace(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return by_id.get(id(value), value)
+    if isinstance(value, tuple):
+        items = [_replace(x, by_id) for x in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        return [_replace(x, by_id) for x in value]
+    if type(value) is dict:
+        return {k: _replace(v, by_id) for k, v in value.items()}
+    return value
