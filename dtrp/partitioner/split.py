@@ -70,18 +70,44 @@ def split(captured: Captured, plan: Plan, hazards: Hazards) -> Split:
     """
     stage_of = dict(plan.stage_of)
     _check(captured.train, stage_of, plan.n_stages, hazards)
-    train = split_graph(captured.train, stage_of, plan.n_stages, hazards.differentiable)
+    flows = hazards.differentiable & reached_by_training(captured.train)
+    train = split_graph(captured.train, stage_of, plan.n_stages, flows)
     if captured.one_graph:
         return Split(train, train)
     eval_stage_of = align(captured.train, captured.eval, stage_of)
-    return Split(train, split_graph(captured.eval, eval_stage_of, plan.n_stages, frozenset()))
+    return Split(train, split_graph(captured.eval, eval_stage_of, plan.n_stages, frozenset(), "eval"))
+
+
+def reached_by_training(graph: ModeGraph) -> frozenset[str]:
+    """Nodes whose value depends on a parameter that is trained (``requires_grad``), as it stands now."""
+    reached: set[str] = set()
+    root = graph.module
+    for node in root.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(root)
+            trained = isinstance(value, torch.Tensor) and value.requires_grad
+        elif node.op == "call_module":
+            trained = any(p.requires_grad for p in root.get_submodule(str(node.target)).parameters())
+        else:
+            trained = False
+        if trained or any(a.name in reached for a in node.all_input_nodes):
+            reached.add(node.name)
+    return frozenset(reached)
 
 
 def split_graph(
-    graph: ModeGraph, stage_of: Mapping[str, int], n_stages: int, differentiable: Collection[str]
+    graph: ModeGraph,
+    stage_of: Mapping[str, int],
+    n_stages: int,
+    differentiable: Collection[str],
+    tag: str = "train",
 ) -> SplitGraph:
-    """Cut one graph; ``stage_of`` covers its call nodes, legally."""
-    builders = [_StageBuilder(graph.module, k) for k in range(n_stages)]
+    """Cut one graph; ``stage_of`` covers its call nodes, legally.
+
+    ``differentiable`` names the nodes through which gradient flows; ``tag`` keeps the modules that this
+    adds apart from those of another mode.
+    """
+    builders = [_StageBuilder(graph.module, k, tag) for k in range(n_stages)]
     placeholders = {n: i for i, n in enumerate(graph.module.graph.find_nodes(op="placeholder"))}
 
     def value(node: fx.Node, stage: int) -> fx.Node:
@@ -141,9 +167,10 @@ def tree_leaf(tree: Any, index: int) -> Any:
 class _StageBuilder:
     """One stage's graph while it grows."""
 
-    def __init__(self, root: fx.GraphModule, stage: int) -> None:
+    def __init__(self, root: fx.GraphModule, stage: int, tag: str) -> None:
         self.root = root
         self.stage = stage
+        self.tag = tag
         self.graph = fx.Graph()
         self.here: dict[fx.Node, fx.Node] = {}  # original node -> its value in this graph
         self.inputs: list[tuple[Source, fx.Node]] = []
@@ -172,7 +199,7 @@ class _StageBuilder:
             arrived.append(placeholder)
         if single:
             return arrived[0]
-        target = f"_rebuild_{node.name}"
+        target = f"_rebuild_{self.tag}_{node.name}"
         self.rebuilders[target] = Rebuild(spec)
         rebuilt = self.graph.call_module(target, tuple(arrived))
         rebuilt.meta = dict(node.meta)
@@ -201,8 +228,8 @@ class _StageBuilder:
     def finish(self, differentiable: Collection[str]) -> tuple[fx.GraphModule, StageWires]:
         self.graph.output(tuple(n for _, n, _ in self.outputs))
         self.graph.lint()
-        attributes = _attributes(self.root, self.graph) | self.rebuilders
-        module = fx.GraphModule(attributes, self.graph, class_name=f"Stage{self.stage}")
+        held = attributes(self.root, self.graph) | self.rebuilders
+        module = fx.GraphModule(held, self.graph, class_name=f"Stage{self.stage}")
         module.training = self.root.training
         order = {n: i for i, n in enumerate(self.graph.find_nodes(op="placeholder"))}
         inputs = sorted(self.inputs, key=lambda pair: order[pair[1]])
@@ -227,10 +254,18 @@ def _carries_gradient(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _attributes(root: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+def attributes(root: nn.Module, graph: fx.Graph) -> dict[str, Any]:
     """Modules, parameters and tensors that ``graph`` uses, by their original qualified names."""
     targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    return {t: operator.attrgetter(t)(root) for t in targets if not t.startswith("_rebuild_")}
+    return {t: operator.attrgetter(t)(root) for t in sorted(targets) if _has(root, t)}
+
+
+def _has(root: nn.Module, name: str) -> bool:
+    try:
+        operator.attrgetter(name)(root)
+    except AttributeError:  # a `Rebuild` of this split
+        return False
+    return True
 
 
 def _check(graph: ModeGraph, stage_of: Mapping[str, int], n_stages: int, hazards: Hazards) -> None:

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -17,10 +16,12 @@ from ..errors import WorkerError
 from ..wiring import Wiring
 from .config import TrainConfig
 from .evaluation import Measure, combine
+from .events import Event
 from .executors.base import Executor
 from .program import StageProgram
 from .schedule import drain_ticks
 from .stage import Feed
+from .timeline import write_timeline
 
 log = logging.getLogger("dtrp")
 
@@ -71,6 +72,7 @@ class Trainer:
         executor: str = "auto",
         progress: bool = False,
         record: bool = False,
+        timeline: str | os.PathLike[str] | None = None,
         watchdog: float = 60.0,
     ) -> None:
         if executor not in EXECUTORS:
@@ -83,7 +85,9 @@ class Trainer:
         self.progress = progress
         self._host = host
         self._kind = executor
-        self._record = record
+        self._record = record or timeline is not None
+        self._timeline = timeline
+        self._events: list[Event] = []
         self._watchdog = float(watchdog)
         self._executor: Executor | None = None
         self._train: Wiring | None = None
@@ -176,7 +180,7 @@ class Trainer:
         """
         if self.config.scheduler_step == "epoch" and self._executor is not None:
             self.flush()
-            self._executor.call("schedule_epoch", [metrics] * self._stages)
+            self._executor.call("schedule", [metrics] * self._stages)
 
     def evaluate(self, loader: Iterable[Any], metric: Any = None) -> dict[str, float]:
         """Loss and metrics over ``loader``, in eval mode, with the current weights.
@@ -219,6 +223,13 @@ class Trainer:
         executor, _ = self._ready(inputs, named, target)
         return combine(executor.evaluate(feeds(), measure))
 
+    @property
+    def events(self) -> list[Event]:
+        """What each stage did when, so far (with ``record=True`` or a timeline)."""
+        if self._executor is not None:
+            self._events += [e for taken in self._executor.call("take_events") for e in taken]
+        return self._events
+
     # ---- the model and this run ------------------------------------------------------------------------
 
     def sync(self) -> None:
@@ -252,6 +263,10 @@ class Trainer:
                 if finish:
                     self.flush()
                 self.sync()
+                if self._timeline is not None:
+                    write_timeline(self._timeline, self.events, self._stages)
+                elif self._record:
+                    _ = self.events
         finally:
             self._closed = True
             if self._executor is not None:
@@ -303,13 +318,10 @@ class Trainer:
         programs = self._host.programs()
         self._stages = len(programs)
         self._train, self._eval = programs[0].train, programs[0].evaluate
-        config = self.config
-        if config.threads == 0:
-            config = replace(config, threads=max(1, (os.cpu_count() or 1) // self._stages))
         kind = self._kind
         if kind == "auto":
             kind = "inline" if self._stages == 1 else "workers"
-        seed = config.seed
+        seed = self.config.seed
         if self._stages == 1:
             if seed is not None:
                 torch.manual_seed(seed)
@@ -321,14 +333,14 @@ class Trainer:
         if kind == "inline":
             from .executors.inline import InlineExecutor
 
-            executor = InlineExecutor(programs, config, seed=seed if self._stages > 1 else None, record=self._record)
+            executor = InlineExecutor(programs, self.config, seed=seed if self._stages > 1 else None, record=self._record)
         else:
             from .executors.workers import WorkersExecutor
 
             if all(p.device.type == "cpu" for p in programs):
                 log.info("no CUDA devices are used: %d stages run on CPU worker processes", self._stages)
             executor = WorkersExecutor(
-                programs, config, seed=seed, record=self._record, watchdog=self._watchdog
+                programs, self.config, seed=seed, record=self._record, watchdog=self._watchdog
             )
         self._executor = executor
 

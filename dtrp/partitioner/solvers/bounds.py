@@ -54,34 +54,55 @@ def group_bound(problem: Problem, work: Floats, fixed: Floats) -> Bound:
     return Bound(float(alone[g]), "group", g)
 
 
-def balance_bound(work: Floats, fixed: Floats, *, rounds: int = 200) -> Bound:
+def balance_bound(work: Floats, fixed: Floats) -> Bound:
     """What no distribution of the work over the stages can beat, precedence and traffic left out.
 
     For weights ``w >= 0`` of the stages, ``max load * sum w >= sum_k w_k load_k >= sum_v min_k w_k c_k(v)
-    + sum_k w_k fixed_k``. Any weights give a valid bound; the best ones are the dual of scheduling on
-    unrelated machines (Lenstra, Shmoys, Tardos, Math. Programming 46, 1990) and are approached by
-    multiplicative updates. With stages alike the weights are equal and the bound is total / K.
+    + sum_k w_k fixed_k``. Any weights give a valid bound; see `balance_weights` for good ones. With stages
+    alike it is total / K.
+    """
+    if np.any(np.all(np.isinf(work), axis=0)):
+        return Bound(np.inf, "balance")
+    weights = balance_weights(work, fixed)
+    total = float(np.min(weights[:, None] * work, axis=0).sum() + weights @ fixed)
+    return Bound(total / float(weights.sum()), "balance")
+
+
+def balance_weights(work: Floats, fixed: Floats, *, rounds: int = 150) -> Floats:
+    """Positive weights of the stages for which the bound of `balance_bound` is high.
+
+    The best ones solve the dual of scheduling on unrelated machines (Lenstra, Shmoys, Tardos, Math.
+    Programming 46, 1990); multiplicative updates approach them: a stage that would be given too much
+    becomes dearer.
+
+    Parameters
+    ----------
+    work : array, shape (K, n)
+        inf where a group may not be; groups that may be nowhere are left out.
+    fixed : array, shape (K,)
     """
     kinds, inverse = np.unique(np.column_stack([work, fixed]), axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
+    if len(kinds) == 1:
+        return np.ones(len(work))
     size = np.bincount(inverse).astype(np.float64)
     cost, extra = kinds[:, :-1], kinds[:, -1]
-    weight = np.ones(len(kinds))
-    best, step = 0.0, 0.5
+    cost = cost[:, np.isfinite(cost).any(axis=0)]
     columns = np.arange(cost.shape[1])
-    for _ in range(rounds if len(kinds) > 1 else 1):
+    weight = best_weight = np.ones(len(kinds))
+    best, step = -1.0, 0.5
+    for _ in range(rounds):
         chosen = np.argmin(weight[:, None] * cost, axis=0)
         taken = cost[chosen, columns]
-        if not np.all(np.isfinite(taken)):
-            return Bound(np.inf, "balance")
         total = float((weight[chosen] * taken).sum() + (size * weight * extra).sum())
         bound = total / float((size * weight).sum())
-        best = max(best, bound)
+        if bound > best:
+            best, best_weight = bound, weight
         load = np.bincount(chosen, weights=taken, minlength=len(kinds)) / size + extra
         weight = weight * np.exp(step * (load / max(bound, 1e-300) - 1).clip(-1, 1))
-        weight /= weight.max()
+        weight = np.maximum(weight / weight.max(), 1e-6)
         step *= 0.97
-    return Bound(best, "balance")
+    return best_weight[inverse]
 
 
 def simple_bound(problem: Problem) -> Bound:

@@ -8,6 +8,9 @@ import numpy as np
 
 from .bounds import Bound, simple_bound
 from .clock import Clock
+from .chains import ChainProgram, OutOfTime
+from .downsets import enumerate_downsets
+from .windows import Windows
 from .intervals import IntervalProgram
 from .loads import evaluate
 from .orders import good_orders
@@ -81,4 +84,28 @@ def _minimise(problem: Problem, *, engine: str, clock: Clock, seed: int) -> Solu
             if exact < load:
                 best, load = found[1], exact
                 name = "interval" if tried == 0 else "search"
+    if engine == "interval" or load <= bound.value * (1 + TOLERANCE):
+        return Solution(best, load, bound, name)
+    windows = Windows(problem)
+    floor = bound.value
+    for share in (0.02, 0.1, 0.3, 1.0):
+        wanted = floor + share * (load - floor) if np.isfinite(load) else np.inf
+        if wanted <= bound.value: continue
+        member = enumerate_downsets(problem, windows, wanted, cap=300_000, clock=clock)
+        if DEBUG: print("  wanted", wanted, "load", load, "family", None if member is None else len(member), clock.seconds)
+        if member is None:
+            break
+        try:
+            found = ChainProgram(problem, windows, member).solve(wanted, clock)
+        except OutOfTime:
+            break
+        if DEBUG: print("  ->", None if found is None else found[0], clock.seconds)
+        if found is not None:
+            exact = evaluate(problem, found[1]).max_load
+            if exact < load:
+                best, load, name = found[1], exact, "downsets"
+            bound = Bound(min(found[0],load), "downsets")
+            break
+        bound = Bound(min(wanted,load), "downsets")
     return Solution(best, load, bound, name)
+DEBUG = False

@@ -251,7 +251,7 @@ class IntervalProgram:
                 values[start : start + step] = total[at, np.arange(len(part))]
                 if clock.expired:
                     return None
-            alive = np.flatnonzero(values <= wanted)
+            alive = np.flatnonzero((values <= wanted) & np.isfinite(values))
             if len(alive) == 0:
                 return None
             first, last = int(alive[0]), int(alive[-1]) + 1

@@ -13,6 +13,7 @@ import heapq
 import itertools
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -87,6 +88,15 @@ class Problem:
     def n(self) -> int:
         """Number of groups."""
         return len(self.predecessors)
+
+    @cached_property
+    def descendants(self) -> NDArray[np.bool_]:
+        """``[u, v]``: v may not come in an earlier stage than u; the diagonal is True."""
+        below = np.eye(self.n, dtype=bool)
+        for u in range(self.n - 1, -1, -1):
+            for v in self.successors[u]:
+                below[u] |= below[v]
+        return below
 
     @property
     def stage_types(self) -> list[list[int]]:

@@ -14,7 +14,6 @@ from torch import nn
 
 from ...errors import DtrpError, WorkerError
 from ..config import TrainConfig
-from ..events import Event
 from ..links import InlineLinks
 from ..program import StageProgram
 from ..stage import Feed, Report, StageRunner
@@ -84,9 +83,6 @@ class InlineExecutor:
             with _blamed(runner.stage):
                 results.append(getattr(runner, method)(*(arguments[k] if arguments else ())))
         return results
-
-    def events(self) -> list[Event]:
-        return [event for events in self.call("take_events") for event in events]
 
     def close(self) -> None:
         self.links.clear()

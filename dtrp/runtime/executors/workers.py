@@ -28,7 +28,6 @@ from typing import Any
 
 from ...errors import WorkerError
 from ..config import TrainConfig
-from ..events import Event
 from ..program import StageProgram
 from ..stage import Feed
 from ..transfer import dumps, loads
@@ -152,9 +151,6 @@ class WorkersExecutor:
             ]
         )
         return [self._await(k, number) for k in range(self.n_stages)]
-
-    def events(self) -> list[Event]:
-        return [event for events in self.call("take_events") for event in events]
 
     def close(self) -> None:
         if self._shutdown.alive:

@@ -1,0 +1,561 @@
+"""``compile()``: capture -> costs -> partition -> split; and `Pipeline`, which joins stages and runtime.
+
+The only file that knows both halves: the compiler (dtrp/partitioner) never runs anything, the runtime
+(dtrp/runtime) never sees a graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from .errors import DtrpError
+from .loss_check import check_scalar_loss
+from .partitioner.capture import Captured, capture
+from .partitioner.costs import cost_graph
+from .partitioner.devices import DeviceSpec, device_spec
+from .partitioner.hazards import Hazards, find_hazards
+from .partitioner.plan import Plan
+from .partitioner.planner import make_plan
+from .partitioner.report import PartitionReport
+from .partitioner.split import Split, attributes, split
+from .runtime.config import TrainConfig
+from .runtime.predictors import Predictor
+from .runtime.program import Code, StageModule, StageProgram, Tie
+from .runtime.trainer import Trainer
+from .runtime.weights import build_optimizer
+
+log = logging.getLogger("dtrp")
+
+RECOMPUTE = (True, False, "auto")
+COSTS = ("auto", "analytic", "measured")
+
+
+def compile(
+    model: nn.Module,
+    n_gpus: int | None = None,
+    *,
+    example_inputs: Any = None,
+    devices: Sequence[str | torch.device] | None = None,
+    memory_limit: float | str | Sequence[float | str | None] | None = None,
+    recompute: bool | Literal["auto"] = "auto",
+    costs: Literal["auto", "analytic", "measured"] = "auto",
+    bandwidth: float | None = None,
+    plan: str | os.PathLike[str] | Plan | None = None,
+) -> Pipeline:
+    """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. It keeps its parameters: the pipeline shares them.
+    n_gpus : int, optional
+        Number of stages. Default: the CUDA devices that are there, else 2.
+    example_inputs : Tensor, tuple or dict, optional
+        One call's arguments: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        Without them the pipeline plans at its first batch.
+    devices : sequence of str or torch.device, optional
+        One per stage; a device may repeat. Default: the CUDA devices, else CPU (worker processes).
+    memory_limit : int, float, str or sequence, optional
+        Bytes or text such as ``"16GB"``; one for all stages or one per stage.
+    recompute : bool or "auto"
+        Whether stages recompute their forward pass in training; ``"auto"``: per stage, as the plan finds.
+    costs : {"auto", "analytic", "measured"}
+        Where node times come from: FLOPs and bytes through the device's roofline, or timed on it.
+    bandwidth : float, optional
+        Bytes per second between stages. Default: the devices' own.
+    plan : path or Plan, optional
+        A plan to reuse; refused if it does not belong to this graph and these shapes.
+
+    Returns
+    -------
+    Pipeline
+
+    Raises
+    ------
+    TypeError, ValueError
+        Arguments that make no sense.
+    CaptureError
+        The model cannot be turned into a graph.
+    InfeasiblePlanError
+        No plan fits the memory limit.
+    PlanMismatchError
+        ``plan`` is another model's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to train or to place")
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a path or a dtrp.Plan, got {type(plan).__name__}")
+    if n_gpus is None and devices is None and plan is not None:
+        n_gpus = plan.n_stages
+    places = _places(n_gpus, devices)
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
+    if costs not in COSTS:
+        raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
+    pipeline = Pipeline(
+        model,
+        _Request(places, memory_limit, recompute, costs, bandwidth, plan),
+    )
+    if example_inputs is not None:
+        pipeline.prepare(*_arguments(example_inputs))
+    return pipeline
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the user asked `compile` for."""
+
+    devices: tuple[torch.device, ...]
+    memory_limit: Any
+    recompute: bool | Literal["auto"]
+    costs: str
+    bandwidth: float | None
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """What the compiler's pipe gave."""
+
+    captured: Captured
+    hazards: Hazards
+    graph: nx.DiGraph
+    plan: Plan
+    split: Split
+    report: PartitionReport
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a pipeline.
+
+    Attributes
+    ----------
+    index : int
+        From 0.
+    device : torch.device
+    inputs, outputs : tuple of str
+        Names of the values that come in and go out, as in ``module.graph``.
+    submodules : tuple of str
+        The original model's modules that this stage runs, in order of use.
+    """
+
+    index: int
+    device: torch.device
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    submodules: tuple[str, ...]
+    _modules: tuple[fx.GraphModule, fx.GraphModule]  # eval, train
+    _model: nn.Module
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The stage's graph, of the mode that the model is in; it shares the model's parameters."""
+        return self._modules[self._model.training]
+
+    def __repr__(self) -> str:
+        return f"Stage({self.index}, {self.device}, submodules={list(self.submodules)})"
+
+
+class Pipeline:
+    """A model cut into stages. Made by `compile`.
+
+    Called like the model, it gives the same result, differentiable, in this process, stage after stage.
+    """
+
+    def __init__(self, model: nn.Module, request: _Request) -> None:
+        self.model = model
+        self._request = request
+        self._compiled: _Compiled | None = None
+
+    # ---- the model's own interface ---------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as ``model(*args, **kwargs)``; plans first if that has not been done."""
+        self.prepare(args, kwargs)
+        tensors = self.bind(args, kwargs)
+        return self._planned.split.graph(self.model.training)(*tensors)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in train mode."""
+        return self.model.training
+
+    def train(self, mode: bool = True) -> Pipeline:
+        """As on the model."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Pipeline:
+        """As on the model."""
+        return self.train(False)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's parameters."""
+        return self.model.parameters(recurse)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters by their original names."""
+        return self.model.named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's own state, original names."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """As on the model."""
+        return self.model.load_state_dict(state_dict, strict=strict)
+
+    # ---- what was decided ------------------------------------------------------------------------------
+
+    @property
+    def n_stages(self) -> int:
+        return len(self._request.devices)
+
+    @property
+    def graph(self) -> nx.DiGraph:
+        """The cost model: see `dtrp.partitioner.costs.cost_graph` for the attributes."""
+        return self._planned.graph
+
+    @property
+    def plan(self) -> Plan:
+        """Which node is in which stage; ``plan.save(path)`` to keep it."""
+        return self._planned.plan
+
+    @property
+    def report(self) -> PartitionReport:
+        """What was decided and why; print it."""
+        return self._planned.report
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages, first to last."""
+        made = self._planned.split
+        return [
+            Stage(
+                index=k,
+                device=self._request.devices[k],
+                inputs=tuple(n.name for n in made.train.modules[k].graph.find_nodes(op="placeholder")),
+                outputs=wires.outputs,
+                submodules=_submodules(made.train.modules[k]),
+                _modules=(made.eval.modules[k], made.train.modules[k]),
+                _model=self.model,
+            )
+            for k, wires in enumerate(made.train.wiring.stages)
+        ]
+
+    @property
+    def _planned(self) -> _Compiled:
+        if self._compiled is None:
+            raise DtrpError(
+                "the pipeline has not been planned yet: pass example_inputs to dtrp.compile, or call the "
+                "pipeline (or train a batch) first"
+            )
+        return self._compiled
+
+    # ---- training --------------------------------------------------------------------------------------
+
+    def trainer(
+        self,
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        optimizer: Callable[[Any], Optimizer],
+        *,
+        lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        method: str = "dtrp",
+        predictor: str | Predictor = "auto",
+        horizon: Literal["common", "stage"] = "common",
+        horizon_scale: float = 1.0,
+        lr_shrink: float = 1.0,
+        grad_shrink: float = 1.0,
+        accumulate: int = 1,
+        batch_compensation: int | Literal["auto"] = 1,
+        max_grad_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+        executor: str = "auto",
+        seed: int | None = None,
+        progress: bool = False,
+        timeline: str | os.PathLike[str] | None = None,
+        param_groups: Callable[[str, nn.Parameter], dict[str, Any]] | None = None,
+        scheduler_step: Literal["update", "epoch"] = "update",
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        compile_stages: bool = False,
+        threads: int | None = None,
+        watchdog: float = 60.0,
+        record: bool = False,
+    ) -> Trainer:
+        """Train the pipeline; use the result as a context manager.
+
+        Parameters
+        ----------
+        loss_fn : callable or None
+            ``(output, target) -> scalar``. ``None``: the model gives its own loss (a scalar output, or its
+            ``loss`` entry), and `Trainer.step` takes no target.
+        optimizer : callable
+            Parameters -> ``torch.optim.Optimizer``; called once per stage.
+        lr_scheduler : callable, optional
+            Optimizer -> scheduler, stepped once per update (see ``scheduler_step``).
+        method : {"dtrp", "dtr", "fdg", "adl", "bp"}
+            dtrp: re-computation and weight prediction (Peng et al. 2023). dtr: without prediction. fdg, adl:
+            graphs kept instead of recomputed, gradients shrunk or accumulated (Zhuang et al. 2021, 2022).
+            bp: exact back-propagation, one batch at a time.
+        predictor : str or Predictor
+            ``"none"``, ``"linear"``, ``"geometric"``, ``"difference"``, ``"adam"``, ``"auto"``, or an object
+            with `dtrp.Predictor`'s method.
+        horizon : {"common", "stage"}
+            Which moment predicted weights aim at: one for all stages (ours), or each stage's own backward.
+        horizon_scale : float
+            Multiplies every horizon (our delay regulator); 0 is DTR.
+        lr_shrink : float
+            Stage k of K uses ``lr * lr_shrink ** (K - 1 - k)``.
+        grad_shrink : float
+            Every stage but the last multiplies the arriving gradient by this (FDG).
+        accumulate : int
+            Batches per update; gradients are averaged (ADL).
+        batch_compensation : int or "auto"
+            How many consecutive batches travel as one; the learning rate is scaled with it.
+        max_grad_norm : float, optional
+            Clip by the gradients' norm over all stages in the same tick, tied weights counted once. Stages
+            then wait for each other in every tick.
+        autocast : torch.dtype, optional
+            Such as ``torch.bfloat16``; in every stage.
+        executor : {"auto", "inline", "workers"}
+            inline: this process, one stage after the other. workers: a process per stage, started here.
+        seed : int, optional
+            Makes a run reproducible. Default: drawn from torch's generator.
+        progress : bool
+            A progress bar in `Trainer.fit`.
+        timeline : path, optional
+            Write what each stage did when, in Chrome's trace format (opens in Perfetto).
+        param_groups : callable, optional
+            ``(name, parameter) -> options`` of the optimizer, such as ``{"weight_decay": 0.0}``.
+        scheduler_step : {"update", "epoch"}
+            When the scheduler steps; per epoch, `Trainer.fit` or `Trainer.end_epoch` does it.
+        on_nonfinite : {"raise", "skip"}
+            What to do about a NaN or infinite loss; a skipped batch changes nothing, and is counted.
+        compile_stages : bool
+            Run each stage through ``torch.compile``.
+        threads : int, optional
+            CPU threads per stage. Default: the cores shared out evenly, at least one.
+        watchdog : float
+            Seconds of silence after which a worker counts as stuck.
+        record : bool
+            Keep what each stage did (`Trainer.events`).
+
+        Returns
+        -------
+        Trainer
+
+        Raises
+        ------
+        TypeError, ValueError
+            Arguments of the wrong kind, or a combination that makes no sense (with the reason).
+        """
+        config = TrainConfig(
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            method=method,
+            predictor=predictor,
+            horizon=horizon,
+            horizon_scale=horizon_scale,
+            lr_shrink=lr_shrink,
+            grad_shrink=grad_shrink,
+            accumulate=accumulate,
+            max_grad_norm=max_grad_norm,
+            autocast=autocast,
+            seed=seed,
+            on_nonfinite=on_nonfinite,
+            param_groups=param_groups,
+            scheduler_step=scheduler_step,
+            compile_stages=compile_stages,
+            threads=max(1, (os.cpu_count() or 1) // self.n_stages) if threads is None else threads,
+        )
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("no parameter of the model requires gradient: there is nothing to train")
+        build_optimizer(trainable, config)  # complains now rather than in a worker
+        return Trainer(
+            self,
+            config,
+            executor=executor,
+            progress=progress,
+            record=record,
+            timeline=timeline,
+            watchdog=watchdog,
+        )
+
+    # ---- what the trainer asks for (runtime/trainer.py, Host) --------------------------------------------
+
+    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Plan for a call with these arguments, unless planned already."""
+        if self._compiled is None:
+            self._compiled = _compile(self.model, self._request, args, kwargs)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of one call, in the order of the wiring's model inputs.
+
+        Raises
+        ------
+        TypeError, ValueError
+            They do not fit the example that was compiled for.
+        """
+        return self._planned.captured.signature.flatten(args, kwargs)
+
+    def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
+        """Refuse a loss that is no scalar, on fake tensors."""
+        check_scalar_loss(self._planned.captured, config.loss_fn, inputs, target)
+
+    def programs(self) -> list[StageProgram]:
+        """What each stage runs, with the model's present parameters and their ``requires_grad``."""
+        made = self._planned
+        cut = split(made.captured, made.plan, made.hazards)
+        modules = [
+            _stage_module(train, evaluate, device)
+            for train, evaluate, device in zip(
+                cut.train.modules, cut.eval.modules, self._request.devices, strict=True
+            )
+        ]
+        written = made.hazards.written_inputs
+        return [
+            StageProgram(
+                stage=k,
+                module=module,
+                train=cut.train.wiring,
+                evaluate=cut.eval.wiring,
+                recompute=made.plan.recompute[k],
+                device=self._request.devices[k],
+                ties=_ties(modules),
+                writes_inputs=not written.isdisjoint(cut.train.wiring.caller_inputs(k)),
+            )
+            for k, module in enumerate(modules)
+        ]
+
+
+def _compile(
+    model: nn.Module, request: _Request, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> _Compiled:
+    """The compiler's pipe, from model to stages."""
+    n_stages = len(request.devices)
+    captured = capture(model, args, kwargs)
+    if request.plan is not None:
+        request.plan.check(captured, n_stages)
+    hazards = find_hazards(captured)
+    specs = _specs(request.devices)
+    graph = cost_graph(captured, device=specs, bandwidth=request.bandwidth, mode=request.costs)
+    devices = [s.with_link(request.bandwidth) for s in specs]
+    plan = request.plan
+    if plan is None:
+        plan = make_plan(
+            captured,
+            graph,
+            hazards,
+            n_stages,
+            devices=devices,
+            memory_limit=request.memory_limit,
+            recompute=request.recompute,
+        )
+    else:
+        nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
+    report = PartitionReport.of(
+        captured, graph, plan, devices=request.devices, specs=devices, memory_limit=request.memory_limit
+    )
+    return _Compiled(captured, hazards, graph, plan, split(captured, plan, hazards), report)
+
+
+def _specs(devices: Sequence[torch.device]) -> list[DeviceSpec]:
+    known: dict[str, DeviceSpec] = {}
+    for device in map(str, devices):
+        if device not in known:
+            known[device] = device_spec(device)
+    return [known[str(device)] for device in devices]
+
+
+def _places(
+    n_gpus: int | None, devices: Sequence[str | torch.device] | None
+) -> tuple[torch.device, ...]:
+    """A device per stage."""
+    if n_gpus is not None:
+        if isinstance(n_gpus, bool) or not isinstance(n_gpus, int):
+            raise TypeError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
+        if n_gpus < 1:
+            raise ValueError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
+    if devices is not None:
+        if isinstance(devices, (str, torch.device)):
+            raise TypeError(f"devices={devices!r}: expected a list with one device per stage")
+        places = tuple(torch.device(d) for d in devices)
+        if not places:
+            raise ValueError("devices is empty: expected one device per stage")
+        if n_gpus is not None and len(places) != n_gpus:
+            raise ValueError(f"n_gpus={n_gpus} but {len(places)} devices: give one device per stage")
+        return places
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_stages = n_gpus or there or 2
+    if there == 0:
+        log.info("no CUDA device is there: %d stage(s) on CPU worker processes", n_stages)
+        return (torch.device("cpu"),) * n_stages
+    if n_stages > there:
+        log.warning("n_gpus=%d but %d CUDA device(s) are there: stages share devices", n_stages, there)
+    return tuple(torch.device("cuda", k % there) for k in range(n_stages))
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments."""
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, Mapping):
+        return (), {str(k): v for k, v in example.items()}
+    return (example,), {}
+
+
+def _submodules(module: fx.GraphModule) -> tuple[str, ...]:
+    """Modules that a stage's graph calls or whose tensors it reads, in order of use."""
+    names = []
+    for node in module.graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and not target.startswith("_rebuild_"):
+            names.append(target)
+        elif node.op == "get_attr" and "." in target:
+            names.append(target.rpartition(".")[0])
+    return tuple(dict.fromkeys(names))
+
+
+def _stage_module(train: fx.GraphModule, evaluate: fx.GraphModule, device: torch.device) -> StageModule:
+    """A stage's graphs as a plain module that runs without fx."""
+    held = {**attributes(train, train.graph), **attributes(evaluate, evaluate.graph)}
+    return StageModule(held, _code(train, device), _code(evaluate, device))
+
+
+def _code(module: fx.GraphModule, device: torch.device) -> Code:
+    """A graph's generated code, with device constants set to ``device``."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values())):
+            node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+            node.kwargs = {k: device if isinstance(a, torch.device) else a for k, a in node.kwargs.items()}
+    code = graph.python_code("self")
+    return Code(code.src, code.globals)
+
+
+def _ties(modules: Sequence[nn.Module]) -> tuple[Tie, ...]:
+    """Trainable parameters that several stages hold."""
+    holders: dict[int, list[tuple[int, str]]] = {}
+    for k, module in enumerate(modules):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                holders.setdefault(id(parameter), []).append((k, name))
+    return tuple(Tie(tuple(places)) for places in holders.values() if len(places) > 1)

@@ -1,0 +1,136 @@
+"""Which down-sets can be the first k stages of a partition whose loads are all at most L.
+
+A partition into K contiguous stages is a chain of down-sets (sets closed under predecessors)
+``{} = S_0 <= S_1 <= .. <= S_K = everything``; stage ``k`` runs ``S_{k+1} \\ S_k``. If no load exceeds L, the
+first k stages together have done the work of ``S_k`` in k times L, the others do the rest in (K - k) times L,
+and every value that crosses is sent once and received once, by someone, on either side. Stages that differ
+are weighed as in `bounds.balance_bound`: for any weights ``w`` of the stages before the cut,
+``sum_v min_k w_k c_k(v) <= L sum_k w_k``. These tests are necessary only, but cheap, and they leave few
+candidates when L is near the best load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bounds import balance_weights, stage_work
+from .loads import MEMORY_SLACK
+from .problem import Floats, Ints, Problem
+
+Bools = NDArray[np.bool_]
+_ROUNDING = 1e-11
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The work of the stages on one side of a boundary.
+
+    A set with work ``w = column . set`` on this side, and ``x`` crossing it, needs
+    ``w + fixed + charge * x <= L * capacity``.
+    """
+
+    column: Floats
+    capacity: float
+    fixed: float
+    charge: float
+    barred: Ints  # groups that no stage on this side may hold
+    memory: Floats | None  # least bytes per group, if all these stages are limited
+    memory_capacity: float
+
+
+class Windows:
+    """The tests for every boundary of a problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        k = problem.n_stages
+        work, fixed = stage_work(problem)
+        cache: dict[Any, Side] = {}
+        types = np.empty(k, dtype=np.int64)
+        for i, alike in enumerate(problem.stage_types):
+            types[alike] = i
+
+        def side(stages: range) -> Side:
+            # Pins make stages of one type differ; they are told apart where there are pins at all.
+            key = tuple(types[stages].tolist()) if np.all(problem.pinned < 0) else (stages.start, stages.stop)
+            if key not in cache:
+                cache[key] = _side(problem, stages, work[stages], fixed[stages])
+            return cache[key]
+
+        self.before = [side(range(s)) for s in range(1, k)]
+        self.after = [side(range(s, k)) for s in range(1, k)]
+
+    def crossing(self, inside: Bools, outside: Bools) -> tuple[Floats, Floats]:
+        """Per row: the transfer of what surely crosses from ``inside`` to ``outside``, and back."""
+        values = self.problem.values
+        forward, backward = np.zeros(len(inside)), np.zeros(len(inside))
+        if len(values) == 0 or self.problem.kind == "memory":
+            return forward, backward
+        step = max(1, (1 << 25) // (len(values.consumer) + 1))
+        for i in range(0, len(inside), step):
+            within, beyond = inside[i : i + step], outside[i : i + step]
+            some_beyond = np.logical_or.reduceat(beyond[:, values.consumer], values.start[:-1], axis=1)
+            some_within = np.logical_or.reduceat(within[:, values.consumer], values.start[:-1], axis=1)
+            forward[i : i + step] = (within[:, values.producer] & some_beyond) @ values.transfer
+            backward[i : i + step] = (beyond[:, values.producer] & some_within) @ values.transfer
+        return forward, backward
+
+    def admitted(self, member: Bools, wanted: float) -> Bools:
+        """Whether each down-set may be the boundary ``k = 1 .. K - 1``; shape (K - 1, len(member))."""
+        return self.reachable(member, ~member, wanted)
+
+    def reachable(self, inside: Bools, outside: Bools, wanted: float) -> Bools:
+        """The same for down-sets of which only a part is decided: what is in, and what is out."""
+        problem = self.problem
+        k = problem.n_stages
+        ok = np.ones((k - 1, len(inside)), dtype=bool)
+        if k == 1:
+            return ok
+        wanted = wanted * (1 + _ROUNDING)
+        forward, backward = self.crossing(inside, outside)
+        both = forward + backward
+        for sides, part, first in ((self.before, inside, True), (self.after, outside, False)):
+            size, dense = part.sum(axis=1), part.astype(np.float64)
+            sums: dict[int, Floats] = {}
+            for i, side in enumerate(sides):
+                stages = i + 1 if first else k - i - 1
+                if not problem.allow_empty:  # the stages on the other side need a group each
+                    ok[i] &= size <= problem.n - (k - stages)
+                for column in (side.column, side.memory):
+                    if column is not None and id(column) not in sums:
+                        sums[id(column)] = dense @ column
+                work = sums[id(side.column)]
+                if problem.kind == "sum":
+                    ok[i] &= work + side.fixed + side.charge * both <= wanted * side.capacity
+                else:
+                    ok[i] &= work + side.fixed <= wanted * side.capacity
+                    ok[i] &= (forward <= wanted * stages) & (backward <= wanted * stages)
+                if side.memory is not None:
+                    ok[i] &= sums[id(side.memory)] <= side.memory_capacity
+                if len(side.barred):
+                    ok[i] &= ~part[:, side.barred].any(axis=1)
+        return ok
+
+
+def _side(problem: Problem, stages: range, work: Floats, fixed: Floats) -> Side:
+    barred = np.flatnonzero(np.all(np.isinf(work), axis=0))
+    weights = balance_weights(work, fixed)
+    weighed = np.min(weights[:, None] * work, axis=0)
+    weighed[barred] = 0.0  # tested apart: inf times 0 is no number
+    memory, capacity = None, np.inf
+    if problem.kind != "memory" and np.all(np.isfinite(problem.limits[stages])):
+        memory = np.min([o.memory for s in stages for o in problem.options[s]], axis=0)
+        capacity = float(problem.limits[stages].sum()) * (1 + 2 * MEMORY_SLACK)
+    return Side(
+        column=weighed,
+        capacity=float(weights.sum()),
+        fixed=float(weights @ fixed),
+        charge=float(weights.min()),
+        barred=barred,
+        memory=memory,
+        memory_capacity=capacity,
+    )
