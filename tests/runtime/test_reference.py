@@ -31,26 +31,6 @@ OPTIMIZERS = {
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-3, momentum=0.5),
 }
 
-PREDICTIONS = [
-    ("momentum", "none"),
-    ("momentum", "linear"),
-    ("momentum", "geometric"),
-    ("momentum", "difference"),
-    ("momentum", "auto"),
-    ("sgd", "auto"),
-    ("sgd", "difference"),
-    ("dampened", "geometric"),
-    ("nesterov", "linear"),
-    ("nesterov", "geometric"),
-    ("adam", "adam"),
-    ("adam", "difference"),
-    ("adam", "auto"),
-    ("adamw", "adam"),
-    ("adamw", "auto"),
-    ("rmsprop", "difference"),
-    ("rmsprop", "auto"),
-]
-
 
 def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers in a row, and under which names the stages know them."""
@@ -135,41 +115,76 @@ def compare(
         close(seen[name], value, msg=lambda m, at=name: f"{at}: {m}")
 
 
-@pytest.mark.parametrize("horizon", ["stage", "common"])
-@pytest.mark.parametrize(("optimizer", "predictor"), PREDICTIONS)
+HORIZONS = ["stage", "common"]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize(
+    ("optimizer", "predictor"),
+    [
+        ("momentum", "none"),
+        ("momentum", "linear"),
+        ("momentum", "geometric"),
+        ("momentum", "difference"),
+        ("adamw", "adam"),
+    ],
+)
 @pytest.mark.parametrize("n_stages", [2, 3, 4])
 def test_dtrp(n_stages: int, optimizer: str, predictor: str, horizon: str) -> None:
     compare(MLP, n_stages, optimizer, method="dtrp", predictor=predictor, horizon=horizon)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-@pytest.mark.parametrize("n_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("case", [MLP, FLAT_CNN], ids=str)
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize(
+    ("optimizer", "predictor"),
+    [
+        ("momentum", "auto"),
+        ("sgd", "auto"),
+        ("sgd", "difference"),
+        ("dampened", "geometric"),
+        ("nesterov", "linear"),
+        ("nesterov", "geometric"),
+        ("adam", "adam"),
+        ("adam", "difference"),
+        ("adam", "auto"),
+        ("adamw", "auto"),
+        ("rmsprop", "difference"),
+        ("rmsprop", "auto"),
+    ],
+)
+@pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 3, pytest.param(4, marks=slow)])
+def test_dtrp_with_every_optimizer(n_stages: int, optimizer: str, predictor: str, horizon: str) -> None:
+    compare(MLP, n_stages, optimizer, method="dtrp", predictor=predictor, horizon=horizon)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adamw", marks=slow)])
+@pytest.mark.parametrize("n_stages", [1, 2, pytest.param(3, marks=slow), 4])
+@pytest.mark.parametrize("case", [pytest.param(MLP, marks=slow), FLAT_CNN], ids=str)
 @pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg", "adl", "bp"])
 def test_methods(method: str, case: Case, n_stages: int, optimizer: str) -> None:
     knobs = {"accumulate": 2} if method == "adl" else {}
     compare(case, n_stages, optimizer, method=method, **knobs)
 
 
-@pytest.mark.parametrize("horizon", ["stage", "common"])
+@pytest.mark.parametrize("horizon", HORIZONS)
 @pytest.mark.parametrize("predictor", ["linear", "geometric", "difference"])
-@pytest.mark.parametrize("n_stages", [2, 4])
-@pytest.mark.parametrize("case", [MLP, FLAT_CNN], ids=str)
+@pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 4])
+@pytest.mark.parametrize("case", [MLP, pytest.param(FLAT_CNN, marks=slow)], ids=str)
 def test_kept_graphs(case: Case, n_stages: int, predictor: str, horizon: str) -> None:
-    compare(
-        case, n_stages, "momentum", method="dtrp", recompute=False, predictor=predictor, horizon=horizon
-    )
+    """Without re-computation: the gradient is taken where the forward was, and applied to what is there."""
+    compare(case, n_stages, "momentum", method="dtrp", recompute=False, predictor=predictor, horizon=horizon)
 
 
-@pytest.mark.parametrize("horizon", ["stage", "common"])
-@pytest.mark.parametrize("predictor", ["geometric", "difference"])
-@pytest.mark.parametrize("n_stages", [2, 4])
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("predictor", ["geometric", pytest.param("difference", marks=slow)])
+@pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 4])
 def test_batch_norm_under_prediction(n_stages: int, predictor: str, horizon: str) -> None:
     compare(FLAT_CNN, n_stages, "nesterov", method="dtrp", predictor=predictor, horizon=horizon)
 
 
-@pytest.mark.parametrize("horizon", ["stage", "common"])
-@pytest.mark.parametrize("predictor", ["geometric", "linear", "difference"])
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("predictor", ["geometric", pytest.param("linear", marks=slow), "difference"])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.5])
 def test_horizon_scale(scale: float, predictor: str, horizon: str) -> None:
     compare(MLP, 3, "momentum", method="dtrp", predictor=predictor, horizon=horizon, horizon_scale=scale)
@@ -181,13 +196,13 @@ def test_horizon_scale(scale: float, predictor: str, horizon: str) -> None:
     [
         {"lr_shrink": 0.7},
         {"grad_shrink": 0.8},
-        {"lr_shrink": 0.9, "grad_shrink": 0.6},
+        pytest.param({"lr_shrink": 0.9, "grad_shrink": 0.6}, marks=slow),
         {"accumulate": 2},
-        {"accumulate": 3, "grad_shrink": 0.9},
+        pytest.param({"accumulate": 3, "grad_shrink": 0.9}, marks=slow),
     ],
     ids=lambda knobs: "-".join(knobs),
 )
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adamw", marks=slow)])
 def test_knobs(method: str, knobs: dict[str, Any], optimizer: str) -> None:
     compare(MLP, 3, optimizer, method=method, **knobs)
 
@@ -200,8 +215,8 @@ def test_scheduler_steps_once_per_update(method: str) -> None:
     compare(MLP, 3, "momentum", method=method, lr_scheduler=cosine, **knobs)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-@pytest.mark.parametrize("n_stages", [2, 3, 4])
+@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adamw", marks=slow)])
+@pytest.mark.parametrize("n_stages", [2, 4])
 @pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg"])
 def test_skips_over_stages(method: str, n_stages: int, optimizer: str) -> None:
     """The reference hands values through; the runtime sends them straight to the stage that needs them."""
