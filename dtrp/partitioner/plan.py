@@ -51,6 +51,8 @@ class Plan:
         Seconds; no partition into this many stages has a smaller tick time (0: nothing is known).
     engine, reason : str
         How the plan was found, and why it is not faster.
+    costs : str
+        Identifies the times that ``lower_bound`` holds for.
     edited : bool
         Whether it was changed by hand since.
     """
@@ -65,6 +67,7 @@ class Plan:
     lower_bound: float = 0.0
     engine: str = ""
     reason: str = field(default="", repr=False)
+    costs: str = field(default="", repr=False)
     edited: bool = False
 
     def __post_init__(self) -> None:
@@ -181,6 +184,7 @@ class Plan:
             "lower_bound": self.lower_bound,
             "engine": self.engine,
             "reason": self.reason,
+            "costs": self.costs,
             "edited": self.edited,
         }
 
@@ -228,6 +232,7 @@ class Plan:
             lower_bound=data["lower_bound"],
             engine=data["engine"],
             reason=data["reason"],
+            costs=data["costs"],
             edited=data["edited"],
         )
 

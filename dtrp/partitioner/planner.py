@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import networkx as nx
@@ -88,38 +90,32 @@ def make_plan(
     order = [(u, v) for u, v in hazards.order if u in graph and v in graph]
     fixed = _fixed(graph, pins or {})
 
-    def solve(choice: bool | str | Sequence[bool], limit: Sequence[float | None]) -> Partition:
-        models = stage_models(
+    def attempt(choice: bool | str | Sequence[bool], limit: Sequence[float | None]) -> Partition:
+        return solve(
+            graph,
             n_stages,
+            groups=groups,
+            order=order,
+            fixed=fixed,
             recompute=choice,
             devices=index,
             memory_limit=limit,
             optimizer_bytes=optimizer_bytes,
             predicts=predicts,
             horizon=horizon,
-        )
-        return partition(
-            graph,
-            n_stages,
-            transfer="transfer_time",
-            size="transfer_bytes",
-            stage_models=models,
-            colocate=[group for group in groups if len(group) > 1],
-            order=order,
-            fixed=fixed,
             engine=engine,
             time_limit=time_limit,
             seed=seed,
         )
 
     if limits is not None:
-        result = solve(recompute, limits)
+        result = attempt(recompute, limits)
     else:
         try:
-            result = solve(recompute, default_limits([specs[i] for i in index]))
+            result = attempt(recompute, default_limits([specs[i] for i in index]))
         except InfeasiblePlanError as e:
             log.warning("no plan fits the devices' memory; planning without that limit. %s", e)
-            result = solve(True if recompute == "auto" else recompute, [None] * n_stages)
+            result = attempt(True if recompute == "auto" else recompute, [None] * n_stages)
     edges = [(u, v) for u, v, data in graph.edges(data=True) if data.get("precedence", True)]
     plan = Plan(
         n_stages=n_stages,
@@ -132,9 +128,61 @@ def make_plan(
         lower_bound=result.lower_bound,
         engine=result.engine,
         reason=result.reason,
+        costs=cost_digest(graph),
     )
     nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
     return plan
+
+
+def solve(
+    graph: nx.DiGraph,
+    n_stages: int,
+    *,
+    groups: Iterable[Collection[str]],
+    order: Iterable[tuple[str, str]],
+    fixed: Mapping[Hashable, int] | None = None,
+    recompute: bool | str | Sequence[bool] = "auto",
+    devices: Sequence[int] | None = None,
+    memory_limit: Sequence[float | None] | None = None,
+    optimizer_bytes: float = OPTIMIZER_BYTES,
+    predicts: bool = True,
+    horizon: str = "common",
+    engine: str = "auto",
+    time_limit: float = 5.0,
+    seed: int = 0,
+) -> Partition:
+    """The best partition of a cost graph under the costs of stages; arguments as for `make_plan`."""
+    models = stage_models(
+        n_stages,
+        recompute=recompute,
+        devices=devices,
+        memory_limit=memory_limit,
+        optimizer_bytes=optimizer_bytes,
+        predicts=predicts,
+        horizon=horizon,
+    )
+    return partition(
+        graph,
+        n_stages,
+        transfer="transfer_time",
+        size="transfer_bytes",
+        stage_models=models,
+        colocate=[group for group in groups if len(group) > 1],
+        order=order,
+        fixed=fixed,
+        engine=engine,
+        time_limit=time_limit,
+        seed=seed,
+    )
+
+
+def cost_digest(graph: nx.DiGraph) -> str:
+    """Identifies the times that a plan was made under: bounds hold for these only."""
+    digest = hashlib.sha256()
+    for n, data in graph.nodes(data=True):
+        times = [value for key, value in data.items() if "_time" in key]
+        digest.update(json.dumps([n, times]).encode())
+    return digest.hexdigest()[:16]
 
 
 def device_indices(graph: nx.DiGraph, devices: Sequence[DeviceSpec] | None, n_stages: int) -> list[int]:

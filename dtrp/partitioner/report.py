@@ -1,0 +1,439 @@
+"""What people look at after planning: what each stage holds and costs, how good the cut is, and why.
+
+The report is plain data, computed once; `report_text`, `report_html` and `report_plot` draw it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import torch
+
+from dtrp.errors import InfeasiblePlanError
+from dtrp.partitioner.capture.graph import Captured
+from dtrp.partitioner.devices import DeviceSpec
+from dtrp.partitioner.plan import Plan
+from dtrp.partitioner.planner import cost_digest, default_limits, device_indices, memory_limits, solve
+from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, StageCost, stage_costs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage: what it holds, what it costs. Times in seconds, sizes in bytes.
+
+    ``flops`` are of the forward pass; ``params`` counts elements; ``activation_bytes`` is what autograd
+    saves for one batch; ``time`` and ``memory`` say what ``tick_time`` and ``peak_bytes`` are made of.
+    """
+
+    index: int
+    device: str
+    recompute: bool
+    submodules: tuple[str, ...]
+    holds: tuple[str, ...]  # the same, with modules that lie in the stage as a whole summed up
+    nodes: int
+    flops: int
+    backward_flops: int
+    params: int
+    params_bytes: int
+    activation_bytes: int
+    input_bytes: int
+    output_bytes: int
+    forward_time: float
+    backward_time: float
+    tick_time: float
+    peak_bytes: int
+    memory_limit: int | None
+    time: Mapping[str, float]
+    memory: Mapping[str, int]
+    heaviest: str  # the module that takes the longest
+
+
+@dataclass(frozen=True)
+class CutTensor:
+    """A value that crosses a cut: made in one stage, used in later ones."""
+
+    name: str
+    module: str
+    source: int
+    targets: tuple[int, ...]
+    shapes: tuple[str, ...]
+    bytes: int
+    gradient: bool
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a number of stages would give."""
+
+    n_stages: int
+    tick_time: float
+    speedup: float
+    balance: float
+
+
+@dataclass(frozen=True)
+class PartitionReport:
+    """What was decided and why.
+
+    Attributes
+    ----------
+    stages : tuple[StageReport, ...]
+    cuts : tuple[CutTensor, ...]
+    tick_time : float
+        Seconds of the slowest stage's tick: what planning minimised.
+    balance : float
+        Mean over maximum of the stages' tick times; 1 is perfect.
+    lower_bound : float
+        No partition into this many stages can have a smaller tick time.
+    gap : float
+        ``tick_time / lower_bound - 1``.
+    speedup : float
+        Predicted, over training on one such device.
+    single_time : float
+        Seconds that one device takes for a batch.
+    cut_bytes : int
+        Bytes that cross cuts per batch and direction (values used in several stages count once for each).
+    bottleneck : int
+        The slowest stage.
+    reason : str
+        Why it is not faster.
+    """
+
+    model: str
+    stages: tuple[StageReport, ...]
+    cuts: tuple[CutTensor, ...]
+    tick_time: float
+    balance: float
+    lower_bound: float
+    speedup: float
+    single_time: float
+    cut_bytes: int
+    bottleneck: int
+    reason: str
+    method: str
+    kept_whole: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    costs: str
+    engine: str
+    bandwidth: float
+    _graph: nx.DiGraph = field(repr=False, compare=False)
+    _plan: Plan = field(repr=False, compare=False)
+
+    @property
+    def gap(self) -> float:
+        """How far from optimal the plan can be at most: ``tick_time / lower_bound - 1``."""
+        return self.tick_time / self.lower_bound - 1 if self.lower_bound else float("inf")
+
+    @property
+    def n_stages(self) -> int:
+        """Number of stages."""
+        return len(self.stages)
+
+    @classmethod
+    def of(
+        cls,
+        captured: Captured,
+        graph: nx.DiGraph,
+        plan: Plan,
+        *,
+        devices: Sequence[str | torch.device] | None = None,
+        specs: Sequence[DeviceSpec] | None = None,
+        memory_limit: float | str | Sequence[float | str | None] | None = None,
+    ) -> PartitionReport:
+        """The report on a plan.
+
+        Parameters
+        ----------
+        captured, graph, plan
+            The model, its cost graph and the plan.
+        devices
+            For people: where each stage runs. Default: the names of ``specs``.
+        specs
+            What each stage runs on, one per stage. Default: the graph's first device for all.
+        memory_limit
+            As given to the planner.
+        """
+        given: Sequence[DeviceSpec] = graph.graph["specs"]
+        specs = [given[0]] * plan.n_stages if specs is None else specs
+        costs = stage_costs(
+            graph, plan.stage_of, plan.recompute, devices=device_indices(graph, specs, plan.n_stages)
+        )
+        limits = memory_limits(memory_limit, plan.n_stages) or default_limits(specs)
+        names = [str(d) for d in devices] if devices is not None else [spec.name for spec in specs]
+        outline = _Outline(graph)
+        stages = tuple(
+            _stage(cost, graph, outline, name, limit)
+            for cost, name, limit in zip(costs, names, limits, strict=True)
+        )
+        cuts = tuple(_cuts(graph, plan))
+        ticks = [cost.tick for cost in costs]
+        single = stage_costs(graph, dict.fromkeys(graph, 0), (False,))[0].tick
+        bottleneck = max(range(plan.n_stages), key=ticks.__getitem__)
+        # A plan may come from a file and have been made under other costs: its bound is then not ours.
+        same_costs = plan.lower_bound > 0 and plan.costs == cost_digest(graph)
+        bound = plan.lower_bound if same_costs else sum(ticks_at_best(graph, len(given))) / plan.n_stages
+        return cls(
+            model=type(captured.model).__name__,
+            stages=stages,
+            cuts=cuts,
+            tick_time=max(ticks),
+            balance=sum(ticks) / len(ticks) / max(ticks) if max(ticks) > 0 else 1.0,
+            lower_bound=min(bound, max(ticks)),
+            speedup=single / max(ticks) if max(ticks) > 0 else 1.0,
+            single_time=single,
+            cut_bytes=sum(cut.bytes * len(cut.targets) for cut in cuts),
+            bottleneck=bottleneck,
+            reason=_reason(costs[bottleneck], stages[bottleneck], plan if same_costs else None),
+            method=captured.method,
+            kept_whole=tuple((kept.module, kept.reason) for kept in captured.kept_whole),
+            notes=(*captured.notes, *_notes(graph, stages, plan)),
+            costs=graph.graph["mode"],
+            engine=plan.engine,
+            bandwidth=given[0].link_bandwidth,
+            _graph=graph,
+            _plan=plan,
+        )
+
+    def compare(self, ks: Iterable[int], *, time_limit: float = 1.0) -> list[Scaling]:
+        """What other numbers of stages would give, on the first device's kind and link.
+
+        Parameters
+        ----------
+        ks
+            Numbers of stages; those that the model cannot be cut into, or that do not fit, are left out.
+        time_limit
+            Seconds of planning for each.
+        """
+        points = []
+        for k in ks:
+            if k == self.n_stages:
+                points.append(Scaling(k, self.tick_time, self.speedup, self.balance))
+                continue
+            try:
+                result = solve(
+                    self._graph, k, groups=self._plan.groups, order=self._plan.edges, time_limit=time_limit
+                )
+            except (ValueError, InfeasiblePlanError):
+                continue
+            mean = sum(result.loads) / k
+            points.append(
+                Scaling(k, result.max_load, self.single_time / result.max_load, mean / result.max_load)
+            )
+        return points
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; with ``gap`` and ``n_stages``."""
+        shown = [f.name for f in dataclasses.fields(self) if not f.name.startswith("_")]
+        data: dict[str, Any] = {name: _plain(getattr(self, name)) for name in shown}
+        return {"n_stages": self.n_stages, "gap": self.gap} | data
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """JSON of `to_dict`; also written to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a page that stands on its own: no network, no scripts from elsewhere."""
+        from dtrp.partitioner.report_html import page
+
+        target = Path(path)
+        target.write_text(page(self), encoding="utf-8")
+        return target
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """A matplotlib figure of time and memory per stage; also saved to ``path`` if one is given.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is missing; the message says what to install.
+        """
+        from dtrp.partitioner.report_plot import figure
+
+        drawn = figure(self)
+        if path is not None:
+            drawn.savefig(path)
+        return drawn
+
+    def __str__(self) -> str:
+        from dtrp.partitioner.report_text import text
+
+        return text(self)
+
+    def __rich__(self) -> RenderableType:
+        from dtrp.partitioner.report_text import renderable
+
+        return renderable(self)
+
+    def _repr_html_(self) -> str:
+        from dtrp.partitioner.report_html import fragment
+
+        return fragment(self)
+
+
+def ticks_at_best(graph: nx.DiGraph, n_devices: int) -> list[float]:
+    """For each node, the least time that any stage on any of the devices could spend on it per tick."""
+    sweeps = 3 + 2 * OPTIMIZER_BYTES
+    suffixes = [f"@{i}" if i else "" for i in range(n_devices)]
+    return [
+        min(
+            data[f"forward_time{s}"] + data[f"backward_time{s}"] + sweeps * data[f"sweep_time{s}"]
+            for s in suffixes
+        )
+        for _, data in graph.nodes(data=True)
+    ]
+
+
+class _Outline:
+    """Names the modules that a set of nodes consists of, as high up in the model as is true."""
+
+    def __init__(self, graph: nx.DiGraph) -> None:
+        self.modules: dict[str, str] = dict(graph.nodes(data="module"))
+        self.count: dict[str, int] = {}
+        for module in self.modules.values():
+            for prefix in _prefixes(module):
+                self.count[prefix] = self.count.get(prefix, 0) + 1
+
+    def leaves(self, nodes: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(m for n in nodes if (m := self.modules[n])))
+
+    def holds(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        inside: dict[str, int] = {}
+        for n in nodes:
+            for prefix in _prefixes(self.modules[n]):
+                inside[prefix] = inside.get(prefix, 0) + 1
+        whole = {prefix for prefix, n in inside.items() if n == self.count[prefix]}
+        found: dict[str, None] = {}
+        for n in nodes:
+            prefixes = _prefixes(self.modules[n])
+            name = next((p for p in prefixes if p in whole), None)
+            if name is None and prefixes:
+                name = f"{prefixes[-1]} (part)"
+            if name is not None:
+                found[name] = None
+        return tuple(found)
+
+
+def _prefixes(module: str) -> list[str]:
+    """``"a.b.c"`` -> ``["a", "a.b", "a.b.c"]``."""
+    parts = module.split(".") if module else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _stage(
+    cost: StageCost, graph: nx.DiGraph, outline: _Outline, device: str, limit: float | None
+) -> StageReport:
+    by_module: dict[str, float] = {}
+    for n in cost.nodes:
+        data = graph.nodes[n]
+        key = data["module"] or n
+        by_module[key] = by_module.get(key, 0.0) + data["forward_time"] + data["backward_time"]
+    return StageReport(
+        index=cost.stage,
+        device=device,
+        recompute=cost.recomputes,
+        submodules=outline.leaves(cost.nodes),
+        holds=outline.holds(cost.nodes),
+        nodes=len(cost.nodes),
+        flops=cost.flops,
+        backward_flops=cost.backward_flops,
+        params=cost.params,
+        params_bytes=cost.params_bytes,
+        activation_bytes=cost.activation_bytes,
+        input_bytes=cost.input_bytes,
+        output_bytes=cost.output_bytes,
+        forward_time=cost.forward,
+        backward_time=cost.backward,
+        tick_time=cost.tick,
+        peak_bytes=int(cost.peak),
+        memory_limit=None if limit is None else int(limit),
+        time={
+            "forward": cost.forward,
+            "recompute": cost.recompute,
+            "backward": cost.backward,
+            "update": cost.update,
+            "prediction": cost.prediction,
+            "transfer": max(cost.time_in, cost.time_out),
+        },
+        memory={
+            "weights": int(cost.weights),
+            "gradients": int(cost.gradients),
+            "optimizer": int(cost.optimizer),
+            "predictions": int(cost.copies),
+            "stash": int(cost.stashed_inputs + cost.stashed_weights),
+            "activations": int(cost.activations),
+        },
+        heaviest=max(by_module, key=by_module.__getitem__, default=""),
+    )
+
+
+def _cuts(graph: nx.DiGraph, plan: Plan) -> Iterable[CutTensor]:
+    for n, data in graph.nodes(data=True):
+        source = plan.stage_of[n]
+        targets = sorted({plan.stage_of[user] for user in graph.successors(n)} - {source})
+        if targets and data["transfer_bytes"]:
+            yield CutTensor(
+                name=n,
+                module=data["module"],
+                source=source,
+                targets=tuple(targets),
+                shapes=tuple("x".join(map(str, shape)) + f" {dtype}" for shape, dtype in data["shapes"]),
+                bytes=data["transfer_bytes"],
+                gradient=data["differentiable"],
+            )
+
+
+def _reason(cost: StageCost, stage: StageReport, plan: Plan | None) -> str:
+    parts = {"computing": cost.compute, "receiving": cost.time_in, "sending": cost.time_out}
+    what = max(parts, key=parts.__getitem__)
+    reason = f"stage {cost.stage} is the slowest, most of it {what}"
+    if plan is not None and plan.reason and not plan.edited:
+        reason = plan.reason
+    if what == "computing" and stage.heaviest:
+        reason += f"; the longest in it takes {stage.heaviest}"
+    return reason[:1].upper() + reason[1:] + "."
+
+
+def _notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan) -> list[str]:
+    notes = [
+        "The optimizer is not known yet: memory and update times are those of Adam (two values per "
+        "parameter); SGD needs less."
+    ]
+    unknown = [n for n, exact in graph.nodes(data="exact") if not exact]
+    if unknown:
+        notes.append(
+            f"{len(unknown)} of {len(graph)} nodes could not be costed and count as free: "
+            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
+        )
+    for stage in stages:
+        if stage.memory_limit is not None and stage.peak_bytes > stage.memory_limit:
+            notes.append(
+                f"Stage {stage.index} needs {stage.peak_bytes / 1e9:.2f} GB, more than the "
+                f"{stage.memory_limit / 1e9:.2f} GB that it may use."
+            )
+    if plan.edited:
+        notes.append("The plan was edited by hand after it was found.")
+    return notes
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value

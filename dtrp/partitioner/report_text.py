@@ -1,0 +1,107 @@
+"""The partition report as text, by rich."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from dtrp.partitioner.report import PartitionReport, StageReport
+
+_WIDTH = 120
+
+
+def text(report: PartitionReport) -> str:
+    """The report without colours, at a fixed width: the same wherever it is printed."""
+    out = io.StringIO()
+    console = Console(file=out, width=_WIDTH, color_system=None, highlight=False, emoji=False, markup=False)
+    console.print(renderable(report))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def renderable(report: PartitionReport) -> RenderableType:
+    """The report for a rich console."""
+    table = Table(title=None, title_justify="left", expand=False, pad_edge=False)
+    table.add_column("stage", justify="right", no_wrap=True)
+    table.add_column("device", overflow="fold", max_width=14)
+    table.add_column("holds", ratio=1, overflow="fold", max_width=34)
+    for name in ("params", "GFLOP", "in", "out", "tick", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("recompute", no_wrap=True)
+    for stage in report.stages:
+        slowest = stage.index == report.bottleneck and len(report.stages) > 1
+        table.add_row(
+            f"{stage.index}{' *' if slowest else ''}",
+            Text(stage.device),
+            Text(_holds(stage)),
+            count(stage.params),
+            f"{stage.flops / 1e9:.2f}",
+            size(stage.input_bytes),
+            size(stage.output_bytes),
+            duration(stage.tick_time),
+            size(stage.peak_bytes),
+            "yes" if stage.recompute else "no",
+            style="bold" if slowest else "",
+        )
+    head = Text(f"{report.model}: {len(report.stages)} stage{'s' if len(report.stages) != 1 else ''}, ")
+    head.append(f"one batch per {duration(report.tick_time)} (predicted), ")
+    head.append(f"{report.speedup:.2f} times as fast as one device")
+    lines: list[RenderableType] = [head, table]
+    lines.append(
+        Text(
+            f"balance {report.balance:.3f}   lower bound {duration(report.lower_bound)}   "
+            f"gap {gap(report.gap)}   over cuts {size(report.cut_bytes)} per batch"
+        )
+    )
+    if len(report.stages) > 1:
+        lines.append(Text(f"* {report.reason}"))
+    how = f"Captured by {report.method}; costs {report.costs}; planned by {report.engine or '-'}."
+    lines.append(Text(how))
+    for module, reason in report.kept_whole:
+        lines.append(Text(f"Kept whole: {module}: {reason}"))
+    lines += [Text(f"Note: {note}") for note in report.notes]
+    return Group(*lines)
+
+
+def _holds(stage: StageReport) -> str:
+    names = stage.holds
+    if len(names) <= 6:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])}, ... {len(names) - 5} more ..., {', '.join(names[-2:])}"
+
+
+def size(n: float) -> str:
+    """Bytes for people: ``1536`` -> ``"1.5 kB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def count(n: float) -> str:
+    """A number of things: ``1536`` -> ``"1.54 k"``."""
+    for unit in ("", " k", " M", " G"):
+        if abs(n) < 1000:
+            return f"{n:.0f}" if not unit else f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g} T"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``0.0123`` -> ``"12.3 ms"``."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def gap(value: float) -> str:
+    """A gap in percent; certified optimal plans say so."""
+    if value <= 1e-6:
+        return "0 % (optimal)"
+    return "unknown" if value == float("inf") else f"{100 * value:.2g} %"
