@@ -103,6 +103,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # more than one only get in each other's way on images this small
     loader, test_loader = digits(BATCH_SIZE, args.seed)
     updates = args.epochs * len(loader)
     optimizer = partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
@@ -125,18 +126,19 @@ def main() -> None:
     # The same model, the same batches, through a pipeline of stages.
     torch.manual_seed(args.seed)
     model = DigitsNet()
-    loader, test_loader = digits(BATCH_SIZE, args.seed)
     pipe = dtrp.compile(
         model,
         n_gpus=args.stages,
-        example_inputs=next(iter(test_loader))[0][:BATCH_SIZE],
-        devices=["cpu"] * args.stages,
+        example_inputs=next(iter(loader))[0],
+        devices=["cpu"] * args.stages,  # a worker process each
+        recompute=True,  # as DTRP does it; "auto" would trade memory for time where memory allows
     )
     print(pipe.report)
 
     start = time.perf_counter()
+    loader, test_loader = digits(BATCH_SIZE, args.seed)  # anew: the same batches as above
     with pipe.trainer(
-        loss_fn=F.cross_entropy, optimizer=optimizer, lr_scheduler=scheduler, seed=args.seed
+        loss_fn=F.cross_entropy, optimizer=optimizer, lr_scheduler=scheduler, seed=args.seed, progress=True
     ) as trainer:
         trainer.fit(loader, epochs=args.epochs)
         result = trainer.evaluate(test_loader)
