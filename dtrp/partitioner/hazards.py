@@ -8,8 +8,10 @@ it reads, makes and writes, and whether it draws random numbers. From that follo
   updated; and a value that cannot travel (anything but tensors, numbers and containers of them) stays with
   its users.
 - **order**: pairs ``(u, v)`` with stage(u) <= stage(v) beyond the data edges. Whoever reads a tensor after
-  an in-place write comes after the writer; and random operations keep the program's order, so that the
-  stages, run one after the other, draw the same numbers as the model.
+  an in-place write comes after the writer; random operations keep the program's order, so that the stages,
+  run one after the other, draw the same numbers as the model; and so do the users of one value through
+  which gradient flows, since autograd adds up their gradients in the reverse of that order, and sums in
+  another order differ in the last bit.
 - **differentiable**: the nodes through which gradient flows when every parameter is trainable.
 """
 
@@ -65,6 +67,7 @@ def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
     groups += _untransferable(gm)
     random = [a.node.name for a in accesses if a.random]
     order += list(itertools.pairwise(random))
+    order += _summing_order(accesses)
     return Hazards(
         groups=tuple(_merge(groups)),
         order=tuple(dict.fromkeys((u, v) for u, v in order if u != v)),
@@ -193,6 +196,19 @@ def _storage_rules(
         order += [(touches[end - 1].node.name, a.node.name) for a in touches[end:]]
         written |= {i for i, p in enumerate(placeholders) if storage in p.makes}
     return groups, order, written
+
+
+def _summing_order(accesses: list[_Access]) -> list[tuple[str, str]]:
+    """Users of each value, and of each parameter, in the program's order."""
+    flows = {a.node: None for a in accesses if a.differentiable}
+    users: dict[object, list[str]] = defaultdict(list)
+    for node in flows:
+        sources: set[object] = {a for a in node.all_input_nodes if a in flows}
+        if node.op == "call_module":
+            sources.add(node.target)
+        for source in sources:
+            users[source].append(node.name)
+    return [pair for names in users.values() for pair in itertools.pairwise(names)]
 
 
 def _untransferable(gm: fx.GraphModule) -> list[set[str]]:
