@@ -1,4 +1,4 @@
-"""The compiler: any model or weighted DAG, cut into balanced stages. Knows nothing of training or processes."""
+"""The compiler: any model or weighted DAG to balanced stages. Knows nothing of training or processes."""
 
 from .partition import Partition, StageModel, StageOption, partition
 

@@ -24,10 +24,11 @@ from .solvers.checks import (
     memory_limits,
 )
 from .solvers.clock import Clock
-from .solvers.engine import TOLERANCE, solve
+from .solvers.engine import solve
 from .solvers.explain import infeasible, reason
 from .solvers.loads import evaluate
 from .solvers.problem import compile_problem
+from .solvers.state import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def partition(
         Nodes pinned to a stage.
     allow_empty : bool
         Whether stages may stay empty; else all K hold something.
-    engine : {"auto", "interval", "search"}
+    engine : {"auto", "interval", "search", "downsets"}
         ``"interval"``: exact for the graph's own order only. ``"search"``: over orders. ``"auto"``: all, to
         the best result.
     time_limit : float

@@ -81,12 +81,15 @@ def balance_weights(work: Floats, fixed: Floats, *, rounds: int = 150) -> Floats
         inf where a group may not be; groups that may be nowhere are left out.
     fixed : array, shape (K,)
     """
-    kinds, inverse = np.unique(np.column_stack([work, fixed]), axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
+    kinds: dict[tuple[bytes, float], int] = {}
+    inverse = np.array(
+        [kinds.setdefault((w.tobytes(), f), len(kinds)) for w, f in zip(work, fixed, strict=True)]
+    )
     if len(kinds) == 1:
         return np.ones(len(work))
     size = np.bincount(inverse).astype(np.float64)
-    cost, extra = kinds[:, :-1], kinds[:, -1]
+    first = np.unique(inverse, return_index=True)[1]
+    cost, extra = work[first], fixed[first]
     cost = cost[:, np.isfinite(cost).any(axis=0)]
     columns = np.arange(cost.shape[1])
     weight = best_weight = np.ones(len(kinds))

@@ -1,4 +1,4 @@
-"""Exact dynamic program over a family of down-sets: the best chain that starts empty and ends with everything.
+"""Exact dynamic program over a family of down-sets: the best chain from nothing to everything.
 
     D[k][I] = min over J in the family, J <= I, of max(D[k-1][J], load_k(I \\ J))
 
@@ -29,12 +29,11 @@ joint options under memory limits and the products are ours.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .clock import Clock
 from .loads import option_loads
-from .problem import Floats, Ints, Problem
-from .windows import Bools, Windows
+from .problem import Bools, Floats, Ints, Problem
+from .windows import Windows
 
 _ROWS, _COLUMNS = 512, 4096  # pairs per block
 
@@ -44,32 +43,17 @@ class OutOfTime(Exception):
 
 
 class Family:
-    """Down-sets with everything that pair loads need of each alone."""
+    """Distinct down-sets, sorted by size: nothing first, everything last."""
 
     def __init__(self, problem: Problem, member: Bools) -> None:
-        self.problem = problem
-        everything = member.all(axis=1) | ~member.any(axis=1)
-        n = problem.n
-        ends = np.stack([np.zeros(n, dtype=bool), np.ones(n, dtype=bool)])
-        member = np.concatenate([ends[:1], member[~everything], ends[1:]])
+        trivial = member.all(axis=1) | ~member.any(axis=1)
+        ends = np.zeros((2, problem.n), dtype=bool)
+        ends[1] = True
+        member = np.concatenate([ends[:1], member[~trivial], ends[1:]])
         weight = problem.work(0)[0][0]
-        key = member @ (weight / max(float(weight.sum()), 1e-300) + 1.0 / n)
-        by = np.argsort(key, kind="stable")
-        self.member = member[by]
-        values = problem.values
-        if len(values):
-            users = self.member[:, values.consumer]
-            inside = self.member[:, values.producer]
-            starts = values.start[:-1]
-            self.held = np.add.reduceat(users, starts, axis=1, dtype=np.int32)
-            degree = np.diff(values.start)
-            self.full = inside & (self.held == degree)
-            self.none = ~inside & (self.held == 0)
-            self.inside = inside
-        else:
-            empty = np.zeros((len(self.member), 0), dtype=bool)
-            self.full = self.none = self.inside = empty
-            self.held = np.zeros((len(self.member), 0), dtype=np.int32)
+        self.member = member[
+            np.argsort(member @ (weight / max(float(weight.sum()), 1e-300) + 1.0 / problem.n))
+        ]
         self._sums: dict[int, Floats] = {}
 
     def __len__(self) -> int:
@@ -82,6 +66,38 @@ class Family:
         return self._sums[id(column)]
 
 
+class Traffic:
+    """What some down-sets (rows) and some others (columns) say about the values that differ among them.
+
+    ``inside``: holds the producer; ``held``: number of consumers held; ``full``: all of both;
+    ``none``: nothing.
+    """
+
+    def __init__(self, problem: Problem, member: Bools) -> None:
+        values = problem.values
+        varies = member.any(axis=0) & ~member.all(axis=0)
+        concerned = varies[values.producer] if len(values) else np.zeros(0, dtype=bool)
+        np.logical_or.at(concerned, values.owner, varies[values.consumer])
+        self.which = np.flatnonzero(concerned)
+        entries = np.flatnonzero(concerned[values.owner])
+        degree = np.diff(values.start)[self.which]
+        self.transfer, self.size = values.transfer[self.which], values.size[self.which]
+        if len(self.which) == 0:
+            self.inside = self.full = self.none = np.zeros((len(member), 0), dtype=bool)
+            self.held = np.zeros((len(member), 0), dtype=np.int16)
+            self.precedes = np.zeros(0, dtype=np.int64)
+            return
+        starts = np.concatenate(([0], np.cumsum(degree)[:-1]))
+        producer, consumer = values.producer[self.which], values.consumer[entries]
+        self.inside = member[:, producer]
+        self.held = np.add.reduceat(member[:, consumer], starts, axis=1, dtype=np.int16)
+        self.full = self.inside & (self.held == degree)
+        self.none = ~self.inside & (self.held == 0)
+        # Only a consumer that may come before its producer can make a value flow backwards.
+        later = problem.descendants[np.repeat(producer, degree), consumer]
+        self.precedes = np.flatnonzero(~np.logical_and.reduceat(later, starts))
+
+
 class ChainProgram:
     """The dynamic program over one family."""
 
@@ -89,11 +105,7 @@ class ChainProgram:
         self.problem = problem
         self.windows = windows
         self.family = Family(problem, member)
-        values = problem.values
         self._needs_bytes = any(o.input_memory for options in problem.options for o in options)
-        # Only a consumer that may come before its producer can make a value flow backwards.
-        after = problem.descendants[values.producer[values.owner], values.consumer]
-        self._may_precede = np.unique(values.owner[~after])
 
     def solve(self, wanted: float, clock: Clock) -> tuple[float, Ints] | None:
         """The best partition whose boundaries are in the family, if its loads are at most ``wanted``.
@@ -134,42 +146,46 @@ class ChainProgram:
         self, s: int, rows: Ints, best: Floats, columns: Ints, wanted: float, clock: Clock
     ) -> tuple[Floats, Ints]:
         """``D`` after stage ``s`` for ``columns``, from ``D`` before it, and the down-sets it came from."""
+        family, problem = self.family, self.problem
         reached = np.full(len(columns), np.inf)
         origin = np.full(len(columns), -1, dtype=np.int64)
-        work = [(self.family.total(c), fixed) for c, fixed in self.problem.work(s)]
+        traffic = Traffic(problem, family.member[np.concatenate([rows, columns])])
+        work = [(family.total(c), fixed) for c, fixed in problem.work(s)]
         for i in range(0, len(rows), _ROWS):
-            r = rows[i : i + _ROWS]
+            r = np.arange(i, min(i + _ROWS, len(rows)))
             # No option may take longer than wanted from the row of the block that has done most.
             near = np.zeros(len(columns), dtype=bool)
             for total, fixed in work:
-                near |= total[columns] - total[r].max() <= wanted - fixed + 1e-9 * abs(wanted)
-            
-            for chosen in _split(np.flatnonzero(near), _COLUMNS):
+                near |= total[columns] - total[rows[r]].max() <= wanted - fixed + 1e-9 * abs(wanted)
+            chosen = np.flatnonzero(near)
+            for start in range(0, len(chosen), _COLUMNS):
                 if clock.expired:
                     raise OutOfTime
-                c = columns[chosen]
-                loads = np.maximum(best[i : i + _ROWS, None], self.pair_loads(s, r, c))
-                at = np.argmin(loads, axis=0)
-                found = loads[at, np.arange(len(c))]
-                better = found < reached[chosen]
-                reached[chosen[better]] = found[better]
-                origin[chosen[better]] = r[at[better]]
+                c = chosen[start : start + _COLUMNS]
+                block = self.pair_loads(s, rows[r], columns[c], traffic, r, c + len(rows))
+                np.maximum(block, best[r, None], out=block)
+                at = np.argmin(block, axis=0)
+                found = block[at, np.arange(len(c))]
+                better = found < reached[c]
+                reached[c[better]] = found[better]
+                origin[c[better]] = rows[r[at[better]]]
         return reached, origin
 
-    def pair_loads(self, s: int, rows: Ints, columns: Ints) -> Floats:
-        """Load of stage ``s`` if it runs what ``columns`` hold more than ``rows``; inf where they do not."""
+    def pair_loads(self, s: int, rows: Ints, columns: Ints, traffic: Traffic, r: Ints, c: Ints) -> Floats:
+        """Load of stage ``s`` if it runs what ``columns`` hold more than ``rows``; inf where they do not.
+
+        ``r`` and ``c`` are the places of these down-sets in ``traffic``.
+        """
         family, problem = self.family, self.problem
         inside, outside = family.member[rows], ~family.member[columns]
         both = inside.any(axis=0) & outside.any(axis=0)
         extra = inside[:, both].astype(np.float32) @ outside[:, both].astype(np.float32).T
-        values = problem.values
-        zero = np.zeros(1)
-        time_in = time_out = bytes_in = zero
-        if problem.kind != "memory" and len(values):
-            time_in = self._received(rows, columns, values.transfer)
-            time_out = self._sent(rows, columns, values.transfer)
-        if self._needs_bytes and len(values) and (problem.kind == "memory" or np.isfinite(problem.limits[s])):
-            bytes_in = self._received(rows, columns, values.size)
+        time_in = time_out = bytes_in = np.zeros(1)
+        if problem.kind != "memory":
+            time_in = _received(traffic, r, c, traffic.transfer)
+            time_out = _sent(traffic, r, c, traffic.transfer)
+        if self._needs_bytes and (problem.kind == "memory" or np.isfinite(problem.limits[s])):
+            bytes_in = _received(traffic, r, c, traffic.size)
         time, memory = [], []
         for option in problem.options[s]:
             seconds, held = family.total(option.time), family.total(option.memory)
@@ -180,64 +196,65 @@ class ChainProgram:
         for other in loads[1:]:
             load = np.minimum(load, other)
         load = np.where(extra > 0.5, np.inf, load)
-        same = rows[:, None] == columns[None, :]
-        load[same] = 0.0 if problem.allow_empty else np.inf
+        load[rows[:, None] == columns[None, :]] = 0.0 if problem.allow_empty else np.inf
         return load
 
-    def _sent(self, rows: Ints, columns: Ints, weight: Floats) -> Floats:
-        family = self.family
-        made_rows, made_columns = family.inside[rows] @ weight, family.inside[columns] @ weight
-        misses, holds = family.none[rows], family.full[columns]
-        use = misses.any(axis=0) & holds.any(axis=0)
-        kept = _product(misses[:, use], holds[:, use], weight[use])
-        return made_columns[None, :] - made_rows[:, None] - kept
 
-    def _received(self, rows: Ints, columns: Ints, weight: Floats) -> Floats:
-        family = self.family
-        held_rows, held_columns = family.held[rows], family.held[columns]
-        low = np.minimum(held_rows.min(axis=0), held_columns.min(axis=0))
-        high = np.maximum(held_rows.max(axis=0), held_columns.max(axis=0))
-        varies = (low < high) & (weight > 0)
-        use = np.flatnonzero(varies & family.inside[rows].any(axis=0))
-        out = self._more_held(rows, columns, use, weight, made=True)
-        back = self._may_precede
-        back = back[varies[back]]
-        if len(back):
-            out = out + self._more_held(rows, columns, back, weight, made=False)
-        return out
+def _sent(traffic: Traffic, rows: Ints, columns: Ints, weight: Floats) -> Floats:
+    made_rows, made_columns = traffic.inside[rows] @ weight, traffic.inside[columns] @ weight
+    misses, holds = traffic.none[rows], traffic.full[columns]
+    use = misses.any(axis=0) & holds.any(axis=0)
+    kept = _product(misses[:, use], holds[:, use], weight[use])
+    return made_columns[None, :] - made_rows[:, None] - kept
 
-    def _more_held(self, rows: Ints, columns: Ints, use: Ints, weight: Floats, *, made: bool) -> Floats:
-        """Sum over values made by ``rows`` (or: not made in ``columns``) that gain consumers in between."""
-        family = self.family
-        w = weight[use]
-        held_rows, held_columns = family.held[rows][:, use], family.held[columns][:, use]
-        ones = np.ones((len(rows), len(use)), dtype=bool)
-        row_gate = family.inside[rows][:, use] if made else ones
-        column_gate = None if made else ~family.inside[columns][:, use]
-        left, right, weights = [], [], []
-        top = int(held_rows.max(initial=0))
-        for c in range(top + 1):
-            x = (held_rows == c) & row_gate
-            y = held_columns == c
-            if column_gate is not None:
-                y &= column_gate
-            keep = x.any(axis=0) & y.any(axis=0)
-            if keep.any():
-                left.append(x[:, keep])
-                right.append(y[:, keep])
-                weights.append(w[keep])
-        total = (row_gate @ w)[:, None] if column_gate is None else (column_gate @ w)[None, :]
-        if not left:
-            return np.broadcast_to(total, (len(rows), len(columns)))
-        same = _product(np.concatenate(left, 1), np.concatenate(right, 1), np.concatenate(weights))
-        return total - same
+
+def _received(traffic: Traffic, rows: Ints, columns: Ints, weight: Floats) -> Floats:
+    low, high = traffic.held[rows].min(axis=0), traffic.held[columns].max(axis=0)
+    varies = (low < high) & (weight > 0)
+    made = np.flatnonzero(varies & traffic.inside[rows].any(axis=0))
+    received = _gains(traffic, rows, columns, made, weight, traffic.inside[rows][:, made], None)
+    back = traffic.precedes[varies[traffic.precedes]]
+    if len(back):
+        gate = ~traffic.inside[columns][:, back]
+        received = received + _gains(traffic, rows, columns, back, weight, None, gate)
+    return received
+
+
+def _gains(
+    traffic: Traffic,
+    rows: Ints,
+    columns: Ints,
+    use: Ints,
+    weight: Floats,
+    row_gate: Bools | None,
+    column_gate: Bools | None,
+) -> Floats:
+    """Sum of the values ``use`` that pass the one gate and of which columns hold more consumers than rows."""
+    weight = weight[use]
+    held_rows, held_columns = traffic.held[rows][:, use], traffic.held[columns][:, use]
+    left, right, weights = [], [], []
+    for count in range(int(held_rows.max(initial=0)) + 1):
+        x, y = held_rows == count, held_columns == count
+        if row_gate is not None:
+            x &= row_gate
+        if column_gate is not None:
+            y &= column_gate
+        keep = x.any(axis=0) & y.any(axis=0)
+        left.append(x[:, keep])
+        right.append(y[:, keep])
+        weights.append(weight[keep])
+    every = np.zeros((1, 1))
+    if row_gate is not None:
+        every = (row_gate @ weight)[:, None]
+    if column_gate is not None:
+        every = (column_gate @ weight)[None, :]
+    same = _product(np.concatenate(left, axis=1), np.concatenate(right, axis=1), np.concatenate(weights))
+    difference: Floats = every - same
+    return difference
 
 
 def _product(left: Bools, right: Bools, weight: Floats) -> Floats:
     """``left @ diag(weight) @ right.T``."""
-    a: NDArray[np.float64] = left * weight
-    return a @ right.T.astype(np.float64)
-
-
-def _split(indices: Ints, size: int) -> list[Ints]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
+    weighed: Floats = left * weight
+    product: Floats = weighed @ right.T.astype(np.float64)
+    return product

@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .clock import Clock
-from .problem import Problem
-from .windows import Bools, Windows
+from .problem import Bools, Problem
+from .windows import Windows
 
 Bytes = NDArray[np.uint8]
-_CHECK_EVERY = 6
 
 
 def enumerate_downsets(
@@ -38,7 +37,7 @@ def enumerate_downsets(
     width = below.shape[1]
     taken = np.zeros((1024, width), dtype=np.uint8)
     barred = np.zeros((1024, width), dtype=np.uint8)
-    count, grown_from = 1, 1
+    count, kept = 1, 1
     for step in range(n):
         byte, bit = step >> 3, np.uint8(0x80 >> (step & 7))
         free = np.flatnonzero((barred[:count, byte] & bit) == 0)
@@ -53,13 +52,13 @@ def enumerate_downsets(
         taken[new, byte] |= bit
         barred[free] |= below[step]
         count += more
-        if (step % _CHECK_EVERY == 0 and count > 64) or count > 2 * grown_from or step == n - 1:
+        if count > 1.5 * kept + 64 or step == n - 1:
             keep = promising(problem, windows, taken[:count], barred[:count], wanted)
             kept = int(keep.sum())
             if kept < count:
                 taken[:kept], barred[:kept] = taken[:count][keep], barred[:count][keep]
                 count = kept
-            grown_from = max(count, 32)
+
     return np.unpackbits(taken[:count], axis=1, count=n).astype(bool)
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .bounds import Bound, simple_bound
+from .bounds import Bound
 from .clock import Clock
-from .chains import ChainProgram, OutOfTime
-from .downsets import enumerate_downsets
-from .windows import Windows
+from .exact import certify
 from .intervals import IntervalProgram
 from .loads import evaluate
 from .orders import good_orders
 from .problem import Ints, Problem
+from .reduce import reduce_problem
+from .state import TOLERANCE, State
 
-ENGINES = ("auto", "interval", "search")
+ENGINES = ("auto", "interval", "search", "downsets")
 
-# Two loads closer than this (relative) are the same load: what sums in another order differ by.
-TOLERANCE = 1e-9
+_FIRST_ORDERS = 6
+_SMALL = 40  # groups up to which nothing is gained by reducing first
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +59,10 @@ def solve(problem: Problem, *, engine: str, clock: Clock, seed: int) -> Solution
         says that not even that one fits, and ``least_memory`` holds it. Its ``load`` is the factor by
         which the limits would have to grow.
     """
-    solution = _minimise(problem, engine=engine, clock=clock, seed=seed)
-    if solution.stage is not None or problem.kind == "memory":
+    solution = _minimise(problem, engine, clock, seed)
+    if solution.stage is not None:
         return solution
-    fit = _minimise(replace(problem, kind="memory"), engine="auto", clock=Clock(clock.limit), seed=seed)
+    fit = _minimise(replace(problem, kind="memory"), "auto", Clock(clock.limit), seed)
     if fit.stage is not None:
         load = evaluate(problem, fit.stage).max_load
         if np.isfinite(load):
@@ -69,43 +70,44 @@ def solve(problem: Problem, *, engine: str, clock: Clock, seed: int) -> Solution
     return replace(solution, least_memory=fit)
 
 
-def _minimise(problem: Problem, *, engine: str, clock: Clock, seed: int) -> Solution:
-    bound = simple_bound(problem)
-    best: Ints | None = None
-    load, name = np.inf, "interval"
-    for tried, order in enumerate(good_orders(problem, seed)):
-        if tried and (engine == "interval" or clock.expired or load <= bound.value * (1 + TOLERANCE)):
-            break
-        if tried >= 12:
-            break
-        found = IntervalProgram(problem, order).solve(clock if tried else Clock(np.inf), below=load)
+def _minimise(problem: Problem, engine: str, clock: Clock, seed: int) -> Solution:
+    state = State(problem)
+    if engine == "interval":
+        _cut_orders(state, [np.arange(problem.n)], clock)
+    elif problem.n <= _SMALL and not problem.allow_empty:
+        _run(state, engine, clock, seed)
+    else:
+        # Reducing is safe where stages may stay empty; that they may only lowers the bound.
+        reduced = reduce_problem(replace(problem, allow_empty=True))
+        inner = State(reduced.problem)
+        _run(inner, engine, clock.within(0.8) if not problem.allow_empty else clock, seed)
+        state.raise_bound(inner.bound)
+        stage = None if inner.stage is None else reduced.lift(inner.stage)
+        if stage is not None and (problem.allow_empty or len(np.unique(stage)) == problem.n_stages):
+            state.offer(stage, inner.engine)
+        elif problem.n >= problem.n_stages:
+            if stage is not None:  # an order in which its cuts exist; others may fill the empty stages
+                _cut_orders(state, [np.lexsort((np.arange(problem.n), stage))], clock)
+            _run(state, engine, clock, seed)
+    return Solution(state.stage, state.load, state.bound, state.engine)
+
+
+def _run(state: State, engine: str, clock: Clock, seed: int) -> None:
+    """All engines on one problem."""
+    orders = good_orders(state.problem, seed)
+    _cut_orders(state, (order for order, _ in zip(orders, range(_FIRST_ORDERS), strict=False)), clock)
+    if engine in ("auto", "downsets"):
+        certify(state, clock.within(0.6))
+
+
+def _cut_orders(state: State, orders: Iterable[Ints], clock: Clock) -> None:
+    """Best cuts of some orders; the first is cut whatever the clock says."""
+    for tried, order in enumerate(orders):
+        if state.optimal or (tried and clock.expired):
+            return
+        first = state.stage is None and tried == 0
+        found = IntervalProgram(state.problem, order).solve(
+            Clock(np.inf) if first else clock, below=state.load
+        )
         if found is not None:
-            exact = evaluate(problem, found[1]).max_load
-            if exact < load:
-                best, load = found[1], exact
-                name = "interval" if tried == 0 else "search"
-    if engine == "interval" or load <= bound.value * (1 + TOLERANCE):
-        return Solution(best, load, bound, name)
-    windows = Windows(problem)
-    floor = bound.value
-    for share in (0.02, 0.1, 0.3, 1.0):
-        wanted = floor + share * (load - floor) if np.isfinite(load) else np.inf
-        if wanted <= bound.value: continue
-        member = enumerate_downsets(problem, windows, wanted, cap=300_000, clock=clock)
-        if DEBUG: print("  wanted", wanted, "load", load, "family", None if member is None else len(member), clock.seconds)
-        if member is None:
-            break
-        try:
-            found = ChainProgram(problem, windows, member).solve(wanted, clock)
-        except OutOfTime:
-            break
-        if DEBUG: print("  ->", None if found is None else found[0], clock.seconds)
-        if found is not None:
-            exact = evaluate(problem, found[1]).max_load
-            if exact < load:
-                best, load, name = found[1], exact, "downsets"
-            bound = Bound(min(found[0],load), "downsets")
-            break
-        bound = Bound(min(wanted,load), "downsets")
-    return Solution(best, load, bound, name)
-DEBUG = False
+            state.offer(found[1], "interval" if tried == 0 else "search")

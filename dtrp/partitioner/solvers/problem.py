@@ -24,6 +24,7 @@ from dtrp.errors import InfeasiblePlanError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class Problem:
         return len(self.predecessors)
 
     @cached_property
-    def descendants(self) -> NDArray[np.bool_]:
+    def descendants(self) -> Bools:
         """``[u, v]``: v may not come in an earlier stage than u; the diagonal is True."""
         below = np.eye(self.n, dtype=bool)
         for u in range(self.n - 1, -1, -1):

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .bounds import balance_weights, stage_work
 from .loads import MEMORY_SLACK
-from .problem import Floats, Ints, Problem
+from .problem import Bools, Floats, Ints, Problem
 
-Bools = NDArray[np.bool_]
 _ROUNDING = 1e-11
 
 
@@ -49,17 +47,16 @@ class Windows:
         self.problem = problem
         k = problem.n_stages
         work, fixed = stage_work(problem)
-        cache: dict[Any, Side] = {}
         types = np.empty(k, dtype=np.int64)
         for i, alike in enumerate(problem.stage_types):
             types[alike] = i
+        cache: dict[Any, Floats] = {}
 
         def side(stages: range) -> Side:
-            # Pins make stages of one type differ; they are told apart where there are pins at all.
-            key = tuple(types[stages].tolist()) if np.all(problem.pinned < 0) else (stages.start, stages.stop)
-            if key not in cache:
-                cache[key] = _side(problem, stages, work[stages], fixed[stages])
-            return cache[key]
+            # One column for all sides of one type saves products; pins make stages of one type differ.
+            kinds = set(types[stages].tolist())
+            key = kinds.pop() if len(kinds) == 1 and np.all(problem.pinned < 0) else stages
+            return _side(problem, stages, work[stages], fixed[stages], cache, key)
 
         self.before = [side(range(s)) for s in range(1, k)]
         self.after = [side(range(s, k)) for s in range(1, k)]
@@ -116,17 +113,20 @@ class Windows:
         return ok
 
 
-def _side(problem: Problem, stages: range, work: Floats, fixed: Floats) -> Side:
+def _side(
+    problem: Problem, stages: range, work: Floats, fixed: Floats, cache: dict[Any, Floats], key: Any
+) -> Side:
     barred = np.flatnonzero(np.all(np.isinf(work), axis=0))
     weights = balance_weights(work, fixed)
-    weighed = np.min(weights[:, None] * work, axis=0)
-    weighed[barred] = 0.0  # tested apart: inf times 0 is no number
+    column = np.min(weights[:, None] * work, axis=0)
+    column[barred] = 0.0  # tested apart: inf times 0 is no number
     memory, capacity = None, np.inf
     if problem.kind != "memory" and np.all(np.isfinite(problem.limits[stages])):
-        memory = np.min([o.memory for s in stages for o in problem.options[s]], axis=0)
+        options = {id(o): o for s in stages for o in problem.options[s]}.values()
+        memory = cache.setdefault(("memory", key), np.min([o.memory for o in options], axis=0))
         capacity = float(problem.limits[stages].sum()) * (1 + 2 * MEMORY_SLACK)
     return Side(
-        column=weighed,
+        column=cache.setdefault(key, column),
         capacity=float(weights.sum()),
         fixed=float(weights @ fixed),
         charge=float(weights.min()),
