@@ -290,13 +290,13 @@ class _Walk:
                     sizes["gradient_bytes"] += _nbytes(tensor)
                     tensors += 1
             out = self._tensors(node)
-            output_bytes = sum(t.nbytes for t in out)
+            # A parameter that the graph reads by name is no activation: stages share it.
+            output_bytes = 0 if node.op == "get_attr" else sum(t.nbytes for t in out)
             inputs = {
                 n.name: sum(t.nbytes for t in self._tensors(n))
                 for n in node.all_input_nodes
                 if n.op == "placeholder"
             }
-            sent = 0 if node.op == "get_attr" else output_bytes
             graph.add_node(
                 node.name,
                 op=_what(node),
@@ -312,7 +312,7 @@ class _Walk:
                 output_bytes=output_bytes,
                 shapes=tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in out),
                 differentiable=any(t.requires_grad for t in out),
-                transfer_bytes=sent,
+                transfer_bytes=output_bytes,
                 model_inputs=inputs,
                 first_input_bytes=sum(size for name, size in inputs.items() if name not in read),
                 exact=cost.exact,
@@ -327,7 +327,7 @@ class _Walk:
                         f"forward_time{suffix}": seconds(cost.forward, i),
                         f"backward_time{suffix}": seconds(cost.backward, i),
                         f"sweep_time{suffix}": sizes["gradient_bytes"] / spec.memory_bandwidth + per_tensor,
-                        f"transfer_time{suffix}": spec.transfer_time(sent),
+                        f"transfer_time{suffix}": spec.transfer_time(output_bytes),
                     }
                 )
         for node in self.costs:

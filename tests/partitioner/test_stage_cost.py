@@ -1,0 +1,161 @@
+"""The cost of a stage: the published table by hand, and planning and reporting that agree."""
+
+import networkx as nx
+import pytest
+import torch
+from torch import nn
+
+from dtrp.partitioner.capture import capture
+from dtrp.partitioner.costs import cost_graph
+from dtrp.partitioner.partition import partition
+from dtrp.partitioner.stage_cost import predictions, stage_costs, stage_models
+
+P, G, A, X, Y = 100, 100, 7, 5, 3  # bytes: parameters, gradients, kept, model input, output of each node
+F, B, S = 2.0, 3.0, 0.25  # seconds: forward, backward, one sweep over the parameters
+
+
+def chain(n):
+    graph = nx.DiGraph()
+    for i in range(n):
+        graph.add_node(
+            f"n{i}",
+            flops=10,
+            backward_flops=20,
+            forward_time=F,
+            backward_time=B,
+            sweep_time=S,
+            params=(f"w{i}",),
+            params_bytes=P,
+            gradient_bytes=G,
+            buffer_bytes=1,
+            activation_bytes=A + (X if i == 0 else 0),
+            kept_bytes=A,
+            output_bytes=Y,
+            transfer_bytes=Y,
+            transfer_time=0.5,
+            model_inputs={"x": X} if i == 0 else {},
+            first_input_bytes=X if i == 0 else 0,
+        )
+        if i:
+            graph.add_edge(f"n{i - 1}", f"n{i}")
+    graph.graph.update(
+        params={f"w{i}": (25, P) for i in range(n)}, trainable=frozenset(f"w{i}" for i in range(n))
+    )
+    return graph
+
+
+def per_node(n_stages):
+    return {f"n{i}": i for i in range(n_stages)}
+
+
+def test_recomputing_stages():
+    first, second, last = stage_costs(chain(3), per_node(3), (True, True, True), optimizer_bytes=2.0)
+    update, prediction = (3 + 2 * 2) * S, (2 + 2) * S
+    assert first.compute == pytest.approx(2 * F + B + update + prediction)
+    assert second.compute == pytest.approx(2 * F + B + update + 2 * prediction)
+    assert last.compute == pytest.approx(F + B + update + prediction)
+    assert not last.recomputes, "the last stage never does"
+    assert first.peak == (P + 1) + G * (1 + 2) + G + 5 * X + A
+    assert second.peak == (P + 1) + G * (1 + 2) + G + 3 * Y + A
+    assert last.peak == (P + 1) + G * (1 + 2) + G + Y + A
+    assert (second.time_in, second.time_out) == (0.5, 0.5)
+    assert (first.input_bytes, first.output_bytes, last.output_bytes) == (X, Y, 0)
+
+
+def test_stages_that_keep_their_graphs():
+    first, second, last = stage_costs(chain(3), per_node(3), (False,) * 3, optimizer_bytes=1.0)
+    assert first.compute == pytest.approx(F + B + 5 * S + 3 * S)
+    assert first.peak == (P + 1) + G * (1 + 1) + 4 * P + 5 * (X + A)
+    assert second.peak == (P + 1) + G * (1 + 1) + 2 * P + 3 * (Y + A)
+    assert last.peak == (P + 1) + G * (1 + 1) + G + Y + A
+
+
+def test_one_stage_is_plain_training():
+    (only,) = stage_costs(chain(3), dict.fromkeys(chain(3), 0), (False,), optimizer_bytes=0.0)
+    assert only.compute == pytest.approx(3 * (F + B + 3 * S))
+    assert only.peak == 3 * (P + 1) + 3 * G + 3 * A + X
+
+
+def test_the_stages_own_horizon_predicts_first_forwards_only():
+    first, second, last = stage_costs(
+        chain(3), per_node(3), (True,) * 3, horizon="stage", optimizer_bytes=0.0
+    )
+    assert first.compute == second.compute == pytest.approx(2 * F + B + 3 * S + 2 * S)
+    assert last.compute == pytest.approx(F + B + 3 * S)
+    assert last.copies == 0
+
+
+def test_without_prediction():
+    first, _, last = stage_costs(chain(3), per_node(3), (True,) * 3, predicts=False, optimizer_bytes=0.0)
+    assert first.compute == pytest.approx(2 * F + B + 3 * S)
+    assert first.copies == last.copies == 0
+
+
+@pytest.mark.parametrize(
+    ("k", "recompute", "horizon", "passes"),
+    [
+        (0, True, "common", 1),  # its recomputation is the moment that all aim at
+        (1, True, "common", 2),
+        (2, True, "common", 2),
+        (3, False, "common", 1),
+        (1, False, "common", 1),
+        (0, True, "stage", 1),
+        (2, True, "stage", 1),
+        (3, False, "stage", 0),
+    ],
+)
+def test_predictions_per_tick(k, recompute, horizon, passes):
+    assert predictions(k, 4, recompute=recompute, predicts=True, horizon=horizon) == passes
+
+
+def test_one_stage_predicts_nothing():
+    assert predictions(0, 1, recompute=False, predicts=True, horizon="common") == 0
+
+
+def test_a_parameter_that_two_stages_hold_is_in_both():
+    graph = chain(2)
+    graph.nodes["n1"]["params"] = ("w0",)
+    graph.nodes["n1"]["params_bytes"] = 0
+    first, second = stage_costs(graph, per_node(2), (True, False))
+    assert first.weights == second.weights == P + 1
+    assert second.params == 25
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+
+    def forward(self, x):
+        early = x
+        for layer in self.layers:
+            x = torch.relu(layer(x)) + early
+        return x
+
+
+@pytest.mark.parametrize("recompute", [True, False, "auto"])
+@pytest.mark.parametrize("n_stages", [1, 2, 3, 5])
+@pytest.mark.parametrize("limit", [None, 40_000.0])
+def test_planning_and_reporting_agree(recompute, n_stages, limit, device):
+    """The weights that the solver sums up and the exact evaluation are two ways to the same numbers."""
+    graph = cost_graph(capture(Branches(), (torch.randn(8, 16),)), device=device)
+    limit = limit if recompute == "auto" else None
+    result = partition(
+        graph,
+        n_stages,
+        transfer="transfer_time",
+        size="transfer_bytes",
+        stage_models=stage_models(n_stages, recompute=recompute, memory_limit=[limit] * n_stages),
+        time_limit=1.0,
+    )
+    costs = stage_costs(graph, result.stage_of, [label == "recompute" for label in result.options])
+    assert [c.tick for c in costs] == pytest.approx(result.loads)
+    # The model's input is charged to the first node that reads it; other stages hold it too.
+    inputs = [(2 * (n_stages - 1 - k) + 1) * 8 * 16 * 4 for k in range(n_stages)]
+    for k, cost in enumerate(costs):
+        assert cost.peak in (pytest.approx(result.memory[k]), pytest.approx(result.memory[k] + inputs[k]))
+
+
+def test_recompute_must_be_known():
+    with pytest.raises(ValueError, match=r"recompute must be True, False, 'auto'.*got 'sometimes'"):
+        stage_models(3, recompute="sometimes")
