@@ -60,7 +60,7 @@ def compare(
     optimizer: str,
     *,
     method: str,
-    recompute: bool | None = None,
+    recompute: bool | str = True,
     n_batches: int = N_BATCHES,
     tolerance: float = 1e-9,
     lr_scheduler: Any = None,
@@ -69,8 +69,7 @@ def compare(
     """Train both, compare everything that training leaves behind."""
     model = case.make()
     batches = case.batches(n_batches, last=2)
-    compiled = {} if recompute is None else {"recompute": recompute}
-    pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=batches[0].args, **compiled)
+    pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=batches[0].args, recompute=recompute)
     assert len(pipe.stages) == n_stages
     parts = stages_of(pipe, model)
     handed = isinstance(model, Handed)  # its steps give a tuple, of which the first is the output
@@ -80,7 +79,7 @@ def compare(
         OPTIMIZERS[optimizer],
         (lambda output, target: case.loss_fn(output[0], target)) if handed else case.loss_fn,
         method=method,
-        recompute=recompute,
+        recompute=pipe.plan.recompute if method in ("dtr", "dtrp") else None,
         lr_scheduler=lr_scheduler,
         seed=SEED,
         pass_seed=pass_seed,
@@ -174,6 +173,11 @@ def test_methods(method: str, case: Case, n_stages: int, optimizer: str) -> None
 def test_kept_graphs(case: Case, n_stages: int, predictor: str, horizon: str) -> None:
     """Without re-computation: the gradient is taken where the forward was, and applied to what is there."""
     compare(case, n_stages, "momentum", method="dtrp", recompute=False, predictor=predictor, horizon=horizon)
+
+
+@pytest.mark.parametrize("n_stages", [2, 4])
+def test_recompute_where_the_plan_says_so(n_stages: int) -> None:
+    compare(FLAT_CNN, n_stages, "momentum", method="dtrp", recompute="auto")
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
