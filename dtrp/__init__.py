@@ -1,6 +1,12 @@
-"""dtrp: any PyTorch model, cut into balanced stages and trained as a decoupled pipeline."""
+"""dtrp: any PyTorch model, cut into balanced stages and trained as a decoupled pipeline.
 
-from .compile import Pipeline, Stage, compile
+The public names are imported when they are first used: `dtrp.onnx`, which runs exported stages where they
+are deployed, must work without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -10,10 +16,13 @@ from .errors import (
     PlanMismatchError,
     WorkerError,
 )
-from .partitioner.plan import Plan
-from .runtime.predictors import Predictor
-from .runtime.trainer import Trainer
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .partitioner.plan import Plan
+    from .pipeline import Pipeline, Stage, compile
+    from .runtime.predictors import Predictor
+    from .runtime.trainer import Trainer
 
 __all__ = [
     "CaptureError",
@@ -31,3 +40,27 @@ __all__ = [
     "__version__",
     "compile",
 ]
+
+# No module of the package may be called like one of these: importing it would hide the name.
+_HOMES = {
+    "Pipeline": ".pipeline",
+    "Plan": ".partitioner.plan",
+    "Predictor": ".runtime.predictors",
+    "Stage": ".pipeline",
+    "Trainer": ".runtime.trainer",
+    "compile": ".pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name], __name__), name)
+        globals()[name] = value
+        return value
+    if name in ("onnx", "partitioner", "runtime"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -72,23 +72,31 @@ class TestImport:
         code = f"""
 import json, sys, torch
 before = set(sys.modules)
-import dtrp
+import dtrp; dtrp.compile, dtrp.Plan, dtrp.Trainer  # names are imported on first use
 print(json.dumps([m for m in {heavy.split()} if m in sys.modules and m not in before]))
 """
         assert json.loads(python(code)) == []
+
+    def test_by_itself_does_not_import_torch(self):
+        """`dtrp.onnx` must run where torch is not installed."""
+        assert python("import sys, dtrp, dtrp.errors; print('torch' in sys.modules)").strip() == "False"
+
+    def test_has_every_public_name(self):
+        code = "import dtrp; print([n for n in dtrp.__all__ if not hasattr(dtrp, n)], callable(dtrp.compile))"
+        assert python(code).strip() == "[] True"
 
     def test_takes_little_beyond_torchs_own_time(self):
         code = """
 import time, torch
 start = time.process_time()  # not the clock on the wall: the machine may be busy with something else
-import dtrp
+import dtrp; dtrp.compile
 print(time.process_time() - start)
 """
         assert min(float(python(code)) for _ in range(2)) < 1.0
 
 
 class TestLayers:
-    """The compiler knows nothing of training, the runtime nothing of graphs; compile.py joins them."""
+    """The compiler knows nothing of training, the runtime nothing of graphs; pipeline.py joins them."""
 
     @pytest.mark.parametrize(("half", "other"), [("partitioner", "runtime"), ("runtime", "partitioner")])
     def test_neither_half_imports_the_other(self, half, other):
