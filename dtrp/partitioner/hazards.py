@@ -88,11 +88,11 @@ class _Access:
     differentiable: bool = False
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes, for the node that is running, every operator's reads, writes and use of random numbers."""
 
     def __init__(self, real: Mapping[int, int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.access: _Access | None = None
         self.real = real  # fake storage of a parameter or buffer -> its real one
         self.seen: list[Any] = []  # kept alive: a freed storage's number would come back as another's
@@ -248,4 +248,4 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -57,7 +57,10 @@ class Linear:
 
     def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
         velocity = state.get("momentum_buffer")
-        return weight if velocity is None else weight - (s * _lr(group)) * velocity
+        if velocity is None:
+            return weight
+        ahead: Tensor = weight - (s * _lr(group)) * velocity
+        return ahead
 
 
 class Geometric:
@@ -68,7 +71,8 @@ class Geometric:
         if velocity is None or m == 0.0:
             return weight
         reach = s if m == 1.0 else (m - m ** (s + 1)) / (1 - m)
-        return weight - (_lr(group) * reach) * velocity
+        ahead: Tensor = weight - (_lr(group) * reach) * velocity
+        return ahead
 
 
 class Difference:
@@ -93,7 +97,8 @@ class Adam:
         second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
         scale = (second / (1 - beta2**step)).sqrt() + group["eps"]
         decay = group.get("weight_decay", 0.0) if group.get("decoupled_weight_decay") else 0.0
-        return weight * (1 - s * _lr(group) * decay) - (s * _lr(group)) * (mean / scale)
+        ahead: Tensor = weight * (1 - s * _lr(group) * decay) - (s * _lr(group)) * (mean / scale)
+        return ahead
 
 
 class Auto:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -151,7 +151,7 @@ def _bind(
     ]
     names = []
     for path, _ in pairs:
-        where, key, *rest = path
+        where, key, *rest = cast(tuple[Any, ...], path)
         if where == pytree.SequenceKey(1):
             root = str(key.key)
         elif key.idx < len(positional):
