@@ -27,11 +27,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .capture.fakes import FakeWorld
 from .capture.graph import Captured, ModeGraph
+from .capture.snapshot import untouched
 
 TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
 """Leaves that a link can carry from stage to stage."""
@@ -62,8 +64,8 @@ class Hazards:
 def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
     """The rules for cutting ``graph`` (default: the train graph). Nothing is computed."""
     gm = (graph or captured.train).module
-    accesses = _watch(gm)
-    groups, order, written = _storage_rules(gm, accesses)
+    accesses, state = _watch(gm)
+    groups, order, written = _storage_rules(accesses, state)
     groups += _untransferable(gm)
     random = [a.node.name for a in accesses if a.random]
     order += list(itertools.pairwise(random))
@@ -91,15 +93,15 @@ class _Access:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes, for the node that is running, every operator's reads, writes and use of random numbers."""
 
-    def __init__(self, real: Mapping[int, int]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.access: _Access | None = None
-        self.real = real  # fake storage of a parameter or buffer -> its real one
         self.seen: list[Any] = []  # kept alive: a freed storage's number would come back as another's
 
-    def storages(self, tree: Any) -> set[int]:
-        found = {_storage(t) for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)}
-        return {self.real.get(s, s) for s in found}
+    @staticmethod
+    def storages(tree: Any) -> set[int]:
+        tensors = [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        return {int(t.untyped_storage()._cdata) for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -119,10 +121,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Runner(fx.Interpreter):
     """Runs the graph on fake tensors, one `_Access` per node."""
 
-    def __init__(self, gm: fx.GraphModule, watch: _Watch) -> None:
+    def __init__(self, gm: fx.GraphModule, world: FakeWorld) -> None:
         super().__init__(gm, garbage_collect_values=False)  # storages' ids must stay unique
-        self.watch = watch
+        self.world = world
+        self.watch = _Watch()
         self.accesses: list[_Access] = []
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self.world.twin(value) if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
         access = self.watch.access = _Access(n)
@@ -138,23 +145,19 @@ class _Runner(fx.Interpreter):
         return value
 
 
-def _watch(gm: fx.GraphModule) -> list[_Access]:
-    example = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = next((v.fake_mode for v in example if isinstance(v, FakeTensor)), None)
-    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-    state = itertools.chain(gm.parameters(), gm.buffers())
-    fakes = [(mode.from_tensor(t), t) for t in state]
-    watch = _Watch({_storage(fake): _storage(t) for fake, t in fakes})
-    watch.seen.append(fakes)
-    runner = _Runner(gm, watch)
+def _watch(gm: fx.GraphModule) -> tuple[list[_Access], set[int]]:
+    """What each node does, and the storages of parameters and buffers."""
+    example = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+    world = FakeWorld(next((v.fake_mode for v in example if isinstance(v, FakeTensor)), None))
+    runner = _Runner(gm, world)
+    allowed, world.mode.allow_non_fake_inputs = world.mode.allow_non_fake_inputs, True
     try:
-        with mode, watch, all_trainable(gm), torch.enable_grad():
-            inputs = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in example]
-            runner.run(*inputs)
+        with untouched(gm), world.inhabited_by(gm), all_trainable(gm), torch.enable_grad(), runner.watch:
+            state = runner.watch.storages([*gm.parameters(), *gm.buffers()])
+            runner.run(*(v.detach().clone() if isinstance(v, torch.Tensor) else v for v in example))
     finally:
-        mode.allow_non_fake_inputs = allowed
-    return runner.accesses
+        world.mode.allow_non_fake_inputs = allowed
+    return runner.accesses, state
 
 
 @contextmanager
@@ -173,14 +176,13 @@ def all_trainable(module: nn.Module) -> Iterator[None]:
 
 
 def _storage_rules(
-    gm: fx.GraphModule, accesses: list[_Access]
+    accesses: list[_Access], state: set[int]
 ) -> tuple[list[set[str]], list[tuple[str, str]], set[int]]:
     """Groups and order that in-place writes ask for, and the model inputs that are written."""
     touching: dict[int, list[_Access]] = defaultdict(list)
     for access in accesses:
         for storage in access.reads | access.makes | access.writes:
             touching[storage].append(access)
-    state = {_storage(t) for t in itertools.chain(gm.parameters(), gm.buffers())}
     placeholders = [a for a in accesses if a.node.op == "placeholder"]
     groups: list[set[str]] = []
     order: list[tuple[str, str]] = []
@@ -245,7 +247,3 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
         if argument is None:
             return
         yield argument, kwargs.get(argument.name, value)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
