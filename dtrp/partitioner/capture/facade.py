@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from dtrp.errors import CaptureError
 
-from .fakes import FakeWorld, fake_inputs
+from .explain import Failure, capture_error
+from .exported import export_model
 from .graph import Captured, ModeGraph, Signature
-from .location import raised_at
-from .propagate import fold_constants, propagate
+from .modes import BothModes
 from .record import record
 from .snapshot import untouched
 from .symbolic import trace_symbolically
-from .traced import Traced, same_graph
+from .verify import MAX_FLOPS, cost_of_running, verify
 
-Way = Callable[..., Traced]
-WAYS: dict[str, Way] = {"fx": trace_symbolically, "record": record}
+Way = Callable[[nn.Module, Signature, Sequence[torch.Tensor], Collection[str]], BothModes]
+
+# In the order in which they are tried. "fx" keeps all sizes symbolic; "record" follows any Python code;
+# "export" sees through modules that "record" must keep whole, but gives operators instead of layers.
+WAYS: Mapping[str, Way] = {"fx": trace_symbolically, "record": record, "export": export_model}
 
 
 def capture(
@@ -29,11 +33,13 @@ def capture(
     *,
     opened: Collection[str] = (),
     ways: Sequence[str] | None = None,
+    run: bool = True,
 ) -> Captured:
     """Turn a model into flat fx graphs, one for each mode (or one for both where they are equal).
 
-    Nothing is computed: the model runs on fake tensors, so it may be on the meta device. The model, its
-    modes and all random states are left exactly as they were.
+    The model runs on fake tensors, so it may be on the meta device and of any size. Each graph is compared
+    with the model before it is accepted: by really running both on two samples where that is cheap. The
+    model, its modes and all random states are left exactly as they were.
 
     Parameters
     ----------
@@ -42,7 +48,12 @@ def capture(
     args, kwargs
         An example call, ``model(*args, **kwargs)``.
     opened : collection of str
-        Qualified names of modules that must not stand as one node.
+        Qualified names of modules that must not stand in the graph as one node, although they were
+        (`Captured.kept_whole`) or usually are.
+    ways : sequence of str, optional
+        The ways to try, by name (see `WAYS`); default all.
+    run : bool
+        Whether the model may really run for comparison.
 
     Raises
     ------
@@ -54,53 +65,64 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}: {model!r:.80}")
-    signature = Signature.of(model, args, kwargs or {})
-    tensors = signature.flatten(args, kwargs or {})
-    failures = []
+    kwargs = kwargs or {}
+    signature = Signature.of(model, args, kwargs)
+    tensors = signature.flatten(args, kwargs)
+    failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
-            traces = {
-                training: _trace(model, signature, tensors, WAYS[name], training, opened)
-                for training in (True, False)
-            }
+            with untouched(model), _quiet():
+                both = WAYS[name](model, signature, tensors, opened)
+                notes = _check(model, signature, tensors, both, run)
         except Exception as error:
-            failures.append((name, error))
+            failures.append(Failure(name, error))
             continue
-        train = ModeGraph(traces[True].graph_module(model), traces[True].out_spec)
-        evaluate = train
-        if not same_graph(traces[True], traces[False]):
-            evaluate = ModeGraph(traces[False].graph_module(model), traces[False].out_spec)
-        kept = tuple(dict.fromkeys(traces[True].kept_whole + traces[False].kept_whole))
-        notes = tuple(dict.fromkeys(traces[True].notes + traces[False].notes))
-        return Captured(model, signature, train, evaluate, name, kept, notes)
-    raise _error(model, failures) from failures[0][1]
+        return _accepted(model, signature, both, name, notes)
+    raise capture_error(model, failures) from failures[0].error
 
 
-def _trace(
-    model: nn.Module,
-    signature: Signature,
-    tensors: Sequence[torch.Tensor],
-    way: Way,
-    training: bool,
-    opened: Collection[str],
-) -> Traced:
-    with untouched(model):
-        model.train(training)
-        traced = way(model, signature, tensors, opened)
-    with untouched(model):
-        model.train(training)
-        world = FakeWorld()
-        propagate(model, traced.graph, world, fake_inputs(world, tensors))
-    fold_constants(traced.graph)
-    traced.graph.lint()
-    return traced
+def _check(
+    model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], both: BothModes, run: bool
+) -> tuple[str, ...]:
+    """Compare the graphs with the model by running them, or say why not."""
+    for _, traced in both.each():
+        traced.graph.lint()
+    if not run:
+        return ()
+    flops = cost_of_running(model, both.train, tensors)
+    if flops == float("inf"):
+        return ("the graph was not compared with the model by running both: it is on the meta device",)
+    if flops > MAX_FLOPS:
+        return (
+            "the graph was not compared with the model by running both: a forward pass of two samples takes "
+            f"about {flops:.1e} FLOPs, more than {MAX_FLOPS:.1e}",
+        )
+    verify(model, signature, tensors, both.train, True, flops)
+    verify(model, signature, tensors, both.eval, False, flops)
+    return ()
 
 
-def _error(model: nn.Module, failures: list[tuple[str, Exception]]) -> CaptureError:
-    lines = [f"{type(model).__name__} could not be turned into a graph."]
-    for name, error in failures:
-        module = getattr(error, "dtrp_module", "")
-        where = f"in module {module!r}" if module else "in the model's own forward"
-        place = raised_at(error)
-        lines.append(f"  {name}: {where}{', ' + place if place else ''}: {type(error).__name__}: {error}")
-    return CaptureError("\n".join(lines))
+def _accepted(
+    model: nn.Module, signature: Signature, both: BothModes, way: str, notes: tuple[str, ...]
+) -> Captured:
+    train = ModeGraph(both.train.graph_module(model), both.train.out_spec)
+    evaluate = train
+    if both.eval is not both.train:
+        evaluate = ModeGraph(both.eval.graph_module(model), both.eval.out_spec)
+    kept = {k.module: k for k in (*both.train.kept_whole, *both.eval.kept_whole)}
+    notes = (*dict.fromkeys(both.train.notes + both.eval.notes), *notes)
+    return Captured(model, signature, train, evaluate, way, tuple(kept.values()), notes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Failed attempts are expected here; torch would print each with its whole stack."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
+from collections.abc import Iterator
 from types import FrameType
 
 import torch
@@ -46,3 +48,10 @@ def short_path(file: str) -> str:
 def _is_users(file: str) -> bool:
     # Generated code ("<string>", "<eval_with_key>.3") has no file that a user could open.
     return not (file.startswith((_TORCH, _HERE, "<")) or file.endswith(("contextlib.py", "functools.py")))
+
+
+def frames_in_text(trace: str) -> Iterator[str]:
+    """``"file.py:123"`` of the user's lines in the text of a stack trace, innermost first."""
+    for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', trace)):
+        if _is_users(file):
+            yield f"{short_path(file)}:{line}"

@@ -38,7 +38,7 @@ class Observer(Protocol):
 def observed(observer: Observer) -> Iterator[None]:
     """Inside, calls and writes reach ``observer``; it is left alone while its ``paused`` is true."""
     call, write = nn.Module.__call__, nn.Module.__setattr__
-    function = torch.autograd.Function
+    function: Any = torch.autograd.Function
     apply = function.__dict__["apply"]
 
     def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
     def patched_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         def proceed(*a: Any, **k: Any) -> Any:
-            return apply.__get__(None, cls)(*a, **k)
+            return apply.__get__(None, cls)(*a, **k)  # the original, as a method of this class
 
         if observer.paused:
             return proceed(*args, **kwargs)
@@ -62,7 +62,7 @@ def observed(observer: Observer) -> Iterator[None]:
     try:
         nn.Module.__call__ = patched_call  # type: ignore[method-assign]
         nn.Module.__setattr__ = patched_write  # type: ignore[method-assign,assignment]
-        function.apply = classmethod(patched_apply)  # type: ignore[assignment,method-assign]
+        function.apply = classmethod(patched_apply)
         yield
     finally:
         nn.Module.__call__ = call  # type: ignore[method-assign]
@@ -74,7 +74,7 @@ class ObservedFakeMode(FakeTensorMode):
     """A fake-tensor mode whose own use of torch functions is not taken for the model's."""
 
     def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+        super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
         self.observer: Observer | None = None
 
     def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:

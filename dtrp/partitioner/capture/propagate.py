@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.fx import Graph, Interpreter, Node
 
 from .fakes import FakeWorld, light
+from .snapshot import untouched
 
 _CONSTANT_TYPES = (torch.device, torch.dtype, torch.layout, torch.memory_format, str)
 
@@ -17,27 +19,47 @@ _CONSTANT_TYPES = (torch.device, torch.dtype, torch.layout, torch.memory_format,
 class _Propagator(Interpreter):
     """Runs a graph node by node, keeping each value in ``meta["val"]``."""
 
-    def __init__(self, model: nn.Module, graph: Graph, world: FakeWorld) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        world: FakeWorld,
+        constants: Mapping[str, torch.Tensor],
+        keep: bool,
+    ) -> None:
         super().__init__(model, garbage_collect_values=True, graph=graph)
         self._world = world
+        self._keep = keep
+        self._constants = constants
+        self.extra_traceback = False
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        n.meta["val"] = light(value)
+        if self._keep:
+            n.meta["val"] = light(value)
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
+        value = self._constants.get(target)
+        if value is None:
+            value = super().get_attr(target, args, kwargs)
         return self._world.twin(value) if isinstance(value, torch.Tensor) else value
 
 
-def propagate(model: nn.Module, graph: Graph, world: FakeWorld, inputs: Sequence[torch.Tensor]) -> Any:
-    """Run ``graph`` on fake ``inputs``, fill each ``meta["val"]``, and give the flat output.
+def propagate(
+    model: nn.Module,
+    graph: Graph,
+    world: FakeWorld,
+    inputs: Sequence[torch.Tensor],
+    constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    keep: bool = True,
+) -> Any:
+    """Run ``graph`` on fake ``inputs``, fill each ``meta["val"]`` (if ``keep``), and give the flat output.
 
     Nothing is computed, and the model's parameters and buffers are not touched.
     """
-    with world.inhabited_by(model), torch.enable_grad():
-        return _Propagator(model, graph, world).run(*inputs)
+    with untouched(model), world.inhabited_by(model), torch.enable_grad():
+        return _Propagator(model, graph, world, constants, keep).run(*inputs)
 
 
 def fold_constants(graph: Graph) -> None:

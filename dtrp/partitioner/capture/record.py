@@ -1,7 +1,7 @@
 """Second way: the model's own code runs on fake tensors, and what it calls is recorded.
 
 Sizes are plain numbers while the model runs. To keep the batch size out of the graph, the model runs with
-other batch sizes too, and numbers that changed are computed from tensors in the graph (`sizes`).
+another batch size too, and numbers that changed are computed from tensors in the graph (`sizes`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import nn
 
 from .fakes import FakeWorld, fake_inputs
 from .graph import KeptWhole, Signature
+from .modes import BothModes, in_mode
 from .patches import ObservedFakeMode, observed
 from .recorder import Recorder
-from .sizes import free_the_batch
+from .sizes import Run, free_the_batch
 from .snapshot import untouched
 from .structure import flatten_output
 from .traced import Traced
@@ -25,21 +26,31 @@ _ATTEMPTS = 8  # each closes at least one module more; nested failures need one 
 
 def record(
     model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], opened: Collection[str] = ()
-) -> Traced:
-    """Record ``model`` in its present mode."""
-    closed: dict[str, str] = {}
+) -> BothModes:
+    """Record ``model`` in both modes."""
 
-    def run(batch: tuple[int, ...] = (), size: int = 0) -> Traced:
-        for _ in range(_ATTEMPTS):
-            traced, failures = _record_once(model, signature, tensors, closed, opened, batch, size)
-            if not failures:
-                break
-            # Some modules were given up half-way and replaced by single nodes. Record again with these
-            # closed from the start: their half-run code may have left something behind.
-            closed.update(failures)
-        return traced
+    def recorder(closed: dict[str, str]) -> Run:
+        def run(batch: tuple[int, ...] = (), size: int = 0) -> Traced:
+            for _ in range(_ATTEMPTS):
+                traced, failures = _record_once(model, signature, tensors, closed, opened, batch, size)
+                if not failures:
+                    break
+                # Some modules were given up half-way and replaced by single nodes. Record again with these
+                # closed from the start: their half-run code may have left something behind.
+                closed.update(failures)
+            return traced
 
-    return free_the_batch(run, tensors)
+        return run
+
+    # What is kept whole in one mode need not be in the other.
+    runs = {training: recorder({}) for training in (True, False)}
+    modes = iter((True, False))
+    both = BothModes.of(model, lambda: runs[next(modes)]())
+    freed = {}
+    for training, traced in both.each():
+        with in_mode(model, training):
+            freed[training] = free_the_batch(traced, runs[training], model, tensors)
+    return BothModes(freed[True], freed.get(False, freed[True]))
 
 
 def _record_once(

@@ -34,7 +34,7 @@ from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
 from .structure import Step, tensors_in
-from .targets import is_property, node_form, property_name
+from .targets import node_form, property_name
 
 
 class CannotRecord(Exception):

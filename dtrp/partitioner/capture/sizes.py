@@ -1,10 +1,10 @@
 """Freeing a recorded graph of the example's batch size.
 
-The model is recorded with the example's batch and with two others. The recordings must be the same calls;
+The model is recorded with the example's batch and with another. The recordings must be the same calls;
 where a number in them changed with the batch, it is a size (or was computed from sizes), and is replaced by
 nodes that compute it:
 
-    recorded with 4, 5, 7 samples:   view(x, 32, -1)   view(x, 40, -1)   view(x, 56, -1)
+    recorded with 4 and 5 samples:   view(x, 32, -1)   view(x, 40, -1)
     becomes:                         size(x, 0) * 8    -> view(x, ., -1)
 
 The tensor that is asked for its size is one of the same call if possible, else the latest that has the size,
@@ -13,46 +13,59 @@ so that few sizes travel from stage to stage.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, Node
 
+from .fakes import FakeWorld, fake_inputs
+from .propagate import propagate
 from .traced import Traced
 
+Run = Callable[..., Traced]  # (batch: indices of tensors to resize, size: to how many samples)
 _Numbers = tuple[int, ...]  # one number of the graph, as it was in each recording
 _NEAR = 64  # how many earlier nodes are searched for a tensor that has the size
 
 
-def free_the_batch(run: Callable[..., Traced], tensors: Sequence[torch.Tensor]) -> Traced:
-    """Record by ``run(batch, size)`` and replace numbers that follow the batch size.
+def free_the_batch(example: Traced, run: Run, model: nn.Module, tensors: Sequence[torch.Tensor]) -> Traced:
+    """Replace numbers in a recording that follow the batch size, found by recording again with another.
 
-    ``batch`` are the indices of the tensors to resize, ``size`` their number of samples. Where the model
-    takes no other batch size, or takes another course with it, the example's is kept and a note says so.
+    The result is checked by running it, on fake tensors, with a third batch size. Where the model takes no
+    other batch size, or takes another course with it, the example's is kept and a note says so.
     """
-    example = run()
     size, batch = batch_of(tensors)
     if not batch:
         return example
     problem = ""
-    for others in ((size + 1, size + 3), (2 * size, 3 * size)):
+    for second, third in ((size + 1, size + 3), (2 * size, 3 * size)):
         try:
-            recordings = [example, *(run(batch, other) for other in others)]
+            other = run(batch, second)
         except Exception as error:
-            text = (str(error).strip().splitlines() or [""])[0]
-            problem = f"with {others[0]} samples instead of {size} it fails: {type(error).__name__}: {text}"
+            problem = f"with {second} samples instead of {size} it fails: {_first_line(error)}"
             continue
+        original = example.copy()
         try:
-            _unify(recordings)
+            _unify([example, other])
+            world = FakeWorld()
+            inputs = fake_inputs(world, tensors, batch, third)
+            propagate(model, example.graph, world, inputs, example.constants, keep=False)
+            return example
         except _Differs as difference:
             problem = str(difference)
-            continue
-        return example
+        except Exception as error:
+            problem = f"with {third} samples instead of {size} its graph fails: {_first_line(error)}"
+        example = original
     note = f"the batch size {size} of the example is fixed in the graph ({problem})"
-    return Traced(example.graph, example.out_spec, example.kept_whole, (note,), example.constants)
+    return dataclasses.replace(example, notes=(*example.notes, note), batch_fixed=True)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def batch_of(tensors: Sequence[torch.Tensor]) -> tuple[int, tuple[int, ...]]:
@@ -112,10 +125,8 @@ class _Sizes:
 
     def _dims(self, column: tuple[Node, ...]) -> list[tuple[int, _Numbers]]:
         """The dimensions of a node's tensor that change with the batch."""
-        values = [n.meta.get("val") for n in column]
-        if not all(isinstance(v, torch.Tensor) for v in values):
-            return []
-        if len({v.dim() for v in values}) > 1:
+        values = [v for v in (n.meta.get("val") for n in column) if isinstance(v, torch.Tensor)]
+        if len(values) < len(column) or len({v.dim() for v in values}) > 1:
             return []
         shapes = zip(*(v.shape for v in values), strict=True)
         return [(d, sizes) for d, sizes in enumerate(shapes) if len(set(sizes)) > 1]

@@ -13,21 +13,33 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from .fakes import FakeWorld, fake_inputs
 from .graph import Signature
 from .leaves import is_leaf
 from .location import user_location
+from .modes import BothModes
+from .propagate import fold_constants, propagate
+from .snapshot import untouched
 from .structure import flatten_output
 from .traced import Traced
 
 
 def trace_symbolically(
     model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], opened: Collection[str] = ()
-) -> Traced:
-    """Trace ``model`` in its present mode with proxies in place of the tensors."""
-    tracer = _ModuleTracer(signature, opened)
-    graph = tracer.trace(model)
-    assert tracer.out_spec is not None
-    return Traced(graph, tracer.out_spec)
+) -> BothModes:
+    """Trace ``model`` in both modes with proxies in place of the tensors."""
+
+    def trace() -> Traced:
+        tracer = _ModuleTracer(signature, opened)
+        with untouched(model):
+            graph = tracer.trace(model)
+        assert tracer.out_spec is not None
+        world = FakeWorld()
+        propagate(model, graph, world, fake_inputs(world, tensors))
+        fold_constants(graph)
+        return Traced(graph, tracer.out_spec)
+
+    return BothModes.of(model, trace)
 
 
 class _ModuleTracer(Tracer):

@@ -10,18 +10,14 @@ import torch
 
 # Tensor's operator methods, as the functions of the operator module. A method that is the reflected one
 # (``__rsub__``) has its two arguments exchanged.
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_BITWISE = ("and", "or", "xor", "lshift", "rshift")
+_OTHER = ("neg", "invert", "abs", "pos", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "setitem")
 _OPERATORS: dict[str, Callable[..., Any]] = {
     f"__{name}__": getattr(operator, f"__{name}__")
-    for name in (
-        "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift neg invert "
-        "eq ne lt le gt ge getitem setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor "
-        "ilshift irshift imatmul abs pos"
-    ).split()
+    for name in (*_BINARY, *_BITWISE, *_OTHER, *(f"i{name}" for name in (*_BINARY, *_BITWISE)))
 }
-_REFLECTED = {
-    f"__r{name}__": _OPERATORS[f"__{name}__"]
-    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-}
+_REFLECTED = {f"__r{name}__": _OPERATORS[f"__{name}__"] for name in (*_BINARY, *_BITWISE)}
 _OPERATORS["__div__"] = operator.truediv
 _REFLECTED["__rdiv__"] = operator.truediv
 _OPERATORS["__idiv__"] = operator.itruediv

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,16 @@ class Traced:
     out_spec: pytree.TreeSpec
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()
+    batch_fixed: bool = False  # takes no other number of samples than the example's; a note says why
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def copy(self) -> Traced:
+        """The same with a graph of its own, to be changed."""
+        graph = Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        graph.output_node().meta.update(self.graph.output_node().meta)
+        return replace(self, graph=graph)
 
     def graph_module(self, model: nn.Module) -> GraphModule:
         """The graph with the model's own modules, parameters and buffers."""

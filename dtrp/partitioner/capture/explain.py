@@ -1,0 +1,104 @@
+"""Says readably why a model could not be captured: where, what construct, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dtrp.errors import CaptureError
+
+from .location import raised_at
+from .verify import Unfaithful
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One way that did not work."""
+
+    way: str
+    error: Exception
+
+    @property
+    def text(self) -> str:
+        """What went wrong, in one line."""
+        error = self.error
+        line = next((x.strip() for x in str(error).splitlines() if x.strip()), "")
+        return line if isinstance(error, Unfaithful) else f"{type(error).__name__}: {line}"
+
+    @property
+    def place(self) -> str:
+        """The user's line, ``""`` if unknown."""
+        return raised_at(self.error)
+
+    @property
+    def module(self) -> str | None:
+        """Qualified name of the module that was running, if known."""
+        found = getattr(self.error, "dtrp_module", None)
+        return None if found is None else str(found)
+
+
+# What in an error's text tells the construct, the construct in words, and what its author can do.
+_KNOWN = (
+    (
+        (
+            "DataDependentOutput",
+            "control flow",
+            "Could not guard on data-dependent",
+            "_local_scalar_dense",
+            "is_nonzero",
+        ),
+        "Python code decides something by the values in a tensor (if, while, int(), .item(), bool())",
+        "Compute both sides and choose with torch.where, or move this code into a submodule of its own: it "
+        "is then kept whole, as one node.",
+    ),
+    (
+        ("DynamicOutputShape", "nonzero", "masked_select", "unique"),
+        "the shape of a tensor depends on the values in another (nonzero, boolean indexing, unique)",
+        "Use torch.where or a mask of fixed shape, or move this code into a submodule of its own: it is then "
+        "kept whole, as one node.",
+    ),
+    (
+        ("differs from the model", "gives"),
+        "the graph does not do what the model does",
+        "Look for state that forward keeps outside of buffers, or for random numbers from numpy or Python, "
+        "in the part named above.",
+    ),
+    (
+        ("CannotRecord",),
+        "the root module itself does something that a graph cannot hold",
+        "Move this code into a submodule of its own: it is then kept whole, as one node.",
+    ),
+)
+
+
+def capture_error(model: nn.Module, failures: Sequence[Failure]) -> CaptureError:
+    """The error for a model for which all ways failed."""
+    # What ran the model's own code says most: it stops at the user's line that matters.
+    chief = next((f for f in failures if f.way == "record"), failures[0])
+    place = chief.place or next((f.place for f in failures if f.place), "")
+    module = next((f.module for f in (chief, *failures) if f.module), "")
+    where = f"module {module!r}" if module else f"{type(model).__name__}.forward"
+    construct, remedy = _construct(failures, chief)
+    lines = [
+        f"{type(model).__name__} could not be turned into a graph.",
+        f"  where: {where}{', ' + place if place else ''}",
+        f"  what:  {construct}",
+        f"  to do: {remedy}",
+        "  tried:",
+    ]
+    lines += [f"    {f.way}: {f.text}{' (' + f.place + ')' if f.place else ''}" for f in failures]
+    return CaptureError("\n".join(lines))
+
+
+def _construct(failures: Sequence[Failure], chief: Failure) -> tuple[str, str]:
+    for failure in (chief, *failures):
+        for marks, construct, remedy in _KNOWN:
+            if any(mark in failure.text for mark in marks):
+                return construct, remedy
+    return (
+        f"running it on tensors of the example's shapes failed: {chief.text}",
+        "Check that model(*args, **kwargs) itself runs with the example inputs; if it does, move the code at "
+        "this line into a submodule of its own: it is then kept whole, as one node.",
+    )

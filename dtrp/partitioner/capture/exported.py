@@ -1,0 +1,147 @@
+"""Last way: torch.export without its strict mode, which sees through Python by running aten operators.
+
+It gives no layers but single operators, fixed to one mode; each mode gets its graph. The batch is kept
+dynamic where export allows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, export
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .fakes import FakeWorld, fake_inputs
+from .graph import Signature
+from .location import frames_in_text
+from .modes import BothModes
+from .propagate import propagate
+from .sizes import batch_of
+from .snapshot import untouched
+from .structure import flatten_output
+from .traced import Traced
+
+_ROOT = "model"
+# Checks that export adds; the sizes that they check are known to be right, or fail in the operators.
+_CHECKS = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
+
+
+class _Found:
+    """Takes a value out of an exported forward: export undoes assignments to the module itself."""
+
+    out_spec: pytree.TreeSpec | None = None
+
+
+class _Flat(nn.Module):
+    """The model from flat tensors to flat leaves."""
+
+    def __init__(self, model: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._signature = signature
+        self.found = _Found()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Run the model."""
+        args, kwargs = self._signature.unflatten(tensors)
+        leaves, self.found.out_spec = flatten_output(self.model(*args, **kwargs))
+        return tuple(leaves)
+
+
+def export_model(
+    model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], opened: Collection[str] = ()
+) -> BothModes:
+    """Export ``model`` in both modes."""
+    return BothModes.of(model, lambda: _export(model, signature, tensors))
+
+
+def _export(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> Traced:
+    size, batch = batch_of(tensors)
+    flat = _Flat(model, signature)
+    with untouched(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = _dynamic(flat, tensors, batch, size)
+        except Exception:
+            if not batch:
+                raise
+            program = export(flat, tuple(tensors), strict=False)
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    assert flat.found.out_spec is not None
+    traced = _translate(model, module, flat.found.out_spec)
+    world = FakeWorld()
+    propagate(model, traced.graph, world, fake_inputs(world, tensors), traced.constants)
+    try:
+        world = FakeWorld()
+        inputs = fake_inputs(world, tensors, batch, size + 1)
+        propagate(model, traced.graph, world, inputs, traced.constants, keep=False)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        note = f"the batch size {size} of the example is fixed in the graph ({line})"
+        return dataclasses.replace(traced, notes=(note,), batch_fixed=True)
+    return traced
+
+
+def _dynamic(flat: _Flat, tensors: Sequence[torch.Tensor], batch: tuple[int, ...], size: int) -> Any:
+    """The exported program with a batch dimension of any size."""
+    if size == 1:  # export takes a size of one for a constant
+        tensors = [torch.cat([t, t]) if i in batch else t for i, t in enumerate(tensors)]
+    shapes = tuple({0: Dim.AUTO} if i in batch else None for i in range(len(tensors)))
+    return export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+
+
+def _translate(model: nn.Module, module: GraphModule, out_spec: pytree.TreeSpec) -> Traced:
+    """Export's graph in the form of ours: original names, a module and a line on each node."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    constants: dict[str, Any] = {}
+    for node in module.graph.nodes:
+        if getattr(node.target, "__name__", "").split(".")[0] in _CHECKS:
+            continue
+        if node.op == "output":
+            leaves = pytree.tree_leaves(torch.fx.map_arg(node.args[0], lambda n: copies[n]))
+            copy = graph.output(tuple(leaves))
+        else:
+            copy = graph.node_copy(node, lambda n: copies[n])
+        if node.op == "get_attr":
+            copy.target = _original_name(model, module, str(node.target), constants)
+        copy.meta = {"module": _module_of(node), "location": next(_lines_of(node), "")}
+        copies[node] = copy
+    graph.eliminate_dead_code()
+    return Traced(graph, out_spec, constants=constants)
+
+
+def _original_name(model: nn.Module, module: GraphModule, name: str, constants: dict[str, Any]) -> str:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    original = name.removeprefix(_ROOT + ".")
+    try:
+        found: Any = model
+        for part in original.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        found = None
+    if isinstance(found, torch.Tensor) and found.shape == value.shape:
+        return original
+    constant = f"_constant_{len(constants)}"
+    constants[constant] = value
+    return constant
+
+
+def _module_of(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return path.removeprefix(_ROOT).removeprefix(".")
+
+
+def _lines_of(node: Node) -> Iterator[str]:
+    return frames_in_text(node.meta.get("stack_trace") or "")

@@ -1,0 +1,192 @@
+"""A captured graph is accepted only if it is seen to do what the model does.
+
+The model and its graph run one after the other from the same state and seed: outputs, their structure,
+updated buffers and (in training) all gradients are compared; over two calls in a row if they are cheap, so
+that what one call leaves behind for the next is seen too. Afterwards the model and all random states are as
+they were.
+
+Large models are not run: the budget is `MAX_FLOPS` for a forward pass of two samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .graph import Signature
+from .modes import in_mode
+from .sizes import batch_of
+from .snapshot import preserved_randomness, untouched
+from .traced import Traced
+
+MAX_FLOPS = 2.5e10
+_MAX_FLOPS_TWICE = 2.5e9  # up to here, two calls in a row
+_SAMPLES = 2
+_TOLERANCE = 1e-3  # relative to the largest element; most graphs are equal bit for bit
+
+
+class Unfaithful(Exception):
+    """The graph does something else than the model."""
+
+
+def cost_of_running(model: nn.Module, traced: Traced, tensors: Sequence[torch.Tensor]) -> float:
+    """FLOPs of a forward pass for comparison; infinite if the model cannot run."""
+    state: list[torch.Tensor] = [*model.parameters(), *model.buffers(), *tensors]
+    if any(t.is_meta for t in state):
+        return float("inf")
+    size, batch = batch_of(tensors)
+    share = min(1.0, _SAMPLES / size) if batch and size and not traced.batch_fixed else 1.0
+    return share * estimate_flops(model, traced)
+
+
+def estimate_flops(model: nn.Module, traced: Traced) -> float:
+    """Roughly the FLOPs of a forward pass: those of matrix products and convolutions with a weight."""
+    total = 0.0
+    for node in traced.graph.nodes:
+        output = node.meta.get("val")
+        if not isinstance(output, torch.Tensor):
+            continue
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            weights: list[torch.Tensor] = [
+                p for p in module.parameters() if p.dim() > 1 and not isinstance(module, nn.Embedding)
+            ]
+        elif node.op == "call_function":
+            inputs = [n.meta.get("val") for n in node.all_input_nodes if n.op == "get_attr"]
+            weights = [v for v in inputs if isinstance(v, torch.Tensor) and v.dim() > 1]
+        else:
+            continue
+        # Each weight is used once for every position of the output.
+        total += sum(2.0 * output.numel() * w.numel() / max(w.shape[0], 1) for w in weights)
+    return total
+
+
+def verify(
+    model: nn.Module,
+    signature: Signature,
+    tensors: Sequence[torch.Tensor],
+    traced: Traced,
+    training: bool,
+    flops: float,
+) -> None:
+    """Run ``model`` and its graph in one mode and compare; ``flops`` as `cost_of_running` says.
+
+    Raises
+    ------
+    Unfaithful
+        They differ; the message says in what.
+    """
+    module = traced.graph_module(model)
+    inputs = list(tensors) if traced.batch_fixed else _fewer(tensors)
+    calls = ("", " of the second call") if flops <= _MAX_FLOPS_TWICE else ("",)
+
+    def plain(given: list[torch.Tensor]) -> Any:
+        args, kwargs = signature.unflatten(given)
+        return model(*args, **kwargs)
+
+    def graph(given: list[torch.Tensor]) -> Any:
+        return pytree.tree_unflatten(list(module(*given)), traced.out_spec)
+
+    expected = _behaviour(model, plain, inputs, training, calls)
+    found = _behaviour(model, graph, inputs, training, calls)
+    for (name, a), (other, b) in zip(expected, found, strict=False):
+        if name != other:
+            raise Unfaithful(f"its graph gives {other} where the model gives {name}")
+        problem = _difference(a, b)
+        if problem:
+            raise Unfaithful(f"its graph differs from the model in {name}: {problem}")
+    if len(expected) != len(found):
+        raise Unfaithful(f"its graph gives {len(found)} values, the model {len(expected)}")
+
+
+def _behaviour(
+    model: nn.Module,
+    function: Callable[..., Any],
+    tensors: list[torch.Tensor],
+    training: bool,
+    calls: tuple[str, ...],
+) -> list[tuple[str, Any]]:
+    """All that can be seen of calls in a row."""
+    seen: list[tuple[str, Any]] = []
+    with (
+        in_mode(model, training),
+        untouched(model, tensors=True),
+        preserved_randomness(),
+        torch.enable_grad(),
+    ):
+        torch.manual_seed(0)
+        for call in calls:
+            given = [_leaf(t) for t in tensors]
+            output = function(given)
+            leaves, spec = pytree.tree_flatten(output)
+            seen.append((f"the output's structure{call}", spec))
+            seen += [(f"output {i}{call}", _held(x)) for i, x in enumerate(leaves)]
+            if training:
+                _backward(leaves)
+                for name, p in model.named_parameters():
+                    seen.append((f"the gradient of {name}{call}", _held(p.grad)))
+                    p.grad = None
+                seen += [(f"the gradient of input {i}{call}", _held(t.grad)) for i, t in enumerate(given)]
+            seen += [(f"buffer {name}{call}", _held(b)) for name, b in model.named_buffers()]
+    return seen
+
+
+def _backward(leaves: Sequence[Any]) -> None:
+    terms = []
+    for x in leaves:
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            # Weighted by position, so that an exchange of elements is not overlooked.
+            weights = torch.linspace(0.5, 1.5, x.numel(), device=x.device).reshape(x.shape)
+            terms.append((x.abs() if x.is_complex() else x).float().mul(weights).mean())
+    if terms:
+        torch.stack([t.to(terms[0].device) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _fewer(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    size, batch = batch_of(tensors)
+    if size <= _SAMPLES:
+        return list(tensors)
+    return [t[:_SAMPLES] if i in batch else t for i, t in enumerate(tensors)]
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _held(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _difference(a: Any, b: Any) -> str:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        if type(a) is not type(b):
+            return f"{_short(b)} instead of {_short(a)}"
+        try:
+            equal = bool(a == b)
+        except Exception:
+            equal = True  # objects without a meaning of equality
+        # Objects that do not define equality are different in any two calls of the model itself.
+        undefined = "__eq__" not in {k for c in type(a).__mro__[:-1] for k in vars(c)}
+        return "" if equal or undefined else f"{_short(b)} instead of {_short(a)}"
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{_short(b)} instead of {_short(a)}"
+    if torch.equal(a, b) or a.numel() == 0:
+        return ""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    x, y = (v.to(wide).abs() if v.is_complex() else v.to(wide) for v in (a, b))
+    if not torch.equal(x.isfinite(), y.isfinite()):
+        return "it is not finite in other places"
+    x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
+    error = float((x - y).abs().max() / x.abs().max().clamp_min(1e-12))
+    return f"relative error {error:.1e}" if error > _TOLERANCE else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
