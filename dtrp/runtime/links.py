@@ -51,6 +51,10 @@ class Links(Protocol):
         """The next message on ``channel``, which must belong to ``slot``; waits for it."""
         ...
 
+    def depth(self, stage: int) -> int:
+        """Messages that have arrived at ``stage`` and wait to be used."""
+        ...
+
 
 @dataclass
 class InlineLinks:
@@ -64,6 +68,9 @@ class InlineLinks:
 
     def receive(self, channel: Channel, slot: int) -> Message:
         return expect(self.queues[channel].popleft(), channel, slot)
+
+    def depth(self, stage: int) -> int:
+        return sum(len(waiting) for channel, waiting in self.queues.items() if channel.target == stage)
 
     def clear(self) -> None:
         """Drop what was never received (after a failure)."""
@@ -95,7 +102,7 @@ def channels(train: Wiring, evaluate: Wiring, ties: Iterable[Tie]) -> dict[Chann
 
 def canonical(value: Any) -> Any:
     """A tensor that is dense, owns exactly its memory and carries no graph; other values as they are."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return value
     value = value.detach()
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
@@ -109,7 +116,11 @@ def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
 
     ``(0, 2, 3, 1)`` for channels_last, ``(0, 1, ..., n-1)`` for an ordinary contiguous tensor.
     """
+    if tensor.layout is not torch.strided:
+        return None
     strides, shape = tensor.stride(), tensor.shape
+    if tensor.numel() == 0:
+        return tuple(range(tensor.dim()))
     order = tuple(sorted(range(tensor.dim()), key=lambda d: (-strides[d], shape[d] == 1, d)))
     expected = 1
     for d in reversed(order):
@@ -118,3 +129,8 @@ def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
                 return None
             expected *= shape[d]
     return order
+
+
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a `canonical` tensor as one row of bytes (a view)."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .links import Channel, Message, canonical, dense_order, expect
+from .links import Channel, Message, canonical, dense_order, expect, flat_bytes
 
 _DTYPES: tuple[torch.dtype, ...] = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -78,10 +78,8 @@ class ProcessLinks:
             raise message
         return expect(message, channel, slot)
 
-    @property
-    def depth(self) -> int:
-        """Messages that have arrived and wait to be used."""
-        return sum(inbox.qsize() for inbox in self.inboxes.values())
+    def depth(self, stage: int) -> int:
+        return sum(inbox.qsize() for channel, inbox in self.inboxes.items() if channel.target == stage)
 
     def flush(self) -> None:
         """Wait until everything that was sent has left."""
@@ -145,7 +143,7 @@ def _encode(value: Any, payload: list[Tensor]) -> list[int]:
                 f"travel between stages; dense tensors of up to {_MOST_DIMS} dimensions and of the common "
                 f"dtypes can"
             )
-        flat = plain.permute(order).reshape(-1).view(torch.uint8)
+        flat = flat_bytes(plain)
         if flat.numel():
             payload.append(flat.cpu())
         pad = [0] * (_MOST_DIMS - plain.dim())

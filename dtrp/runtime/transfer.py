@@ -14,7 +14,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from .links import canonical, dense_order
+from .links import canonical, dense_order, flat_bytes
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -22,9 +22,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if type(obj) is Tensor and not obj.is_sparse and not obj.is_quantized and not obj.is_meta:
             plain = canonical(obj.detach().cpu())
             order = dense_order(plain)
-            if plain.layout is torch.strided and order is not None:
-                flat = plain.permute(order).contiguous().flatten().view(torch.uint8)
-                data = pickle.PickleBuffer(flat.numpy())
+            if order is not None:
+                data = pickle.PickleBuffer(flat_bytes(plain).numpy())
                 shape = tuple(plain.shape)
                 return _rebuild, (data, plain.dtype, shape, order, obj.requires_grad)
         return super().reducer_override(obj)
@@ -33,7 +32,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 def _rebuild(
     data: Any, dtype: torch.dtype, shape: tuple[int, ...], order: tuple[int, ...], requires_grad: bool
 ) -> Tensor:
-    flat = torch.frombuffer(data, dtype=torch.uint8).clone() if len(data) else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        torch.frombuffer(data, dtype=torch.uint8).clone() if len(data) else torch.empty(0, dtype=torch.uint8)
+    )
     permuted = flat.view(dtype).view([shape[d] for d in order])
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return permuted.permute(inverse).requires_grad_(requires_grad)

@@ -1,0 +1,127 @@
+"""Predicted weights against the optimizers themselves: what they would do if the future were as assumed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dtrp.runtime.predictors import BY_NAME, Auto, check_predictor, make_predictor, needs_previous
+
+
+def trained(optimizer: Any, **options: Any) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """A parameter after four updates with gradients of its own."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(7, dtype=torch.float64))
+    made = optimizer([weight], **options)
+    for _ in range(4):
+        weight.grad = torch.randn(7, dtype=torch.float64)
+        made.step()
+    return weight, made
+
+
+def predict(
+    name: str, weight: nn.Parameter, made: torch.optim.Optimizer, s: float, **extra: Any
+) -> torch.Tensor:
+    state = {**made.state.get(weight, {}), **extra}
+    return make_predictor(name, type(made)).predict(weight.detach(), made.param_groups[0], state, s)
+
+
+@pytest.mark.parametrize("s", [1, 2, 5])
+def test_geometric_is_momentum_sgd_with_no_more_gradient(s: int) -> None:
+    weight, made = trained(torch.optim.SGD, lr=0.1, momentum=0.9)
+    ahead = predict("geometric", weight, made, s)
+    for _ in range(s):
+        weight.grad = torch.zeros_like(weight)
+        made.step()
+    torch.testing.assert_close(ahead, weight.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_geometric_with_momentum_one_is_its_limit() -> None:
+    weight, made = trained(torch.optim.SGD, lr=0.1, momentum=0.5)
+    near, limit = ({**made.param_groups[0], "momentum": m} for m in (1 - 1e-9, 1.0))
+    state = made.state[weight]
+    geometric = BY_NAME["geometric"]()
+    torch.testing.assert_close(
+        geometric.predict(weight.detach(), near, state, 3.0),
+        geometric.predict(weight.detach(), limit, state, 3.0),
+    )
+
+
+@pytest.mark.parametrize("s", [0.5, 1, 4])
+def test_linear_is_s_steps_with_the_present_velocity(s: float) -> None:
+    weight, made = trained(torch.optim.SGD, lr=0.1, momentum=0.9)
+    expected = weight.detach() - s * 0.1 * made.state[weight]["momentum_buffer"]
+    torch.testing.assert_close(predict("linear", weight, made, s), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adam_takes_the_last_step_again(kind: Any, amsgrad: bool) -> None:
+    """One update ahead, with moments that stay: a step of the optimizer whose betas keep them."""
+    decay = 0.1 if kind is torch.optim.AdamW else 0.0
+    weight, made = trained(kind, lr=0.01, weight_decay=decay, amsgrad=amsgrad)
+    ahead = predict("adam", weight, made, 1.0)
+    frozen = copy.deepcopy(made)
+    (held,) = frozen.param_groups[0]["params"]
+    before, group, state = held.detach().clone(), frozen.param_groups[0], frozen.state[held]
+    beta1, beta2 = group["betas"]
+    step = float(state["step"])
+    mean = state["exp_avg"] / (1 - beta1**step)
+    second = state["max_exp_avg_sq"] if amsgrad else state["exp_avg_sq"]
+    expected = before * (1 - 0.01 * decay) - 0.01 * mean / (
+        (second / (1 - beta2**step)).sqrt() + group["eps"]
+    )
+    torch.testing.assert_close(ahead, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_difference_goes_on_as_it_went() -> None:
+    weight, made = trained(torch.optim.RMSprop, lr=0.01)
+    previous = weight.detach() - 0.5
+    ahead = predict("difference", weight, made, 3.0, previous=previous)
+    torch.testing.assert_close(ahead, weight.detach() + 1.5)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_before_the_first_update_nothing_is_predicted(name: str) -> None:
+    """No velocity, no moments, no earlier weights: the true weights themselves, not a copy."""
+    weight = nn.Parameter(torch.randn(3))
+    made = torch.optim.AdamW([weight], lr=0.1)
+    detached = weight.detach()
+    ahead = make_predictor(name, type(made)).predict(detached, made.param_groups[0], {}, 2.0)
+    assert ahead is detached
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "chosen"),
+    [
+        (torch.optim.SGD, "Geometric"),
+        (torch.optim.Adam, "Adam"),
+        (torch.optim.AdamW, "Adam"),
+        (torch.optim.RMSprop, "Difference"),
+        (torch.optim.Adagrad, "Difference"),
+    ],
+)
+def test_auto_goes_by_the_optimizer(optimizer: Any, chosen: str) -> None:
+    auto = make_predictor("auto", optimizer)
+    assert isinstance(auto, Auto)
+    assert type(auto.chosen).__name__ == chosen
+    assert needs_previous(auto) == (chosen == "Difference")
+
+
+def test_auto_predicts_nothing_for_plain_sgd() -> None:
+    weight, made = trained(torch.optim.SGD, lr=0.1)
+    detached = weight.detach()
+    assert (
+        make_predictor("auto", torch.optim.SGD).predict(detached, made.param_groups[0], {}, 3.0) is detached
+    )
+
+
+def test_unknown_predictors_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"predictor 'quadratic': expected one of 'none', 'linear'"):
+        check_predictor("quadratic")
+    with pytest.raises(TypeError, match=r"a name or an object with predict\(weight, group, state, s\)"):
+        check_predictor(object())
