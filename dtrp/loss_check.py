@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .partitioner.capture import Captured
-from .runtime.stage import own_loss, scalar_loss
+from .runtime.loss import own_loss, scalar_loss
 
 
 def check_scalar_loss(
@@ -23,7 +23,9 @@ def check_scalar_loss(
     """
     graph = captured.train.module.graph
     examples = [n.meta.get("val") for n in graph.find_nodes(op="placeholder")]
-    if any(not isinstance(e, FakeTensor) or e.shape != x.shape for e, x in zip(examples, inputs, strict=True)):
+    if any(
+        not isinstance(e, FakeTensor) or e.shape != x.shape for e, x in zip(examples, inputs, strict=True)
+    ):
         return
     (output_node,) = graph.find_nodes(op="output")
     leaves = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in output_node.args[0]]

@@ -131,7 +131,11 @@ def _number(name: str, value: Any, *, low: float | None = None, above: float | N
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: expected a number {text}")
     number = float(value)
-    if not math.isfinite(number) or (low is not None and number < low) or (above is not None and number <= above):
+    if (
+        not math.isfinite(number)
+        or (low is not None and number < low)
+        or (above is not None and number <= above)
+    ):
         raise ValueError(f"{name}={value!r}: expected a finite number {text}")
 
 

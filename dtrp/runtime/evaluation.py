@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .stage import scalar_loss
+from .loss import scalar_loss
 
 Metric = Callable[[Any, Any], Any]
 

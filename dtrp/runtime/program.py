@@ -129,6 +129,21 @@ def no_trace(module: nn.Module) -> Iterator[None]:
             m._buffers.update(buffers)
 
 
+class Undo:
+    """Puts module state back to where it was when this was made."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        self.kept = [(m, m.__dict__.copy(), m._buffers.copy()) for m in module.modules()]
+
+    def __call__(self) -> None:
+        for m, attributes, buffers in self.kept:
+            m.__dict__.update(attributes)
+            m._buffers.update(buffers)
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+
+
 def _assign(root: nn.Module, name: str, value: Any) -> None:
     """Set ``root.a.b.c``, making plain modules on the way; what is already there as itself stays."""
     *path, last = name.split(".")

@@ -26,9 +26,15 @@ from .weights import Weights
 
 
 class TiedGradients:
-    """One stage's part in the exchange; does nothing where no parameter is tied."""
+    """One stage's part in the exchange; does nothing where no parameter is tied.
 
-    def __init__(self, program: StageProgram, weights: Weights, links: Links) -> None:
+    ``scheduled``: whether learning-rate schedulers step with every update.
+    """
+
+    def __init__(
+        self, program: StageProgram, weights: Weights, links: Links, *, scheduled: bool = True
+    ) -> None:
+        self.scheduled = scheduled
         self.stage, self.n_stages = program.stage, program.n_stages
         self.weights, self.links = weights, links
         self.owned: dict[int, list[str]] = defaultdict(list)  # guest stage -> my names, in channel order
@@ -37,8 +43,8 @@ class TiedGradients:
             self._enrol(tie)
         self.earlier: dict[str, Tensor | None] = {}  # gradients gathered before this batch's
         self.sums: list[tuple[Channel, list[Tensor | None]]] = []
-        self.due: dict[int, deque[int]] = {owner: deque() for owner in self.held}  # slots awaited
-        self.skipped: set[int] = set()
+        # Sums awaited: slot, and the learning rate's scale for its update.
+        self.due: dict[int, deque[tuple[int, float]]] = {owner: deque() for owner in self.held}
 
     def _enrol(self, tie: Tie) -> None:
         mine = tie.name_in(self.stage)
@@ -60,7 +66,7 @@ class TiedGradients:
             parameter = self.weights.trainable[name]
             self.earlier[name], parameter.grad = parameter.grad, None
 
-    def after_backward(self, slot: int) -> None:
+    def after_backward(self, slot: int, lr_scale: float) -> None:
         """Guest: send this batch's gradient to the owner [1]. Owner: add the guests' to it [2]."""
         for owner, names in self.held.items():
             gradients = []
@@ -69,7 +75,7 @@ class TiedGradients:
                 gradients.append(parameter.grad)
                 parameter.grad = None
             self.links.send(Channel("tied-gradient", self.stage, owner), Message(slot, tuple(gradients)))
-            self.due[owner].append(slot)
+            self.due[owner].append((slot, lr_scale))
         self._sum(slot)
 
     def give_up(self, slot: int) -> None:
@@ -104,8 +110,8 @@ class TiedGradients:
     def collect(self, tick: int | None) -> None:
         """Guest: take in the sums of all ticks before ``tick`` and step with them [4] (``None``: all)."""
         for owner, slots in self.due.items():
-            while slots and (tick is None or backward_tick(owner, slots[0], self.n_stages) < tick):
-                slot = slots.popleft()
+            while slots and (tick is None or backward_tick(owner, slots[0][0], self.n_stages) < tick):
+                slot, lr_scale = slots.popleft()
                 message = self.links.receive(Channel("tied-sum", owner, self.stage), slot)
                 if message.skip:
                     continue
@@ -114,8 +120,9 @@ class TiedGradients:
                     self.weights.trainable[name].grad = (
                         None if gradient is None else gradient.to(self.weights.trainable[name].device)
                     )
-                parameters.step()
-                parameters.schedule()
+                parameters.step(lr_scale)
+                if self.scheduled:
+                    parameters.schedule()
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

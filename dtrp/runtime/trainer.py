@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..errors import WorkerError
 from ..wiring import Wiring
+from .batch import Feed
 from .config import TrainConfig
 from .evaluation import Measure, combine
 from .events import Event
 from .executors.base import Executor
 from .program import StageProgram
 from .schedule import drain_ticks
-from .stage import Feed
 from .timeline import write_timeline
 
 log = logging.getLogger("dtrp")
@@ -134,7 +134,12 @@ class Trainer:
         self._collect()
 
     def fit(
-        self, loader: Iterable[Any], epochs: int, val_loader: Iterable[Any] | None = None, *, metric: Any = None
+        self,
+        loader: Iterable[Any],
+        epochs: int,
+        val_loader: Iterable[Any] | None = None,
+        *,
+        metric: Any = None,
     ) -> list[dict[str, float]]:
         """Train ``epochs`` times over ``loader``, with a progress bar if the trainer was given one.
 
@@ -206,7 +211,7 @@ class Trainer:
         if first is None:
             return {}
 
-        def feeds() -> Iterator[list[Feed]]:
+        def feeds() -> Iterator[list[Feed | None]]:
             number = 0
             batch = first
             while batch is not None:
@@ -333,7 +338,9 @@ class Trainer:
         if kind == "inline":
             from .executors.inline import InlineExecutor
 
-            executor = InlineExecutor(programs, self.config, seed=seed if self._stages > 1 else None, record=self._record)
+            executor = InlineExecutor(
+                programs, self.config, seed=seed if self._stages > 1 else None, record=self._record
+            )
         else:
             from .executors.workers import WorkersExecutor
 

@@ -45,16 +45,20 @@ class ParameterSet:
         predictor = make_predictor(config.predictor if config.predicts else "none", type(optimizer))
         scheduler = None
         if config.lr_scheduler is not None:
-            with _scaled_lr(optimizer, 1.0):
-                scheduler = config.lr_scheduler(optimizer)
+            scheduler = config.lr_scheduler(optimizer)
         return cls(
-            dict(names), optimizer, scheduler, predictor, lr_factor, config.predicts and needs_previous(predictor)
+            dict(names),
+            optimizer,
+            scheduler,
+            predictor,
+            lr_factor,
+            config.predicts and needs_previous(predictor),
         )
 
-    def predict(self, s: float) -> Iterator[tuple[str, Tensor]]:
+    def predict(self, s: float, lr_scale: float) -> Iterator[tuple[str, Tensor]]:
         """``(name, value s updates ahead)`` of each parameter whose prediction is not itself."""
         groups = {id(p): g for p, g in grouped(self.optimizer)}
-        with _scaled_lr(self.optimizer, self.lr_factor), torch.no_grad():
+        with _scaled_lr(self.optimizer, self.lr_factor * lr_scale), torch.no_grad():
             for name, parameter in self.names.items():
                 state = dict(self.optimizer.state.get(parameter, {}))
                 if parameter in self.previous:
@@ -64,11 +68,11 @@ class ParameterSet:
                 if ahead is not weight:
                     yield name, ahead.detach()
 
-    def step(self) -> None:
+    def step(self, lr_scale: float = 1.0) -> None:
         """One optimizer update with the gradients at hand, which are then dropped."""
         if self.keeps_previous:
             self.previous = {p: p.detach().clone() for p in self.names.values()}
-        with _scaled_lr(self.optimizer, self.lr_factor):
+        with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
             self.optimizer.step()
         self.drop_gradients()
         self.waiting = 0
@@ -148,7 +152,12 @@ class Weights:
     """
 
     def __init__(
-        self, module: nn.Module, owner_of: Mapping[str, int], config: TrainConfig, lr_factors: Sequence[float], stage: int
+        self,
+        module: nn.Module,
+        owner_of: Mapping[str, int],
+        config: TrainConfig,
+        lr_factors: Sequence[float],
+        stage: int,
     ) -> None:
         trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
         own = {n: p for n, p in trainable.items() if n not in owner_of}
@@ -163,13 +172,13 @@ class Weights:
     def sets(self) -> list[ParameterSet]:
         return [*([self.own] if self.own else []), *self.guests.values()]
 
-    def ahead(self, horizon: float, guest_horizon: float) -> Leaves:
-        """Predicted values, fresh tensors that require gradient, by name; parameters that stay are left out."""
+    def ahead(self, horizon: float, guest_horizon: float, lr_scale: float = 1.0) -> Leaves:
+        """Predicted values by name, as tensors that require gradient; parameters that stay are left out."""
         leaves: Leaves = {}
         for parameters in self.sets:
             s = horizon if parameters is self.own else guest_horizon
             if s > 0:
-                leaves.update(parameters.predict(s))
+                leaves.update(parameters.predict(s, lr_scale))
         return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
     def stash(self, leaves: Leaves) -> Leaves:

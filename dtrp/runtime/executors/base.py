@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..stage import Feed, Measure
+from ..batch import Feed
+from ..stage import Measure
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -21,7 +23,7 @@ class Executor(Protocol):
     """Runs the stages of one training run."""
 
     def tick(self, feeds: Sequence[Feed | None]) -> None:
-        """One tick of every stage; ``feeds[k]`` is what stage k gets of the new batch (``None``: no batch)."""
+        """One tick of every stage; ``feeds[k]`` is what stage k gets of a new batch (``None``: no batch)."""
         ...
 
     def settle(self) -> None:

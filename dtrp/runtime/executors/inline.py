@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from ...errors import DtrpError, WorkerError
+from ..batch import Feed, Report
 from ..config import TrainConfig
 from ..links import InlineLinks
 from ..program import StageProgram
-from ..stage import Feed, Report, StageRunner
-from .base import Loss, Measure
+from ..stage import Measure, StageRunner
+from .base import Loss
 
 
 class InlineExecutor:

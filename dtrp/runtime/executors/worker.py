@@ -13,16 +13,18 @@ import threading
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
+from ..batch import Feed, Report
 from ..config import TrainConfig
 from ..links import channels
 from ..process_links import LostStage, ProcessLinks
 from ..program import StageProgram
-from ..stage import Feed, Report, StageRunner
+from ..stage import StageRunner
 from ..transfer import dumps, loads
 
 FOREVER = datetime.timedelta(days=3650)
@@ -79,7 +81,9 @@ class Worker:
                 command = loads(self.connection.recv_bytes())
                 if command[0] == "ping":
                     runner = self.runner
-                    self.tell("pong", runner.tick if runner else -1, runner.phase if runner else "starting")
+                    self.tell(
+                        "pong", runner.tick if runner else -1, runner.meter.phase if runner else "starting"
+                    )
                 else:
                     self.commands.put(command)
         except (EOFError, OSError):
@@ -95,7 +99,7 @@ class Worker:
             torch.cuda.set_device(program.device)
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(order.store, program.n_stages),
+            store=FileStore(order.store, program.n_stages),
             rank=program.stage,
             world_size=program.n_stages,
             timeout=FOREVER,
@@ -130,7 +134,7 @@ class Worker:
         """The sum over all stages, in stage order as the inline executor has it."""
         mine = torch.tensor([value], dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine, group=self.norms)
+        dist.all_gather(everyone, mine, group=cast(Any, self.norms))
         return sum(float(v) for v in everyone)
 
     def _tell_losses(self, *, wait: bool = False) -> None:

@@ -27,11 +27,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...errors import WorkerError
+from ..batch import Feed
 from ..config import TrainConfig
 from ..program import StageProgram
-from ..stage import Feed
+from ..stage import Measure
 from ..transfer import dumps, loads
-from .base import Loss, Measure
+from .base import Loss
 from .worker import Order
 
 BOOT = """\
@@ -97,8 +98,8 @@ class WorkersExecutor:
         except Exception as e:
             self._cleanup()
             raise TypeError(
-                f"a stage, loss_fn, optimizer or scheduler cannot be sent to a worker process: {e}. Avoid open "
-                f"files, locks and generators in them, or use executor='inline'"
+                f"a stage, loss_fn, optimizer or scheduler cannot be sent to a worker process: {e}. Avoid "
+                f"open files, locks and generators in them, or use executor='inline'"
             ) from e
 
     # ---- the executor's interface ----------------------------------------------------------------------

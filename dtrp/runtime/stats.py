@@ -1,0 +1,49 @@
+"""What a stage measures of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """One stage's measurements since training began (`Trainer.stats`).
+
+    Attributes
+    ----------
+    stage, device
+        Which, and where.
+    ticks : int
+        Ticks so far, filling and draining included.
+    tick_time : float
+        Seconds of work (passes, update, sending) per tick in which there was any. On CUDA the device's
+        time of the passes and updates.
+    busy : float
+        Work as a share of the time since the first tick, 0 to 1.
+    wait_time : float
+        Seconds per tick spent waiting for values of other stages.
+    peak_memory : int
+        Bytes. CUDA: the most that the stage's process had allocated on its device. CPU: the most that its
+        process held resident, the interpreter and torch included; inline, all stages share one process.
+    queue_depth : float
+        Messages that had arrived and waited when a tick began, on average.
+    most_stashed, most_graphs : int
+        The most batches whose inputs, and the most autograd graphs, that were held at once.
+    """
+
+    stage: int
+    device: str
+    ticks: int
+    tick_time: float
+    busy: float
+    wait_time: float
+    peak_memory: int
+    queue_depth: float
+    most_stashed: int
+    most_graphs: int
+
+
+def balance(stats: list[StageStats]) -> float:
+    """Mean over slowest of the stages' tick times: 1 is perfect (0 before the first tick)."""
+    slowest = max((s.tick_time for s in stats), default=0.0)
+    return sum(s.tick_time for s in stats) / len(stats) / slowest if slowest > 0 else 0.0
