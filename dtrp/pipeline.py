@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from .loss_check import check_scalar_loss
 from .partitioner.capture import Captured, capture
 from .partitioner.costs import cost_graph
 from .partitioner.devices import DeviceSpec, device_spec
+from .partitioner.example import keep_example
 from .partitioner.hazards import Hazards, find_hazards
 from .partitioner.plan import Plan
 from .partitioner.planner import make_plan
@@ -181,6 +182,7 @@ class Pipeline:
         self.model = model
         self._request = request
         self._compiled: _Compiled | None = None
+        self._example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
 
     # ---- the model's own interface ---------------------------------------------------------------------
 
@@ -398,12 +400,81 @@ class Pipeline:
             watchdog=watchdog,
         )
 
+    # ---- deployment --------------------------------------------------------------------------------------
+
+    def export_onnx(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        opset: int | None = None,
+        dynamic_batch: bool = True,
+        verify: bool = True,
+        overwrite: bool = False,
+        inputs: Any = None,
+    ) -> list[Path]:
+        """Export each stage to ONNX, with a manifest that says how they chain.
+
+        The model's present weights are exported, in eval mode; the model's own mode stays as it is. Inside
+        ``with pipe.trainer(...)`` the newest weights are in the workers: export after the block. The folder
+        is written aside and moved into place at the end: a failed export leaves nothing behind.
+        `dtrp.onnx.load_chain` runs the result without torch.
+
+        Parameters
+        ----------
+        directory : path
+            A folder that does not exist yet, or is empty.
+        opset : int, optional
+            Version of ONNX's operators. Default: what torch's exporter recommends.
+        dynamic_batch : bool
+            Export for any batch size. A model that takes only the example's is exported for that one, with
+            a warning; the manifest says why.
+        verify : bool
+            Run the chain in onnxruntime and compare it with the model, stage by stage, with the example's
+            batch size, one sample more, and a single sample. What was found is in the manifest.
+        overwrite : bool
+            Replace an earlier export.
+        inputs : Tensor, tuple or dict, optional
+            What to verify with, as ``example_inputs`` of `dtrp.compile`. Default: the first samples of the
+            example that was compiled for.
+
+        Returns
+        -------
+        list of Path
+            ``stage_0.onnx``, ``stage_1.onnx``, ..., ``manifest.json``.
+
+        Raises
+        ------
+        ExportError
+            A package is missing; the folder holds something; an operator has no counterpart in ONNX (names
+            its node, module, line and stage); the chain does not give the model's result (names the stage).
+        TypeError, ValueError
+            ``opset`` or ``inputs`` make no sense.
+        """
+        from .partitioner.onnx import export_chain
+
+        made = self._planned
+        example = self._example if inputs is None else keep_example(self.bind(*_arguments(inputs)))
+        # Cut anew: parameters may have been replaced since the model was captured.
+        cut = split(made.captured, made.plan, made.hazards)
+        return export_chain(
+            made.captured,
+            cut.eval,
+            Path(directory),
+            submodules=[_submodules(module) for module in cut.eval.modules],
+            example=example,
+            opset=opset,
+            dynamic_batch=dynamic_batch,
+            verify=verify,
+            overwrite=overwrite,
+        )
+
     # ---- what the trainer asks for (runtime/trainer.py, Host) --------------------------------------------
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for a call with these arguments, unless planned already."""
         if self._compiled is None:
             self._compiled = _compile(self.model, self._request, args, kwargs)
+            self._example = keep_example(self.bind(args, kwargs))
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of one call, in the order of the wiring's model inputs.
@@ -484,9 +555,7 @@ def _specs(devices: Sequence[torch.device]) -> list[DeviceSpec]:
     return [known[str(device)] for device in devices]
 
 
-def _places(
-    n_gpus: int | None, devices: Sequence[str | torch.device] | None
-) -> tuple[torch.device, ...]:
+def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
     """A device per stage."""
     if n_gpus is not None:
         if isinstance(n_gpus, bool) or not isinstance(n_gpus, int):

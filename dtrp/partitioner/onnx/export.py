@@ -1,0 +1,367 @@
+"""`export_chain`: stages to a folder of ONNX files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ...errors import ExportError
+from ...onnx.chain import load_chain
+from ...onnx.manifest import (
+    NAME,
+    Batch,
+    Constant,
+    Manifest,
+    ModelInput,
+    Origin,
+    StageFile,
+    StageInput,
+    Value,
+    file_hash,
+)
+from ...wiring import CALLER, Source, Wiring
+from ...wiring import Constant as ConstantLeaf
+from ..capture.graph import Captured
+from ..capture.snapshot import untouched
+from ..split import SplitGraph
+from .batch import Affine, ScalarEnd, Study, TensorEnd, study
+from .examples import example_batch
+from .folder import written_aside
+from .names import Names, name_ends, shape_text, tensors
+from .stage import NotDynamic, convert, export_program, exportable
+from .verify import Differences, compare, require, tolerance
+
+log = logging.getLogger("dtrp")
+
+LARGE = 1_900_000_000
+"""Bytes of weights from which they get a file of their own; one ONNX file can hold 2 GB."""
+
+_DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+
+
+def export_chain(
+    captured: Captured,
+    graph: SplitGraph,
+    directory: Path,
+    *,
+    submodules: Sequence[Sequence[str]],
+    example: Sequence[torch.Tensor | None],
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Export the stages of the eval graph; see `dtrp.Pipeline.export_onnx`, which is the public form.
+
+    Parameters
+    ----------
+    captured : Captured
+        The model and its signature.
+    graph : SplitGraph
+        Its stages in eval mode, with the weights to export.
+    submodules : sequence of sequence of str
+        Of each stage, the modules that it runs: for messages and the manifest.
+    example : sequence of Tensor or None
+        The model's tensor inputs, to verify with; None: made up.
+    """
+    _require_packages(["onnx", "onnxscript"] + ["onnxruntime"] * verify)
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise TypeError(f"opset={opset!r}: expected an int, the version of ONNX's operators, or None")
+    if opset is not None and opset < 1:
+        raise ValueError(f"opset={opset!r}: expected a version of ONNX's operators, such as 20")
+    model = captured.model
+    _require_data(model)
+    with written_aside(directory, overwrite) as aside, ExitStack() as stack:
+        for module in (model, *graph.modules):
+            stack.enter_context(untouched(module))
+        for module in (model, *graph.modules):
+            module.eval()
+        stack.enter_context(torch.no_grad())
+        manifest, found = _write_stages(captured, graph, aside, submodules, opset, dynamic_batch)
+        manifest.write(aside)
+        if verify:
+            manifest = _verify(captured, graph, manifest, found, aside, example)
+            manifest.write(aside)
+    if dynamic_batch and not manifest.batch.dynamic:
+        log.warning("exported for %d sample(s) only: %s", manifest.batch.size, manifest.batch.reason)
+    return [directory / s.file for s in manifest.stages] + [directory / NAME]
+
+
+def _write_stages(
+    captured: Captured,
+    graph: SplitGraph,
+    aside: Path,
+    submodules: Sequence[Sequence[str]],
+    opset: int | None,
+    dynamic: bool,
+) -> tuple[Manifest, Study]:
+    """All stages' files; with a fixed batch size if one stage takes no other."""
+    placeholders = captured.eval.module.graph.find_nodes(op="placeholder")
+    inputs = [node.meta["val"] for node in placeholders]
+    found = study(graph, captured.model, captured.signature, inputs, dynamic=dynamic)
+    while True:
+        try:
+            return _write(captured, graph, aside, submodules, opset, found), found
+        except (NotDynamic, ExportError) as e:
+            # A stage that cannot be exported at all says so again with fixed sizes.
+            if not found.dynamic:
+                raise
+            found = study(graph, captured.model, captured.signature, inputs, dynamic=False, reason=str(e))
+
+
+def _write(
+    captured: Captured,
+    graph: SplitGraph,
+    aside: Path,
+    submodules: Sequence[Sequence[str]],
+    opset: int | None,
+    found: Study,
+) -> Manifest:
+    wiring = graph.wiring
+    names = Names(captured.signature.tensor_names, wiring)
+    inputs = [(names[Source(CALLER, i)], end) for i, end in enumerate(found.inputs)]
+    _require_dtypes(inputs, "the model's inputs")
+    stages = []
+    used_opset = opset or 0
+    for k, (module, wires) in enumerate(zip(graph.modules, wiring.stages, strict=True)):
+        entering = tensors(found.stage_inputs[k], [names[s] for s in wires.inputs])
+        leaving = tensors(found.stage_outputs[k], [names[Source(k, i)] for i in range(len(wires.outputs))])
+        _require_dtypes([*entering.items(), *leaving.items()], f"the values of stage {k}")
+        ready = exportable(module, k, found.stage_inputs[k], found.stage_outputs[k])
+        program = convert(export_program(ready, found.stage_inputs[k], found), ready, opset)
+        used_opset = program.model.opset_imports[""]
+        name_ends(program.model, entering, leaving, f"stage_{k}")
+        file, data = _save(program, aside, k)
+        origins = {names[s]: _origin(s, names) for s in wires.inputs}
+        stages.append(
+            StageFile(
+                file=file,
+                sha256=file_hash(aside / file),
+                data=tuple((d, file_hash(aside / d)) for d in data),
+                inputs=tuple(
+                    StageInput(n, _dtype(end), shape_text(n, end.shape), origins[n])
+                    for n, end in entering.items()
+                ),
+                outputs=tuple(Value(n, _dtype(end), shape_text(n, end.shape)) for n, end in leaving.items()),
+                submodules=tuple(submodules[k]),
+            )
+        )
+        log.info("stage %d of %d is in ONNX", k, len(graph.modules))
+    return Manifest(
+        model=type(captured.model).__name__,
+        opset=used_opset,
+        batch=Batch(found.dynamic, found.size, 1 if found.dynamic else found.size, found.reason),
+        inputs=tuple(
+            ModelInput(name, _dtype(end), shape_text(name, end.shape), argument)
+            for (name, end), argument in zip(inputs, captured.signature.tensor_names, strict=True)
+        ),
+        stages=tuple(stages),
+        outputs=tuple(_leaf(leaf, found, names) for leaf in wiring.result),
+        structure=_structure(wiring),
+        versions=_versions(("dtrp", "torch", "onnx", "onnxscript")),
+    )
+
+
+def _save(program: Any, aside: Path, stage: int) -> tuple[str, list[str]]:
+    """Write a stage's file, and its weights beside it if they are too many; gives the files' names."""
+    import onnx
+
+    path = aside / f"stage_{stage}.onnx"
+    weights = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value)
+    program.save(path, external_data=weights > LARGE)
+    try:
+        onnx.checker.check_model(path)  # by path: a model over 2 GB cannot be checked in memory
+    except onnx.checker.ValidationError as e:
+        raise ExportError(f"stage {stage} is no valid ONNX model: {e}") from e
+    return path.name, sorted(p.name for p in aside.glob(f"{path.name}.*"))
+
+
+def _verify(
+    captured: Captured,
+    graph: SplitGraph,
+    manifest: Manifest,
+    found: Study,
+    aside: Path,
+    example: Sequence[torch.Tensor | None],
+) -> Manifest:
+    """The manifest with what verifying found; raises `ExportError` where the chain is not the model."""
+    allowed = tolerance(captured.model, found)
+    try:
+        chain = load_chain(aside, check_hashes=False)
+    except ExportError as e:
+        raise ExportError(f"{e}. verify=False exports without running the result") from e
+
+    def differences(size: int) -> Differences:
+        batch = example_batch(found, example, size)
+        return compare(chain, graph, captured.model, captured.signature, found, batch, size)
+
+    sizes = [found.size, found.size + 1] if found.dynamic else [found.size]
+    results = []
+    for size in sizes:
+        results.append(differences(size))
+        require(results[-1], allowed, [s.submodules for s in manifest.stages])
+    smallest = manifest.batch.smallest
+    if found.dynamic and 1 not in sizes:
+        # One sample is what is asked for most after deployment, and what code such as x.squeeze() treats
+        # in its own way: the chain then promises the sizes from the example's on.
+        try:
+            single = differences(1)
+        except Exception as e:
+            log.warning("the chain is not meant for single samples: %s", e)
+            smallest = min(sizes)
+        else:
+            if single.within(allowed):
+                results.append(single)
+            else:
+                log.warning("a single sample takes another course through the model than several do")
+                smallest = min(sizes)
+    for r in results:
+        log.info(
+            "verified with %d sample(s): largest difference %s; whole model %.1e",
+            r.batch,
+            ", ".join(f"stage {k}: {d:.1e}" for k, d in enumerate(r.alone)),
+            r.output,
+        )
+    return replace(
+        manifest,
+        batch=replace(manifest.batch, smallest=smallest),
+        verification={
+            "tolerance": allowed,
+            "onnxruntime": version("onnxruntime"),
+            "batch_sizes": [r.batch for r in results],
+            "largest_difference_per_stage": [
+                max(r.alone[k] for r in results) for k in range(len(graph.modules))
+            ],
+            "largest_difference_up_to_stage": [
+                max(r.chain[k] for r in results) for k in range(len(graph.modules))
+            ],
+            "largest_difference_of_output": max(r.output for r in results),
+        },
+    )
+
+
+# ---- parts of the manifest -------------------------------------------------------------------------------
+
+
+def _origin(source: Source, names: Names) -> Origin:
+    return Origin(None if source.stage == CALLER else source.stage, names[source])
+
+
+def _leaf(leaf: Source | ConstantLeaf, found: Study, names: Names) -> Origin | Constant:
+    """A leaf of the model's output."""
+    value: Any
+    if isinstance(leaf, ConstantLeaf):
+        value = leaf.value
+    else:
+        end = (
+            found.inputs[leaf.index] if leaf.stage == CALLER else found.stage_outputs[leaf.stage][leaf.index]
+        )
+        if not isinstance(end, ScalarEnd):
+            return _origin(leaf, names)
+        value = end.value
+    if isinstance(value, Affine):
+        raise NotDynamic("the model's output has a number that follows the batch size")
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise ExportError(
+            f"the model's output has a leaf of type {type(value).__name__}, {value!r:.80}: a chain can give "
+            f"tensors, numbers, strings and None. Leave it out of the output"
+        )
+    return Constant(value)
+
+
+def _structure(wiring: Wiring) -> Any:
+    """The output's structure as JSON: see `dtrp.onnx.manifest.build`."""
+    tree = wiring.unflatten([_Leaf(i) for i in range(len(wiring.result))])
+
+    def describe(node: Any) -> Any:
+        if isinstance(node, _Leaf):
+            return {"leaf": node.index}
+        if isinstance(node, Mapping):
+            return {"dict": [[_key(k), describe(v)] for k, v in node.items() if _has_leaf(v)]}
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            return {"dict": [[k, describe(v)] for k, v in zip(node._fields, node, strict=True)]}
+        if isinstance(node, (tuple, list)):
+            return {"list" if isinstance(node, list) else "tuple": [describe(v) for v in node]}
+        # Something of the user's: its leaves, in order.
+        return {"tuple": [describe(leaf) for leaf in pytree.tree_leaves(node)]}
+
+    return describe(tree)
+
+
+class _Leaf:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _has_leaf(tree: Any) -> bool:
+    return any(isinstance(leaf, _Leaf) for leaf in pytree.tree_leaves(tree))
+
+
+def _key(key: Any) -> Any:
+    if not isinstance(key, (str, int)):
+        raise ExportError(
+            f"the model's output has a dict with the key {key!r}: a chain's output can have strings and "
+            f"integers as keys"
+        )
+    return key
+
+
+def _dtype(end: TensorEnd) -> str:
+    return str(end.dtype).removeprefix("torch.")
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    from ...version import __version__
+
+    found = {"dtrp": __version__}
+    for package in packages:
+        try:
+            found.setdefault(package, version(package))
+        except PackageNotFoundError:  # run from its sources
+            continue
+    return found
+
+
+# ---- what is refused first -------------------------------------------------------------------------------
+
+
+def _require_packages(packages: Sequence[str]) -> None:
+    if missing := [p for p in packages if find_spec(p) is None]:
+        raise ExportError(
+            f"exporting to ONNX needs the package(s) {', '.join(missing)}, which are not installed: "
+            f"pip install 'dtrp[onnx]'"
+            + (
+                ", or pass verify=False to export without running the result"
+                if missing == ["onnxruntime"]
+                else ""
+            )
+        )
+
+
+def _require_data(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ExportError(
+                f"{name!r} is on the meta device: it has no values to export. Load the weights first "
+                f"(model.to_empty(device='cpu'), then load_state_dict)"
+            )
+
+
+def _require_dtypes(values: Iterable[tuple[str, TensorEnd]], where: str) -> None:
+    for name, end in values:
+        if _dtype(end) not in _DTYPES:
+            raise ExportError(
+                f"{name!r} among {where} has dtype {end.dtype}, which cannot travel between ONNX models: "
+                f"allowed are {', '.join(_DTYPES)}. Convert it where it is made (torch.view_as_real for "
+                f"complex numbers), or use fewer stages"
+            )
