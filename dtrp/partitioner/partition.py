@@ -210,12 +210,14 @@ def partition(
     fixed = dict(fixed or {})
     colocate = [list(alike) for alike in colocate]
     order = list(order)
+    given = stage_models is not None
     if stage_models is None:
         stage_models = [StageModel((StageOption("default", {time: 1.0}, {memory: 1.0}),))] * n_stages
     check_models(n_stages, stage_models)
     check_nodes(graph, n_stages, colocate, order, fixed)
     used = {a for m in stage_models for o in m.options for weights in (o.time, o.memory) for a in weights}
-    check_numbers(graph, used, {transfer, size})
+    needed = used if given else used - {memory} if memory_limit is None else used
+    check_numbers(graph, used | {transfer, size}, {transfer, size}, needed)
     check_acyclic(graph, order)
     problem = compile_problem(
         graph,

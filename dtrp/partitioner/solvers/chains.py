@@ -89,8 +89,10 @@ class Traffic:
             return
         starts = np.concatenate(([0], np.cumsum(degree)[:-1]))
         producer, consumer = values.producer[self.which], values.consumer[entries]
-        self.inside = member[:, producer]
-        self.held = np.add.reduceat(member[:, consumer], starts, axis=1, dtype=np.int16)
+        by_group = np.ascontiguousarray(member.T)  # reducing over rows runs along memory
+        held = np.add.reduceat(by_group[consumer], starts, axis=0, dtype=np.int16)
+        self.inside = np.ascontiguousarray(by_group[producer].T)
+        self.held = np.ascontiguousarray(held.T)
         self.full = self.inside & (self.held == degree)
         self.none = ~self.inside & (self.held == 0)
         # Only a consumer that may come before its producer can make a value flow backwards.

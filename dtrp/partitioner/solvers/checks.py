@@ -103,11 +103,13 @@ def check_enough(problem: Problem, n_nodes: int) -> None:
     )
 
 
-def check_numbers(graph: nx.DiGraph, node_attributes: set[str], value_attributes: set[str]) -> None:
-    """Costs are finite numbers >= 0, and every attribute that options weigh is on some node."""
-    missing = set(node_attributes)
+def check_numbers(
+    graph: nx.DiGraph, node_attributes: set[str], edge_attributes: set[str], needed: set[str]
+) -> None:
+    """Costs are finite numbers >= 0, and every attribute that is needed is on some node."""
+    missing = set(needed)
     for node, data in graph.nodes(data=True):
-        for name in node_attributes | value_attributes:
+        for name in node_attributes:
             if name in data:
                 missing.discard(name)
                 if not _is_cost(data[name]):
@@ -115,7 +117,7 @@ def check_numbers(graph: nx.DiGraph, node_attributes: set[str], value_attributes
                         f"node {node!r}: {name} must be a finite number >= 0, got {data[name]!r}"
                     )
     for u, v, data in graph.edges(data=True):
-        for name in value_attributes:
+        for name in edge_attributes:
             if name in data and not _is_cost(data[name]):
                 raise ValueError(
                     f"edge {u!r} -> {v!r}: {name} must be a finite number >= 0, got {data[name]!r}"

@@ -9,13 +9,16 @@ import numpy as np
 
 from .bounds import Bound
 from .clock import Clock
-from .exact import certify
+from .exact import bound_by_core, certify
 from .intervals import IntervalProgram
 from .loads import evaluate
 from .orders import good_orders
 from .problem import Ints, Problem
 from .reduce import reduce_problem
+from .relax import LEVELS
+from .search import local_search
 from .state import TOLERANCE, State
+from .windows import Windows
 
 ENGINES = ("auto", "interval", "search", "downsets")
 
@@ -96,8 +99,16 @@ def _run(state: State, engine: str, clock: Clock, seed: int) -> None:
     """All engines on one problem."""
     orders = good_orders(state.problem, seed)
     _cut_orders(state, (order for order, _ in zip(orders, range(_FIRST_ORDERS), strict=False)), clock)
-    if engine in ("auto", "downsets"):
-        certify(state, clock.within(0.6))
+    if engine in ("auto", "downsets") and certify(state, clock.within(0.3)):
+        return
+    if engine == "auto" and not state.optimal:
+        for level in range(len(LEVELS)):
+            if clock.expired or bound_by_core(state, level, clock.within(0.5)):
+                break
+    if engine in ("auto", "search") and state.stage is not None:
+        local_search(state, Windows(state.problem), clock.within(0.6 if engine == "auto" else 1.0), seed)
+    if engine == "auto":
+        certify(state, clock)
 
 
 def _cut_orders(state: State, orders: Iterable[Ints], clock: Clock) -> None:

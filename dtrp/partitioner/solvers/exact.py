@@ -16,6 +16,7 @@ from .clock import Clock
 from .downsets import enumerate_downsets
 from .problem import Ints, Problem
 from .reduce import Contradiction, merge_dear, reduce_problem
+from .relax import candidates, core, most_wanted, put_back
 from .state import State
 from .windows import Windows
 
@@ -48,6 +49,38 @@ def certify(state: State, clock: Clock) -> bool:
             return True  # not even without a wanted load
         step *= 1.7
     return state.optimal
+
+
+def bound_by_core(state: State, level: int, clock: Clock) -> bool:
+    """Improve a state by the core of a level (see `relax`), and by finer ones while time allows.
+
+    Every core is solved with proof; then the groups left out that cost the partition most come back, so the
+    bound rises and the partition fits better.
+
+    Returns
+    -------
+    bool
+        Whether a core could be solved.
+    """
+    problem, dropped, solved = state.problem, candidates(state.problem, level), False
+    while len(dropped) and not state.optimal and not clock.expired:
+        reduced = core(problem, dropped)
+        inner = State(reduced.problem)
+        inner.raise_bound(state.bound)  # what is below the bound known need not be looked at
+        inner.load = state.load
+        proven = certify(inner, clock)
+        if inner.bound.kind == "downsets":
+            state.raise_bound(Bound(inner.bound.value, "relaxation"))
+        if not proven:
+            return solved
+        solved = True
+        if inner.stage is None:  # the core is as slow as the best partition known
+            return True
+        stage = put_back(reduced, inner.stage)
+        state.offer(stage, "search")
+        back = most_wanted(problem, dropped, stage)
+        dropped = np.setdiff1d(dropped, back)
+    return solved
 
 
 def best_within(problem: Problem, wanted: float, *, cap: int, clock: Clock) -> tuple[float, Ints] | None:

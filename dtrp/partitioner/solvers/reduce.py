@@ -105,7 +105,8 @@ def drop_slack_limits(problem: Problem) -> Problem:
 def contract(problem: Problem, label: Ints) -> Reduced:
     """Merge groups of equal label, and whatever cycles that makes.
 
-    A label of -1 eliminates a group: its predecessors precede its successors directly.
+    A label of -1 leaves a group out, with the values it makes and needs: its predecessors precede its
+    successors directly.
 
     Raises
     ------
@@ -165,11 +166,12 @@ def contract(problem: Problem, label: Ints) -> Reduced:
         values=make_values(
             (
                 int(group[values.producer[i]]),
-                group[values.consumers(i)].tolist(),
+                [int(c) for c in group[values.consumers(i)] if c >= 0],
                 float(values.transfer[i]),
                 float(values.size[i]),
             )
             for i in range(len(values))
+            if group[values.producer[i]] >= 0
         ),
         pinned=pinned,
         members=tuple(members),

@@ -8,8 +8,8 @@ from .bounds import Bound, simple_bound
 from .loads import evaluate
 from .problem import Ints, Problem
 
-# Two loads closer than this (relative) are the same load: what sums in another order differ by.
-TOLERANCE = 1e-9
+# Two loads closer than this (relative) are the same load; plans are not made to more digits than that.
+TOLERANCE = 1e-7
 
 
 class State:

@@ -67,13 +67,17 @@ class Windows:
         forward, backward = np.zeros(len(inside)), np.zeros(len(inside))
         if len(values) == 0 or self.problem.kind == "memory":
             return forward, backward
+        starts, priced = values.start[:-1], np.flatnonzero(values.transfer > 0)
+        price, producer = values.transfer[priced], values.producer[priced]
         step = max(1, (1 << 25) // (len(values.consumer) + 1))
         for i in range(0, len(inside), step):
-            within, beyond = inside[i : i + step], outside[i : i + step]
-            some_beyond = np.logical_or.reduceat(beyond[:, values.consumer], values.start[:-1], axis=1)
-            some_within = np.logical_or.reduceat(within[:, values.consumer], values.start[:-1], axis=1)
-            forward[i : i + step] = (within[:, values.producer] & some_beyond) @ values.transfer
-            backward[i : i + step] = (beyond[:, values.producer] & some_within) @ values.transfer
+            # One row per group: reducing over rows runs along memory.
+            within = np.ascontiguousarray(inside[i : i + step].T)
+            beyond = np.ascontiguousarray(outside[i : i + step].T)
+            ahead = np.logical_or.reduceat(beyond[values.consumer], starts, axis=0)[priced]
+            behind = np.logical_or.reduceat(within[values.consumer], starts, axis=0)[priced]
+            forward[i : i + step] = price @ (within[producer] & ahead)
+            backward[i : i + step] = price @ (beyond[producer] & behind)
         return forward, backward
 
     def admitted(self, member: Bools, wanted: float) -> Bools:
