@@ -29,7 +29,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,62 +82,56 @@ def pipeline_round(trainer: dtrp.Trainer, batches: list[Batch]) -> float:
     return (time.perf_counter() - start) / len(batches)
 
 
-def stage_ticks(model_name: str, plan: dtrp.Plan, batch: Batch, repeats: int) -> list[float]:
-    """Seconds of each stage's tick, measured alone in this process: what computing alone takes.
+class LoneStages:
+    """The plan's stages, each run alone in this process, as the workers run them: what computing takes.
 
-    ``pipe(x)`` runs all stages one after the other; hooks on the stages' modules read the clock in
-    between, so the numbers come from the very modules that the workers run.
+    They belong to a copy of the model of their own, whose pipeline is called once so that hooks can note
+    what each stage is given.
     """
-    pipe = dtrp.compile(
-        cifar_model(model_name),
-        n_gpus=plan.n_stages,
-        example_inputs=batch[0],
-        devices=["cpu"] * plan.n_stages,
-        plan=plan,
-    )
-    pipe.train()
-    optimizer = OPTIMIZER(pipe.parameters())
-    x, y = batch
-    forward, backward, update = ([[] for _ in pipe.stages] for _ in range(3))  # type: ignore[var-annotated]
-    boundaries: list[tuple[Tensor, ...]] = []
 
-    def clock(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        boundaries.append(tuple(t for t in inputs if isinstance(t, torch.Tensor)))
+    def __init__(self, model: nn.Module, plan: dtrp.Plan, batch: Batch) -> None:
+        images, self.target = batch
+        pipe = dtrp.compile(
+            model.train(),
+            n_gpus=plan.n_stages,
+            example_inputs=images,
+            devices=["cpu"] * plan.n_stages,
+            plan=plan,
+        )
+        self.modules = [stage.module for stage in pipe.stages]
+        self.inputs: list[tuple[Tensor, ...]] = []
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, given: self.inputs.append(tuple(t.detach() for t in given))
+            )
+            for module in self.modules
+        ]
+        pipe(images)
+        for handle in handles:
+            handle.remove()
+        self.optimizers = [OPTIMIZER(module.parameters()) for module in self.modules]
 
-    handles = [stage.module.register_forward_pre_hook(clock) for stage in pipe.stages]
-    pipe(x)  # learns what each stage takes
-    for handle in handles:
-        handle.remove()
-    inputs = [tuple(t.detach() for t in taken) for taken in boundaries]
-    for _ in range(repeats):
-        for k, stage in enumerate(pipe.stages):
-            taken = [t.requires_grad_(k > 0 and t.is_floating_point()) for t in inputs[k]]
-            stage_optimizer = optimizer if len(pipe.stages) == 1 else OPTIMIZER(stage.module.parameters())
-            start = time.perf_counter()
-            if k < len(pipe.stages) - 1:
-                with torch.no_grad():
-                    stage.module(*taken)
-            output = stage.module(*taken)
-            forward[k].append(time.perf_counter() - start)
-            outputs = [
-                t for t in (output if isinstance(output, tuple | list) else [output]) if t.requires_grad
-            ]
-            start = time.perf_counter()
-            if k == len(pipe.stages) - 1:
-                F.cross_entropy(outputs[0], y).backward()
-            else:
-                torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-            backward[k].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            stage_optimizer.step()
-            stage_optimizer.zero_grad()
-            update[k].append(time.perf_counter() - start)
-            for t in taken:
-                t.grad = None
-    return [
-        sum(statistics.median(series[k]) for series in (forward, backward, update))
-        for k in range(len(pipe.stages))
-    ]
+    def tick(self, k: int) -> float:
+        """Seconds of stage k's tick: forward twice (the last stage: once), backward, update."""
+        last = k == len(self.modules) - 1
+        module, optimizer = self.modules[k], self.optimizers[k]
+        inputs = [t.requires_grad_(k > 0) for t in self.inputs[k]]
+        start = time.perf_counter()
+        if not last:
+            with torch.no_grad():
+                module(*inputs)
+        output = module(*inputs)
+        outputs = [t for t in (output if isinstance(output, tuple | list) else [output]) if t.requires_grad]
+        if last:
+            F.cross_entropy(outputs[0], self.target).backward()
+        else:
+            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        for t in inputs:
+            t.grad = None
+        return seconds
 
 
 def main() -> None:
@@ -168,15 +161,17 @@ def main() -> None:
         costs=args.costs,
     )
     print(pipe.report)
-    ticks = stage_ticks(args.model, pipe.plan, batches[0], repeats=10)
+    lone = LoneStages(cifar_model(args.model), pipe.plan, batches[0])
 
-    plain_times, pipeline_times = [], []
+    plain_times, pipeline_times, tick_times = [], [], []
     with pipe.trainer(loss_fn=F.cross_entropy, optimizer=OPTIMIZER, executor="workers", seed=0) as trainer:
         plain_round(plain, plain_optimizer, turn[:8])
         pipeline_round(trainer, turn[:8])
         for number in range(1, args.rounds + 1):
             plain_times.append(plain_round(plain, plain_optimizer, turn))
             pipeline_times.append(pipeline_round(trainer, turn))
+            repeats = [[lone.tick(k) for k in range(args.stages)] for _ in range(max(3, args.batches // 4))]
+            tick_times.append([statistics.median(series) for series in zip(*repeats, strict=True)])
             alone, piped = plain_times[-1], pipeline_times[-1]
             print(
                 f"round {number}: plain {alone * 1e3:.1f} ms, pipeline {piped * 1e3:.1f} ms per batch, "
@@ -184,9 +179,11 @@ def main() -> None:
             )
 
     plain_time, pipeline_time = statistics.median(plain_times), statistics.median(pipeline_times)
+    ticks = [statistics.median(series) for series in zip(*tick_times, strict=True)]
+    # Ratios of neighbours in time, so that what else the machine does falls on both alike.
     ratios = [a / b for a, b in zip(plain_times, pipeline_times, strict=True)]
-    ratio = statistics.median(ratios)
-    bound = plain_time / max(ticks)
+    bounds = [a / max(b) for a, b in zip(plain_times, tick_times, strict=True)]
+    ratio, bound = statistics.median(ratios), statistics.median(bounds)
     filled = args.batches / (args.batches + 2 * args.stages - 2)
     print(
         f"\n{args.model}, batch {args.batch_size}, {args.stages} stages, "
@@ -212,7 +209,7 @@ def main() -> None:
                     "batches_per_turn": args.batches,
                     "plain_seconds": plain_times,
                     "pipeline_seconds": pipeline_times,
-                    "stage_tick_seconds": ticks,
+                    "stage_tick_seconds": tick_times,
                     "ratio": ratio,
                     "bound": bound,
                     "reached": ratio / bound,

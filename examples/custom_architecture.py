@@ -132,7 +132,8 @@ def main() -> None:
         model,
         n_gpus=args.stages,
         example_inputs=test_images[: args.batch_size],
-        devices=["cpu"] * args.stages,
+        devices=["cpu"] * args.stages,  # a worker process each
+        recompute=True,  # as DTRP does it; "auto" would trade memory for time where memory allows
     )
     print(pipe.report)
     for stage in pipe.stages:

@@ -147,7 +147,13 @@ def main() -> None:
 
     model, generator = fresh()
     example = torch.zeros(args.batch_size, args.context, dtype=torch.long)
-    pipe = dtrp.compile(model, n_gpus=args.stages, example_inputs=example, devices=["cpu"] * args.stages)
+    pipe = dtrp.compile(
+        model,
+        n_gpus=args.stages,
+        example_inputs=example,
+        devices=["cpu"] * args.stages,  # a worker process each
+        recompute=True,  # as DTRP does it; "auto" would trade memory for time where memory allows
+    )
     print(pipe.report)
     start = time.perf_counter()
     with pipe.trainer(
