@@ -224,6 +224,14 @@ class _Walk:
         module = self.module.get_submodule(str(node.target))
         return dict([*module.named_parameters(), *module.named_buffers()])
 
+    def _used(self, node: fx.Node) -> dict[str, torch.Tensor]:
+        """Parameters and buffers that a node uses, also those that it gets from attribute nodes."""
+        used = {f"{node.target}.{name}": tensor for name, tensor in self._state(node).items()}
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                used |= self._state(source)
+        return used
+
     def _tensor(self, tensor: torch.Tensor) -> int:
         if id(tensor) not in self.of_tensor:
             self.of_tensor[id(tensor)] = self._storage(None, _nbytes(tensor))
@@ -273,8 +281,8 @@ class _Walk:
             params: list[str] = []
             sizes = {"params_bytes": 0, "gradient_bytes": 0, "buffer_bytes": 0}
             tensors = 0
-            for local, tensor in self._state(node).items():
-                name = self.names.get(id(tensor), f"{node.target}.{local}")
+            for local, tensor in self._used(node).items():
+                name = self.names.get(id(tensor), local)
                 if isinstance(tensor, nn.Parameter):
                     params.append(name)
                     all_params[name] = (tensor.numel(), _nbytes(tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dtrp.partitioner.report import PartitionReport, StageReport
+    from dtrp.partitioner.report import PartitionReport, Scaling, StageReport
 
 _WIDTH = 120
 
@@ -105,3 +106,13 @@ def gap(value: float) -> str:
     if value <= 1e-6:
         return "0 % (optimal)"
     return "unknown" if value == float("inf") else f"{100 * value:.2g} %"
+
+
+def comparison(points: Sequence[Scaling], impossible: Collection[int]) -> str:
+    """Other numbers of stages, one per line."""
+    lines = ["stages     one batch per   speed-up   balance"]
+    lines += [
+        f"{p.n_stages:6d} {duration(p.tick_time):>17} {p.speedup:10.2f} {p.balance:9.3f}" for p in points
+    ]
+    lines += [f"{k:6d}   impossible: too few nodes, or too little memory" for k in sorted(impossible)]
+    return "\n".join(lines)

@@ -1,0 +1,310 @@
+"""The command line: plan a model without running it, export its stages.
+
+``dtrp plan torchvision.models:resnet50 --input 32x3x224x224 --n-gpus 4`` builds the model (on the meta
+device where it can: no memory, no time), captures it, plans and prints the report. Exit status: 0 done, 1
+dtrp says why it cannot be done, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtrp.errors import DtrpError
+from dtrp.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dtrp.partitioner.report import PartitionReport
+
+_EXAMPLES = """examples:
+  dtrp plan torchvision.models:resnet50 --input 32x3x224x224 --n-gpus 4 --device A100-80GB
+  dtrp plan my.models:gpt --kwargs '{"layers": 80}' --input tokens=1x2048:int64 --n-gpus 8 --html plan.html
+  dtrp plan my.models:net --input 8x16 --n-gpus 2 --memory-limit 16GB --json - | jq .balance
+  dtrp export torchvision.models:resnet18 --input 1x3x224x224 --n-gpus 2 --out stages/
+"""
+
+
+class UsageError(Exception):
+    """What was typed makes no sense; the message says what would."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; gives the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="dtrp: %(message)s", level=logging.INFO if args.verbose else logging.WARNING)
+    try:
+        status: int = args.run(args)
+    except (UsageError, ValueError, TypeError) as e:
+        print(f"dtrp: error: {e}", file=sys.stderr)
+        return 2
+    except DtrpError as e:
+        print(f"dtrp: {type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtrp",
+        description="Cut any PyTorch model into balanced stages.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dtrp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,export}")
+    plan = commands.add_parser("plan", help="plan a model and print the partition report")
+    _common(plan)
+    plan.add_argument(
+        "--device", help="cpu, cuda:0 or a GPU's name such as A100-80GB (default: what is here)"
+    )
+    plan.add_argument(
+        "--memory-limit", metavar="SIZE", help="per stage, such as 16GB; or one per stage: 16GB,24GB"
+    )
+    plan.add_argument("--bandwidth", metavar="SIZE", help="bytes per second between stages, such as 25GB")
+    plan.add_argument("--recompute", choices=("auto", "yes", "no"), default="auto", help="(default: auto)")
+    plan.add_argument(
+        "--costs", choices=("auto", "analytic", "measured"), default="auto", help="(default: auto)"
+    )
+    plan.add_argument("--dtype", help="the autocast dtype that training will use, such as bfloat16")
+    plan.add_argument("--compare-k", metavar="K,K,...", help="also predict other numbers of stages: 1,2,4,8")
+    plan.add_argument("--html", metavar="FILE", help="write the report as a page")
+    plan.add_argument("--json", metavar="FILE", help="write the report as JSON; - for standard output, alone")
+    plan.add_argument("--plan", metavar="FILE", help="write the plan, for dtrp.compile(plan=...)")
+    plan.set_defaults(run=_plan)
+    export = commands.add_parser("export", help="export each stage to ONNX")
+    _common(export)
+    export.add_argument(
+        "--out", metavar="DIR", required=True, help="directory for stage_0.onnx, ..., manifest.json"
+    )
+    export.add_argument("--plan", metavar="FILE", help="a plan to reuse")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="package.module:callable", help="anything that returns an nn.Module")
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="[NAME=]SHAPE[:DTYPE]",
+        help="an input, such as 32x3x224x224 or tokens=2x128:int64; repeat it for several",
+    )
+    parser.add_argument("--n-gpus", type=int, required=True, metavar="K", help="number of stages")
+    parser.add_argument("--kwargs", metavar="JSON", default="{}", help="keyword arguments of the callable")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import torch
+
+    from dtrp.partitioner.capture import capture
+    from dtrp.partitioner.costs import cost_graph
+    from dtrp.partitioner.devices import device_spec, parse_bytes
+    from dtrp.partitioner.hazards import find_hazards
+    from dtrp.partitioner.planner import make_plan
+    from dtrp.partitioner.report import PartitionReport
+
+    if args.n_gpus < 1:
+        raise UsageError(f"--n-gpus must be at least 1; got {args.n_gpus}")
+    for path in (args.html, args.json, args.plan):
+        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"there is no directory to write {path!r} into")
+    ks = _numbers(args.compare_k)
+    limits = (
+        None if args.memory_limit is None else [parse_bytes(part) for part in args.memory_limit.split(",")]
+    )
+    if limits is not None and len(limits) not in (1, args.n_gpus):
+        raise UsageError(
+            f"--memory-limit has {len(limits)} sizes for {args.n_gpus} stages; give 1 or {args.n_gpus}"
+        )
+    limit = limits[0] if limits is not None and len(limits) == 1 else limits
+    here = "cuda:0" if torch.cuda.is_available() else "cpu"
+    spec = device_spec(args.device or here)
+    if args.device is None and here == "cpu":
+        print("dtrp: planning for this machine's CPU; for a GPU name it: --device A100-80GB", file=sys.stderr)
+    model = _build(args.model, args.kwargs, on_meta=args.costs != "measured")
+    positional, named = _inputs(args.input, model)
+    captured = capture(model, positional, named)
+    graph = cost_graph(
+        captured,
+        device=spec,
+        bandwidth=None if args.bandwidth is None else parse_bytes(args.bandwidth),
+        mode=args.costs,
+        dtype=None if args.dtype is None else _dtype(args.dtype),
+    )
+    plan = make_plan(
+        captured,
+        graph,
+        find_hazards(captured),
+        args.n_gpus,
+        memory_limit=limit,
+        recompute="auto" if args.recompute == "auto" else args.recompute == "yes",
+    )
+    report = PartitionReport.of(captured, graph, plan, memory_limit=limit)
+    if args.plan:
+        plan.save(args.plan)
+    if args.html:
+        report.to_html(args.html)
+    _print(report, ks, args.json)
+    return 0
+
+
+def _print(report: PartitionReport, ks: Sequence[int], json_path: str | None) -> None:
+    from dtrp.partitioner.report_text import comparison
+
+    points = report.compare(ks)
+    if json_path is not None:
+        data = report.to_dict()
+        if ks:
+            data["compare_k"] = [vars(point) for point in points]
+        text = json.dumps(data, indent=2)
+        if json_path == "-":
+            print(text)
+            return
+        Path(json_path).write_text(text + "\n", encoding="utf-8")
+    print(report)
+    if ks:
+        print(comparison(points, set(ks) - {point.n_stages for point in points}))
+
+
+def _export(args: argparse.Namespace) -> int:
+    import dtrp
+
+    model = _build(args.model, args.kwargs, on_meta=False)
+    positional, named = _inputs(args.input, model)
+    if named:
+        names = list(inspect.signature(model.forward).parameters)
+        named = dict(zip(names, positional, strict=False)) | named
+    pipe = dtrp.compile(model, args.n_gpus, example_inputs=named or tuple(positional), plan=args.plan)
+    for path in pipe.export_onnx(args.out):
+        print(path)
+    return 0
+
+
+def _build(name: str, kwargs_text: str, *, on_meta: bool) -> nn.Module:
+    """The model that ``package.module:callable`` gives, on the meta device if asked for and possible."""
+    import torch
+    from torch import nn
+
+    try:
+        kwargs = json.loads(kwargs_text)
+    except ValueError as e:
+        raise UsageError(f"--kwargs is no valid JSON ({e}): {kwargs_text}") from None
+    if not isinstance(kwargs, dict):
+        raise UsageError(
+            f"--kwargs must be a JSON object such as '{{\"num_classes\": 10}}'; got {kwargs_text}"
+        )
+    found = _resolve(name)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise UsageError(
+            f"{name} is a {type(found).__name__}, neither an nn.Module nor a callable that gives one"
+        )
+    model: Any = None
+    if on_meta:
+        try:
+            with torch.device("meta"):
+                model = found(**kwargs)
+        except Exception as e:  # whatever it is that its code needs real numbers for
+            logging.getLogger("dtrp").info("%s cannot be built on the meta device: %s", name, e)
+    if model is None:
+        try:
+            model = found(**kwargs)
+        except TypeError as e:
+            raise UsageError(f"{name} could not be called with --kwargs {kwargs_text}: {e}") from e
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name} gave a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _resolve(name: str) -> Any:
+    module_name, colon, path = name.partition(":")
+    if not colon or not module_name or not path:
+        raise UsageError(
+            f"the model must be package.module:callable, such as torchvision.models:resnet50; got {name!r}"
+        )
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # models of the current directory, as with python -m
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        raise UsageError(
+            f"cannot import {module_name!r}: {e}. Is it installed, or in the current directory?"
+        ) from e
+    for part in path.split("."):
+        if not hasattr(found, part):
+            close = get_close_matches(part, dir(found), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UsageError(f"{module_name!r} has no {path!r}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def _inputs(texts: Sequence[str], model: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The example inputs: zeros, on the model's device."""
+    import torch
+
+    place = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    positional: list[Tensor] = []
+    named: dict[str, Tensor] = {}
+    for text in texts:
+        name, equals, rest = text.rpartition("=")
+        shape_text, _, dtype_text = rest.partition(":")
+        try:
+            shape = [int(part) for part in shape_text.lower().split("x")] if shape_text else []
+        except ValueError:
+            shape = [-1]
+        if any(n < 1 for n in shape):
+            raise UsageError(
+                f"--input must be sizes joined by x, such as 32x3x224x224, 2x128:int64 or "
+                f"tokens=2x128:int64; got {text!r}"
+            )
+        tensor = torch.zeros(shape, dtype=_dtype(dtype_text or "float32"), device=place)
+        if equals:
+            named[name] = tensor
+        elif named:
+            raise UsageError(f"--input {text!r} comes after a named input: give unnamed ones first")
+        else:
+            positional.append(tensor)
+    return tuple(positional), named
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"unknown dtype {name!r}: give one of torch's, such as float32, bfloat16 or int64")
+    return dtype
+
+
+def _numbers(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise UsageError(f"--compare-k must be numbers of stages such as 1,2,4,8; got {text!r}")
+    return numbers
+
+
+if __name__ == "__main__":
+    sys.exit(main())
