@@ -6,8 +6,8 @@
 
 Each model has random weights and is cut into each number of stages. Beyond what `export_onnx` verifies
 itself, the written folder is loaded again and must give the plain model's output, with the example's batch
-size and with another; each file must pass onnx's full check; and the chain merged by onnx.compose must be one valid
-model that gives the same output. Differences are relative to the largest magnitude of the output.
+size and with another; each file must pass onnx's full check; and the chain merged by onnx.compose must be one
+valid model that gives the same output. Differences are relative to the largest magnitude of the output.
 """
 
 from __future__ import annotations
