@@ -116,7 +116,7 @@ def main() -> None:
 
     train, validation = text()
     print(f"{len(train):,} bytes to train on, {len(validation):,} to validate")
-    optimizer = partial(torch.optim.AdamW, lr=args.lr, weight_decay=0.01)
+    optimizer = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
 
     def scheduler(target: torch.optim.Optimizer) -> LambdaLR:
         def factor(update: int) -> float:
