@@ -9,13 +9,12 @@ import numpy as np
 
 from .bounds import Bound
 from .clock import Clock
-from .exact import bound_by_core, certify
+from .exact import bound_by_cores, certify
 from .intervals import IntervalProgram
 from .loads import evaluate
 from .orders import good_orders
 from .problem import Ints, Problem
 from .reduce import reduce_problem
-from .relax import LEVELS
 from .search import local_search
 from .state import TOLERANCE, State
 from .windows import Windows
@@ -83,7 +82,7 @@ def _minimise(problem: Problem, engine: str, clock: Clock, seed: int) -> Solutio
         # Reducing is safe where stages may stay empty; that they may only lowers the bound.
         reduced = reduce_problem(replace(problem, allow_empty=True))
         inner = State(reduced.problem)
-        _run(inner, engine, clock.within(0.8) if not problem.allow_empty else clock, seed)
+        _run(inner, engine, clock.within(0.9) if not problem.allow_empty else clock, seed)
         state.raise_bound(inner.bound)
         stage = None if inner.stage is None else reduced.lift(inner.stage)
         if stage is not None and (problem.allow_empty or len(np.unique(stage)) == problem.n_stages):
@@ -99,14 +98,12 @@ def _run(state: State, engine: str, clock: Clock, seed: int) -> None:
     """All engines on one problem."""
     orders = good_orders(state.problem, seed)
     _cut_orders(state, (order for order, _ in zip(orders, range(_FIRST_ORDERS), strict=False)), clock)
-    if engine in ("auto", "downsets") and certify(state, clock.within(0.3)):
-        return
+    if engine in ("auto", "downsets"):
+        certify(state, clock, at_once=engine == "auto")
     if engine == "auto" and not state.optimal:
-        for level in range(len(LEVELS)):
-            if clock.expired or bound_by_core(state, level, clock.within(0.5)):
-                break
+        bound_by_cores(state, clock.within(0.6))
     if engine in ("auto", "search") and state.stage is not None:
-        local_search(state, Windows(state.problem), clock.within(0.6 if engine == "auto" else 1.0), seed)
+        local_search(state, Windows(state.problem), clock.within(0.5 if engine == "auto" else 1.0), seed)
     if engine == "auto":
         certify(state, clock)
 

@@ -42,8 +42,8 @@ def core(problem: Problem, dropped: Ints) -> Reduced:
     return contract(replace(problem, allow_empty=True), label)
 
 
-def most_wanted(problem: Problem, dropped: Ints, stage: Ints) -> Ints:
-    """Which of the groups left out should come back: those whose values cross most in a partition."""
+def most_wanted(problem: Problem, dropped: Ints, stage: Ints, share: int) -> Ints:
+    """One in ``share`` of the groups left out: those whose values cross most in a partition."""
     values = problem.values
     owner = values.owner
     crossing = stage[values.producer[owner]] != stage[values.consumer]
@@ -52,7 +52,7 @@ def most_wanted(problem: Problem, dropped: Ints, stage: Ints) -> Ints:
     np.add.at(cost, values.consumer, crossing * values.transfer[owner])
     price, _ = _price(problem)
     by = np.argsort(-(cost + 1e-3 * price)[dropped], kind="stable")
-    return dropped[by[: max(1, len(dropped) // 6)]]
+    return dropped[by[: max(1, len(dropped) // share)]]
 
 
 def _price(problem: Problem) -> tuple[Floats, float]:
