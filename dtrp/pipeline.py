@@ -26,7 +26,7 @@ from .partitioner.devices import DeviceSpec, device_spec
 from .partitioner.example import keep_example
 from .partitioner.hazards import Hazards, find_hazards
 from .partitioner.plan import Plan
-from .partitioner.planner import make_plan
+from .partitioner.planner import default_limits, make_plan, memory_limits
 from .partitioner.report import PartitionReport
 from .partitioner.split import Split, attributes, split
 from .runtime.config import TrainConfig
@@ -297,6 +297,8 @@ class Pipeline:
         compile_stages: bool = False,
         threads: int | None = None,
         watchdog: float = 60.0,
+        compensation_warmup: int = 100,
+        tensorboard: str | os.PathLike[str] | None = None,
         record: bool = False,
     ) -> Trainer:
         """Train the pipeline; use the result as a context manager.
@@ -354,6 +356,11 @@ class Pipeline:
             CPU threads per stage. Default: the cores shared out evenly, at least one.
         watchdog : float
             Seconds of silence after which a worker counts as stuck.
+        compensation_warmup : int
+            Updates over which the learning rate's scale for joined batches rises from 1.
+        tensorboard : path, optional
+            A folder for TensorBoard: losses, evaluations, the stages' measurements (needs the extra
+            ``tensorboard``).
         record : bool
             Keep what each stage did (`Trainer.events`).
 
@@ -398,6 +405,9 @@ class Pipeline:
             record=record,
             timeline=timeline,
             watchdog=watchdog,
+            batch_compensation=batch_compensation,
+            compensation_warmup=compensation_warmup,
+            tensorboard=tensorboard,
         )
 
     # ---- deployment --------------------------------------------------------------------------------------
@@ -489,6 +499,17 @@ class Pipeline:
     def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
         """Refuse a loss that is no scalar, on fake tensors."""
         check_scalar_loss(self._planned.captured, config.loss_fn, inputs, target)
+
+    def memory_limits(self) -> list[int | None]:
+        """Bytes that each stage may use: the user's limits, else what its CUDA device has."""
+        given = memory_limits(self._request.memory_limit, self.n_stages)
+        if given is not None:
+            return [None if limit is None else int(limit) for limit in given]
+        devices = self._request.devices
+        own = default_limits(_specs(devices))
+        return [
+            int(m) if m is not None and d.type == "cuda" else None for m, d in zip(own, devices, strict=True)
+        ]
 
     def programs(self) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""

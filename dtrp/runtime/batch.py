@@ -16,13 +16,21 @@ Arrivals = dict[Source, Any]
 
 
 @dataclass(frozen=True)
+class Update:
+    """What is special about the update that a batch brings (batch compensation)."""
+
+    lr_scale: float = 1.0
+    batches: int = 1  # of the user's that it stands for: so far the scheduler goes
+
+
+@dataclass(frozen=True)
 class Feed:
     """One batch as the caller hands it to one stage."""
 
     batch: int
     inputs: tuple[Any, ...]  # the model inputs that this stage asks the caller for
     target: Any = None  # the last stage's
-    lr_scale: float = 1.0  # of the update that this batch brings (batch compensation)
+    update: Update = Update()
 
 
 @dataclass
@@ -31,7 +39,7 @@ class InFlight:
 
     batch: int
     arrivals: Arrivals
-    lr_scale: float = 1.0
+    update: Update
     outputs: tuple[Any, ...] | None = None  # with their graph, where the stage keeps it
     leaves: Leaves = field(default_factory=dict)  # the weights that graph was built on
 

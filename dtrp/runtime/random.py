@@ -11,7 +11,7 @@ plain PyTorch loop.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -50,3 +50,28 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         torch.set_rng_state(cpu)
         random.setstate(python)
         np.random.set_state(numpy_state)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's generators, as plain values."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if _cuda_is_used() else [],
+        "python": (version, internal, gauss),
+        "numpy": (str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)),
+    }
+
+
+def _cuda_is_used() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set the generators to what `random_state` gave; CUDA's only where the devices are as many."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .batch import Arrivals, Feed, InFlight, Report
+from .batch import Arrivals, Feed, InFlight, Report, Update
 from .config import TrainConfig
 from .events import Event
 from .links import Links
@@ -43,10 +43,11 @@ from .loss import scalar_loss
 from .meter import Meter
 from .ports import Ports
 from .program import StageProgram, Undo, no_trace
-from .random import pass_seed, seeded
+from .random import pass_seed, random_state, seeded, set_random_state
 from .schedule import backward_horizon, backward_slot, forward_horizon, forward_slot, in_updates
 from .stats import StageStats
 from .tied import TiedGradients
+from .training_state import export_set, import_set
 from .weights import Leaves, Weights
 
 Measure = Callable[[Any, Any], Any]
@@ -103,7 +104,7 @@ class StageRunner:
         self.in_flight: dict[int, InFlight] = {}
         self.measure: Measure | None = None
         self._flags: list[tuple[nn.Module, bool]] = []
-        self.update: float | None = None  # the lr scale of the update that this tick brings, if it does
+        self.update: Update | None = None  # the update that this tick brings, if it does
         self._call = self._functional_call
         if config.compile_stages:
             self._call = torch.compile(self._functional_call)
@@ -151,8 +152,8 @@ class StageRunner:
         arrivals = self.ports.arrivals(slot, feed, "forward")
         takes_part = self.ports.takes_part
         horizon = forward_horizon(self.stage, self.n_stages, self.config.horizon)
-        leaves = self._ahead(horizon, feed.lr_scale, first=True)
-        flight = InFlight(feed.batch, arrivals, feed.lr_scale)
+        leaves = self._ahead(horizon, feed.update, first=True)
+        flight = InFlight(feed.batch, arrivals, feed.update)
         if self.recomputes or not takes_part:
             tracks = no_trace(self.module) if takes_part else nullcontext()
             with torch.no_grad(), tracks, self.meter.timed("forward", feed.batch):
@@ -170,12 +171,12 @@ class StageRunner:
             self.meter.stash(len(self.in_flight))
         self.ports.send("forward", slot, feed.batch, outputs)
 
-    def _backward(self, slot: int) -> float | None:
-        """Recompute (or take the kept graph) and backward; the update's lr scale, if there is one."""
+    def _backward(self, slot: int) -> Update | None:
+        """Recompute (or take the kept graph) and backward; the update to be made, if there is one."""
         gradients, skip = self.ports.output_gradients(slot)
         flight = self.in_flight.pop(slot)
         self.meter.stash(len(self.in_flight))
-        batch, lr_scale = flight.batch, flight.lr_scale
+        batch, update = flight.batch, flight.update
         if skip:
             if flight.outputs is not None:
                 self.meter.graph(-1)
@@ -184,7 +185,7 @@ class StageRunner:
             return None
         if flight.outputs is None:
             horizon = backward_horizon(self.stage, self.n_stages, self.config.horizon)
-            leaves = self._ahead(horizon, lr_scale)
+            leaves = self._ahead(horizon, update)
             arrivals = self.ports.differentiable(flight.arrivals)
             self.meter.graph(+1)
             with torch.enable_grad(), self.meter.timed("recompute", batch):
@@ -206,15 +207,15 @@ class StageRunner:
             self.weights.absorb(leaves)
         self.meter.graph(-1)
         self.ports.send_gradients(slot, batch, arrivals)
-        self.tied.after_backward(slot, lr_scale)
-        return lr_scale
+        self.tied.after_backward(slot, update)
+        return update
 
-    def _last_stage(self, slot: int) -> float | None:
-        """Forward with a graph, loss, backward; the update's lr scale, if there is one."""
+    def _last_stage(self, slot: int) -> Update | None:
+        """Forward with a graph, loss, backward; the update to be made, if there is one."""
         feed = self.feeds.pop(slot)
         arrivals = self.ports.differentiable(self.ports.arrivals(slot, feed, "forward"))
         horizon = forward_horizon(self.stage, self.n_stages, self.config.horizon)
-        leaves = self._ahead(horizon, feed.lr_scale)
+        leaves = self._ahead(horizon, feed.update)
         self.meter.graph(+1)
         skips = self.config.on_nonfinite == "skip"
         undo = Undo(self.module) if skips else None
@@ -238,8 +239,8 @@ class StageRunner:
             self.weights.absorb(leaves)
         self.meter.graph(-1)
         self.ports.send_gradients(slot, feed.batch, arrivals)
-        self.tied.after_backward(slot, feed.lr_scale)
-        return feed.lr_scale
+        self.tied.after_backward(slot, feed.update)
+        return feed.update
 
     def _loss(self, arrivals: Arrivals, leaves: Leaves, feed: Feed) -> Tensor:
         with self._context(feed.batch), self._autocast():
@@ -288,6 +289,25 @@ class StageRunner:
                 if name in state:
                     tensor.copy_(state[name])
 
+    def training_state(self) -> dict[str, Any]:
+        """What besides weights and buffers the next batch's training depends on, by parameter name."""
+        own = self.weights.own
+        return {
+            "parameters": export_set(own) if own is not None else None,
+            "random": random_state() if self.seed is None else None,
+        }
+
+    def load_training_state(
+        self, sets: Sequence[Mapping[str, Any]], seed: int | None, random: Any, names: Mapping[str, str]
+    ) -> None:
+        """Take over what `training_state` gave, in whatever stages; ``names``: names here -> saved ones."""
+        for parameters in self.weights.sets:
+            import_set(parameters, sets, names, gradients=parameters is self.weights.own)
+        if self.seed is not None and seed is not None:
+            self.seed = seed
+        if self.seed is None and random is not None:
+            set_random_state(random)
+
     def schedule(self, *metrics: float) -> None:
         """One step of every learning-rate scheduler (where it steps per epoch)."""
         for parameters in self.weights.sets:
@@ -329,13 +349,13 @@ class StageRunner:
         device = self.program.device
         return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), target)
 
-    def _ahead(self, batches: int, lr_scale: float, *, first: bool = False) -> Leaves:
+    def _ahead(self, batches: int, update: Update, *, first: bool = False) -> Leaves:
         """Leaves ``batches`` batches ahead. A guest's update becomes visible one tick after its owner's step,
         so that a first forward, which comes after the stage's own step, still misses one of them."""
         if not self.config.predicts:
             return {}
         own = self._horizon(batches)
-        return self.weights.ahead(own, self._horizon(batches + 1) if first else own, lr_scale)
+        return self.weights.ahead(own, self._horizon(batches + 1) if first else own, update.lr_scale)
 
     def _horizon(self, batches: int) -> float:
         return self.config.horizon_scale * float(in_updates(batches, self.config.accumulate))
@@ -349,7 +369,7 @@ class StageRunner:
         norms = [p.grad.norm().double() for p in own.names.values() if p.grad is not None]
         return float(torch.stack(norms).square().sum()) if norms else 0.0
 
-    def _step(self, slot: int, squared_norm: float, lr_scale: float) -> None:
+    def _step(self, slot: int, squared_norm: float, update: Update) -> None:
         own = self.weights.own
         if own is None:
             return
@@ -361,9 +381,10 @@ class StageRunner:
             if self.config.max_grad_norm is not None:
                 self._clip(own.names.values(), squared_norm**0.5, self.config.max_grad_norm)
             self.tied.share(slot, stepped=True)
-            own.step(lr_scale)
+            own.step(update.lr_scale)
             if self.config.scheduler_step == "update":
-                own.schedule()
+                for _ in range(update.batches):
+                    own.schedule()
 
     def _clip(self, parameters: Collection[nn.Parameter], norm: float, limit: float) -> None:
         """Scale gradients by ``min(1, limit / (norm + 1e-6))``; ``norm`` is the one over all stages."""

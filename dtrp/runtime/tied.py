@@ -19,6 +19,7 @@ from collections import defaultdict, deque
 
 from torch import Tensor
 
+from .batch import Update
 from .links import Channel, Links, Message
 from .program import StageProgram, Tie
 from .schedule import backward_tick
@@ -43,8 +44,8 @@ class TiedGradients:
             self._enrol(tie)
         self.earlier: dict[str, Tensor | None] = {}  # gradients gathered before this batch's
         self.sums: list[tuple[Channel, list[Tensor | None]]] = []
-        # Sums awaited: slot, and the learning rate's scale for its update.
-        self.due: dict[int, deque[tuple[int, float]]] = {owner: deque() for owner in self.held}
+        # Sums awaited: slot, and how to update with its sum.
+        self.due: dict[int, deque[tuple[int, Update]]] = {owner: deque() for owner in self.held}
 
     def _enrol(self, tie: Tie) -> None:
         mine = tie.name_in(self.stage)
@@ -66,7 +67,7 @@ class TiedGradients:
             parameter = self.weights.trainable[name]
             self.earlier[name], parameter.grad = parameter.grad, None
 
-    def after_backward(self, slot: int, lr_scale: float) -> None:
+    def after_backward(self, slot: int, update: Update) -> None:
         """Guest: send this batch's gradient to the owner [1]. Owner: add the guests' to it [2]."""
         for owner, names in self.held.items():
             gradients = []
@@ -75,7 +76,7 @@ class TiedGradients:
                 gradients.append(parameter.grad)
                 parameter.grad = None
             self.links.send(Channel("tied-gradient", self.stage, owner), Message(slot, tuple(gradients)))
-            self.due[owner].append((slot, lr_scale))
+            self.due[owner].append((slot, update))
         self._sum(slot)
 
     def give_up(self, slot: int) -> None:
@@ -111,7 +112,7 @@ class TiedGradients:
         """Guest: take in the sums of all ticks before ``tick`` and step with them [4] (``None``: all)."""
         for owner, slots in self.due.items():
             while slots and (tick is None or backward_tick(owner, slots[0][0], self.n_stages) < tick):
-                slot, lr_scale = slots.popleft()
+                slot, update = slots.popleft()
                 message = self.links.receive(Channel("tied-sum", owner, self.stage), slot)
                 if message.skip:
                     continue
@@ -120,8 +121,8 @@ class TiedGradients:
                     self.weights.trainable[name].grad = (
                         None if gradient is None else gradient.to(self.weights.trainable[name].device)
                     )
-                parameters.step(lr_scale)
-                if self.scheduled:
+                parameters.step(update.lr_scale)
+                for _ in range(update.batches if self.scheduled else 0):
                     parameters.schedule()
 
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WorkerError
 from ..wiring import Wiring
-from .batch import Feed
+from . import interrupts
+from .batch import Feed, Update
+from .board import Board
+from .checkpoint import read_checkpoint, write_checkpoint
+from .compensation import WARMUP, Joiner, Joint, Tuner, check_size
 from .config import TrainConfig
 from .evaluation import Measure, combine
 from .events import Event
+from .executors import EXECUTORS, start
 from .executors.base import Executor
 from .program import StageProgram
+from .progress import Bar
+from .run_state import RunState
 from .schedule import drain_ticks
+from .stats import StageStats
 from .timeline import write_timeline
-
-log = logging.getLogger("dtrp")
-
-EXECUTORS = ("auto", "inline", "workers")
 
 
 class Host(Protocol):
@@ -49,6 +53,10 @@ class Host(Protocol):
         """Refuse a loss function that does not give a scalar, without computing anything."""
         ...
 
+    def memory_limits(self) -> Sequence[int | None]:
+        """Bytes that each stage may use, ``None`` where nobody said."""
+        ...
+
 
 class Trainer:
     """Trains a compiled model as a decoupled pipeline. A context manager.
@@ -62,6 +70,10 @@ class Trainer:
         The losses of all finished batches, in batch order.
     skipped : int
         Batches that were given up because their loss was not finite (``on_nonfinite="skip"``).
+    epochs : int
+        Epochs that `fit` has finished, or `end_epoch` was called for; saved and restored.
+    samples : int
+        Samples fed since this trainer was made.
     """
 
     def __init__(
@@ -74,14 +86,24 @@ class Trainer:
         record: bool = False,
         timeline: str | os.PathLike[str] | None = None,
         watchdog: float = 60.0,
+        batch_compensation: int | Literal["auto"] = 1,
+        compensation_warmup: int = WARMUP,
+        tensorboard: str | os.PathLike[str] | None = None,
     ) -> None:
         if executor not in EXECUTORS:
             raise ValueError(f"executor={executor!r}: expected one of {', '.join(map(repr, EXECUTORS))}")
         if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
             raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
+        check_size(batch_compensation)
+        if isinstance(compensation_warmup, bool) or not isinstance(compensation_warmup, int):
+            raise TypeError(f"compensation_warmup={compensation_warmup!r}: expected an int >= 1")
+        if compensation_warmup < 1:
+            raise ValueError(f"compensation_warmup={compensation_warmup!r}: expected an int >= 1")
         self.config = config
         self.losses: list[float] = []
         self.skipped = 0
+        self.epochs = 0
+        self.samples = 0
         self.progress = progress
         self._host = host
         self._kind = executor
@@ -92,8 +114,18 @@ class Trainer:
         self._executor: Executor | None = None
         self._train: Wiring | None = None
         self._eval: Wiring | None = None
-        self._batches = 0  # fed so far
+        self._names: list[frozenset[str]] = []  # tensors that each stage holds
+        self._joiner = Joiner(1 if batch_compensation == "auto" else batch_compensation, compensation_warmup)
+        self._tuner: Tuner | None = None
+        self._tunes = batch_compensation == "auto"
+        self._fed = 0  # batches of the user's so far
+        self._entered = 0  # batches that went into the pipeline: fewer, where some travel as one
+        self._joined: deque[int] = deque()  # of how many batches each of those consists whose loss is awaited
         self._in_flight = False
+        self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
+        self._seed: int | None = None
+        self._board = None if tensorboard is None else Board(tensorboard)
+        self._stats: list[StageStats] = []
         self._closed = False
 
     # ---- training --------------------------------------------------------------------------------------
@@ -118,20 +150,28 @@ class Trainer:
             The arguments do not fit the model.
         """
         inputs, named, target = self._arguments(args, kwargs)
-        executor, tensors = self._ready(inputs, named, target)
-        assert self._train is not None
-        executor.tick(_feeds(self._train, self._batches, tensors, target))
-        self._batches += 1
-        self._in_flight = True
-        if self.config.one_batch_at_a_time:
-            self._drain()
-        return self._collect()
+        _, tensors = self._ready(inputs, named, target)
+        with interrupts.held():
+            joint = self._joiner.add(tensors, target)
+            self._fed += 1
+            self.samples += _size(tensors)
+            if joint is not None:
+                self._enter(joint)
+            return self._collect()
 
     def flush(self) -> None:
         """Train until nothing is in flight."""
-        if self._in_flight:
-            self._drain()
-        self._collect()
+        if self._executor is None:
+            return
+        with interrupts.held():
+            joint = self._joiner.rest()
+            if joint is not None:
+                self._enter(joint)
+            if self._in_flight:
+                self._drain()
+                if self._tuner is not None:
+                    self._tuner.interrupted()
+            self._collect()
 
     def fit(
         self,
@@ -157,19 +197,19 @@ class Trainer:
         Returns
         -------
         list of dict
-            Per epoch: ``train_loss`` (mean over its batches) and what `evaluate` gives.
+            Per epoch: ``train_loss`` (mean over its batches that were not skipped) and what `evaluate` gives.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise ValueError(f"epochs={epochs!r}: expected an int >= 0")
         history: list[dict[str, float]] = []
         for epoch in range(epochs):
             first = len(self.losses) + self._awaited()
-            with _bar(loader, f"epoch {epoch + 1}/{epochs}", self.progress) as (batches, show):
-                for batch in batches:
+            with Bar(loader, f"epoch {epoch + 1}/{epochs}", self) as bar:
+                for batch in bar:
                     args, kwargs = self._batch(batch)
-                    show(self.step(*args, **kwargs))
+                    bar.show(self.step(*args, **kwargs))
             self.flush()
-            losses = self.losses[first:]
+            losses = [loss for loss in self.losses[first:] if math.isfinite(loss)]
             row = {"train_loss": math.fsum(losses) / len(losses) if losses else math.nan}
             if val_loader is not None:
                 row |= self.evaluate(val_loader, metric=metric)
@@ -183,9 +223,10 @@ class Trainer:
         `fit` does this by itself; in a loop of one's own, call it after each epoch, with the validation
         loss where the scheduler wants a metric (``ReduceLROnPlateau``).
         """
+        self.epochs += 1
         if self.config.scheduler_step == "epoch" and self._executor is not None:
             self.flush()
-            self._executor.call("schedule", [metrics] * self._stages)
+            self._executor.call("schedule", [metrics] * len(self._names))
 
     def evaluate(self, loader: Iterable[Any], metric: Any = None) -> dict[str, float]:
         """Loss and metrics over ``loader``, in eval mode, with the current weights.
@@ -226,12 +267,28 @@ class Trainer:
         args, kwargs = self._batch(first)
         inputs, named, target = self._arguments(args, kwargs)
         executor, _ = self._ready(inputs, named, target)
-        return combine(executor.evaluate(feeds(), measure))
+        found = combine(executor.evaluate(feeds(), measure))
+        if self._board is not None:
+            self._board.evaluation(len(self.losses), found)
+        return found
+
+    # ---- seeing it run ---------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> list[StageStats]:
+        """Each stage's measurements so far; empty before the first batch."""
+        if self._executor is not None and self._executor.failure is None:
+            self._stats = self._executor.call("stats")
+        return self._stats
+
+    def glance(self) -> list[StageStats] | None:
+        """Each stage's measurements of a moment ago, without waiting for the stages."""
+        return None if self._executor is None else self._executor.glance()
 
     @property
     def events(self) -> list[Event]:
         """What each stage did when, so far (with ``record=True`` or a timeline)."""
-        if self._executor is not None:
+        if self._executor is not None and self._executor.failure is None:
             self._events += [e for taken in self._executor.call("take_events") for e in taken]
         return self._events
 
@@ -247,6 +304,51 @@ class Trainer:
                     tensor = _attribute(self._host.model, name)
                     if isinstance(tensor, Tensor) and tensor.data_ptr() != value.data_ptr():
                         tensor.copy_(value)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the run to one file: weights, optimizers, schedulers, counters, losses, random states.
+
+        Drains the pipeline first. The file is written aside and renamed: a crash or a full disk in the
+        middle leaves the previous one. It is plain data, so ``torch.load(path, weights_only=True)["model"]``
+        is the model's ``state_dict`` (original names), for ``load_state_dict`` with ``strict=True``.
+
+        Raises
+        ------
+        CheckpointError
+            It cannot be written; the previous file is as it was.
+        """
+        if self._closed:
+            raise RuntimeError("this trainer is closed; save before leaving it")
+        self.flush()
+        self.sync()
+        stages = [] if self._executor is None else self._executor.call("training_state")
+        state = self._resume or RunState.gather(self._host.model, self.config, stages, self._counters())
+        write_checkpoint(path, state.content(self._host.model))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over a run that `save` wrote: the next step is the one that would have come next.
+
+        The number of stages, the plan and the executor may be others. Batches in flight are finished first;
+        what they trained is then overwritten. Reading executes no code from the file.
+
+        Raises
+        ------
+        CheckpointError
+            The file is truncated, foreign or altered, or belongs to another model or optimizer. Nothing in
+            memory was changed.
+        """
+        if self._closed:
+            raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
+        state = RunState.read(read_checkpoint(path), os.fspath(path))
+        state.check(self._host.model, self.config)
+        self.flush()
+        with interrupts.held():
+            state.restore_model(self._host.model)
+            state.restore_random()
+            self._restore_counters(state.counters)
+            self._resume = state
+            if self._executor is not None:
+                self._hand_over(self._executor)
 
     def close(self) -> None:
         """Finish the batches in flight, bring the weights into ``model`` and end the workers."""
@@ -264,16 +366,20 @@ class Trainer:
         if self._closed:
             return
         try:
-            if self._executor is not None and getattr(self._executor, "failure", None) is None:
+            if self._executor is not None and self._executor.failure is None:
                 if finish:
                     self.flush()
-                self.sync()
-                if self._timeline is not None:
-                    write_timeline(self._timeline, self.events, self._stages)
-                elif self._record:
-                    _ = self.events
+                with interrupts.held():
+                    self.sync()
+                    self._stats = self.stats
+                    if self._timeline is not None:
+                        write_timeline(self._timeline, self.events, len(self._names))
+                    elif self._record:
+                        _ = self.events
         finally:
             self._closed = True
+            if self._board is not None:
+                self._board.close()
             if self._executor is not None:
                 self._executor.close()
                 self._executor = None
@@ -321,65 +427,147 @@ class Trainer:
 
     def _start(self) -> None:
         programs = self._host.programs()
-        self._stages = len(programs)
+        n_stages = len(programs)
         self._train, self._eval = programs[0].train, programs[0].evaluate
-        kind = self._kind
-        if kind == "auto":
-            kind = "inline" if self._stages == 1 else "workers"
+        self._names = [
+            frozenset(n for n, _ in (*p.module.named_parameters(), *p.module.named_buffers()))
+            for p in programs
+        ]
         seed = self.config.seed
-        if self._stages == 1:
-            if seed is not None:
+        if n_stages == 1:
+            # One stage draws from the ambient generators, as the plain loop does.
+            if seed is not None and self._resume is None:
                 torch.manual_seed(seed)
+            seed = None
         elif seed is None:
             seed = int(torch.randint(2**62, ()))
+        self._seed = seed
         if not self._host.model.training:
             self._host.model.train()
-        executor: Executor
-        if kind == "inline":
-            from .executors.inline import InlineExecutor
-
-            executor = InlineExecutor(
-                programs, self.config, seed=seed if self._stages > 1 else None, record=self._record
-            )
-        else:
-            from .executors.workers import WorkersExecutor
-
-            if all(p.device.type == "cpu" for p in programs):
-                log.info("no CUDA devices are used: %d stages run on CPU worker processes", self._stages)
-            executor = WorkersExecutor(
-                programs, self.config, seed=seed, record=self._record, watchdog=self._watchdog
-            )
+        executor = start(
+            self._kind,
+            programs,
+            self.config,
+            seed=seed,
+            record=self._record,
+            watchdog=self._watchdog,
+        )
+        if self._tunes:
+            self._tuner = Tuner(self._host.memory_limits())
+        if self._resume is not None:
+            try:
+                self._hand_over(executor)
+            except BaseException:
+                executor.close()
+                raise
         self._executor = executor
+
+    def _enter(self, joint: Joint) -> None:
+        """A batch goes into the pipeline."""
+        executor = self._executor
+        assert executor is not None
+        assert self._train is not None
+        executor.tick(_feeds(self._train, self._entered, joint.tensors, joint.target, joint))
+        self._entered += 1
+        self._joined.append(joint.update.batches)
+        self._in_flight = True
+        if self.config.one_batch_at_a_time:
+            self._drain()
+        if self._tuner is not None:
+            self._tune(self._tuner, executor, _size(joint.tensors))
+        executor.throttle()
+
+    def _tune(self, tuner: Tuner, executor: Executor, samples: int) -> None:
+        """Let the tuner time what it needs to."""
+        what = tuner.entered(samples)
+        if what == "go on":
+            return
+        if self._in_flight:
+            self._drain()
+        if what == "warm up":
+            tuner.warmed_up()
+        elif tuner.measured([s.peak_memory for s in executor.call("stats")]):
+            self._tuner, self._tunes = None, False
+        self._joiner.size = tuner.size
 
     def _drain(self) -> None:
         assert self._executor is not None
-        for _ in range(drain_ticks(self._stages)):
-            self._executor.tick([None] * self._stages)
+        n_stages = len(self._names)
+        for _ in range(drain_ticks(n_stages)):
+            self._executor.tick([None] * n_stages)
         self._executor.settle()
         self._in_flight = False
 
     def _awaited(self) -> int:
         """Batches that were fed and whose loss has not come yet."""
-        return self._batches - len(self.losses)
+        return self._fed - len(self.losses)
 
     def _collect(self) -> float | None:
         if self._executor is None:
             return self.losses[-1] if self.losses else None
         for loss in self._executor.losses():
-            if loss.batch != len(self.losses):
-                raise WorkerError(f"the loss of batch {loss.batch} came where {len(self.losses)} was due")
-            self.losses.append(loss.value)
-            self.skipped += loss.skipped
+            if loss.batch != self._entered - len(self._joined):
+                raise WorkerError(
+                    f"the loss of batch {loss.batch} came where {self._entered - len(self._joined)} was due"
+                )
+            batches = self._joined.popleft()
+            for _ in range(batches):
+                if self._board is not None:
+                    self._board.loss(len(self.losses), loss.value)
+                self.losses.append(loss.value)
+            self.skipped += batches if loss.skipped else 0
+        if self._board is not None and self._board.due() and (stats := self.glance()):
+            self._board.stages(len(self.losses), stats)
         return self.losses[-1] if self.losses else None
 
+    # ---- resuming --------------------------------------------------------------------------------------
 
-def _feeds(wiring: Wiring, batch: int, tensors: Sequence[Tensor], target: Any) -> list[Feed | None]:
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "batches": self._fed,
+            "entered": self._entered,
+            "updates": self._joiner.updates,
+            "joined": self._joiner.size,
+            "tunes": self._tunes,
+            "skipped": self.skipped,
+            "epochs": self.epochs,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "seed": self._seed,
+        }
+
+    def _restore_counters(self, counters: Mapping[str, Any]) -> None:
+        self._fed, self._entered = counters["batches"], counters["entered"]
+        self._joiner.updates = counters["updates"]
+        if self._tunes and not counters["tunes"]:
+            self._tuner, self._tunes, self._joiner.size = None, False, counters["joined"]
+        self.skipped, self.epochs = counters["skipped"], counters["epochs"]
+        self.losses = counters["losses"].tolist()
+
+    def _hand_over(self, executor: Executor) -> None:
+        """Bring the stages to the loaded state."""
+        state, self._resume = self._resume, None
+        assert state is not None
+        if self._seed is not None and state.counters["seed"] is not None:
+            self._seed = state.counters["seed"]
+        executor.call("load_state", [(state.tensors(names),) for names in self._names])
+        executor.call("load_training_state", [state.training(self._host.model)] * len(self._names))
+
+
+def _feeds(
+    wiring: Wiring, batch: int, tensors: Sequence[Tensor], target: Any, joint: Joint | None = None
+) -> list[Feed | None]:
     """What each stage gets of a batch: the model inputs that it uses; the last stage also the target."""
     last = wiring.n_stages - 1
+    update = Update() if joint is None else joint.update
     return [
-        Feed(batch, tuple(tensors[i] for i in wiring.caller_inputs(k)), target if k == last else None)
+        Feed(batch, tuple(tensors[i] for i in wiring.caller_inputs(k)), target if k == last else None, update)
         for k in range(wiring.n_stages)
     ]
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    """Samples in a batch, as far as its first tensor with a dimension says."""
+    return next((t.shape[0] for t in tensors if t.dim() > 0), 1)
 
 
 def _attribute(model: nn.Module, name: str) -> Any:
@@ -388,22 +576,3 @@ def _attribute(model: nn.Module, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part, None)
     return value
-
-
-class _bar:
-    """A tqdm bar over a loader, or nothing."""
-
-    def __init__(self, loader: Iterable[Any], title: str, show: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(loader, desc=title, unit="batch", disable=not show)
-
-    def __enter__(self) -> tuple[Iterable[Any], Any]:
-        return self.bar, self._show
-
-    def _show(self, loss: float | None) -> None:
-        if loss is not None and not self.bar.disable:
-            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...errors import DtrpError, WorkerError
 from ..batch import Feed, Report
@@ -18,7 +18,8 @@ from ..config import TrainConfig
 from ..links import InlineLinks
 from ..program import StageProgram
 from ..stage import Measure, StageRunner
-from .base import Loss
+from ..stats import StageStats
+from .base import Loss, again
 
 
 class InlineExecutor:
@@ -30,11 +31,12 @@ class InlineExecutor:
         self.config = config
         self.links = InlineLinks()
         self.reports: deque[Report] = deque()
+        self.failure: WorkerError | None = None
         self.runners: list[StageRunner] = []
         for program in programs:
             with _blamed(program.stage):
                 runner = StageRunner(
-                    _with_guests_of_its_own(program),
+                    _private(program),
                     config,
                     self.links,
                     seed=seed,
@@ -44,7 +46,9 @@ class InlineExecutor:
             self.runners.append(runner)
 
     def tick(self, feeds: Sequence[Feed | None]) -> None:
-        with self._threads():
+        if self.failure is not None:
+            raise again(self.failure)
+        with self._all_or_failed(), self._threads():
             squared_norm = 0.0
             for runner, feed in zip(self.runners, feeds, strict=True):
                 with _blamed(runner.stage):
@@ -53,6 +57,9 @@ class InlineExecutor:
                 with _blamed(runner.stage):
                     runner.finish(squared_norm)
 
+    def throttle(self) -> None:
+        pass
+
     def settle(self) -> None:
         self.call("settle")
 
@@ -60,7 +67,8 @@ class InlineExecutor:
         found = []
         while self.reports and self.reports[0].ready():
             report = self.reports.popleft()
-            found.append(Loss(report.batch, report.value(), report.skipped))
+            with self._all_or_failed(), _blamed(len(self.runners) - 1):
+                found.append(Loss(report.batch, report.value(), report.skipped))
         return found
 
     def evaluate(self, batches: Any, measure: Measure | None) -> list[Any]:
@@ -85,8 +93,23 @@ class InlineExecutor:
                 results.append(getattr(runner, method)(*(arguments[k] if arguments else ())))
         return results
 
+    def glance(self) -> list[StageStats] | None:
+        return [runner.stats() for runner in self.runners]
+
     def close(self) -> None:
         self.links.clear()
+
+    @contextmanager
+    def _all_or_failed(self) -> Iterator[None]:
+        """What breaks off in the middle leaves stages with different batches: the run cannot go on."""
+        try:
+            yield
+        except WorkerError as e:
+            self.failure = e
+            raise
+        except BaseException as e:
+            self.failure = WorkerError(f"{type(e).__name__} in the middle of a tick")
+            raise
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
@@ -102,21 +125,19 @@ class InlineExecutor:
             torch.set_num_threads(before)
 
 
-def _with_guests_of_its_own(program: StageProgram) -> StageProgram:
-    """The program with its own copies of the parameters that belong to another stage; the rest is shared."""
+def _private(program: StageProgram) -> StageProgram:
+    """The program with module objects of its own, as a worker process has them: the model's `train` and
+    `eval` are not the trainer's. Tensors are shared, but for parameters that belong to another stage."""
     guests = {tie.name_in(program.stage) for tie in program.ties if tie.owner != program.stage}
-    held = guests - {None}
-    if not held:
-        return program
     parameters = dict(program.module.named_parameters())
+    held = [parameters[n] for n in guests if n is not None]
     shared: dict[int, Any] = {
         id(t): t
         for t in (*program.module.parameters(), *program.module.buffers())
-        if not any(t is parameters.get(str(n)) for n in held)
+        if not any(t is p for p in held)
     }
     module = copy.deepcopy(program.module, shared)
-    assert isinstance(module, nn.Module)
-    return StageProgram(**{**program.__dict__, "module": module})
+    return dataclasses.replace(program, module=module)
 
 
 @contextmanager

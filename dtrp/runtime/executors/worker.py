@@ -6,9 +6,12 @@ there" at once, and ends the process when the caller is gone.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import os
 import queue
+import shutil
 import threading
 import traceback
 from dataclasses import dataclass
@@ -24,11 +27,15 @@ from ..config import TrainConfig
 from ..links import channels
 from ..process_links import LostStage, ProcessLinks
 from ..program import StageProgram
+from ..random import set_random_state
 from ..stage import StageRunner
 from ..transfer import dumps, loads
 
 FOREVER = datetime.timedelta(days=3650)
 """Links wait as long as their user pauses; a peer's death ends the wait at once."""
+
+
+PING = dumps(("ping",))
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Order:
     seed: int | None
     record: bool
     store: str  # path of the file through which the workers find each other
+    log_level: int  # of the caller's log
+    random: Any = None  # the caller's generators, where a single stage draws from them
 
 
 class Worker:
@@ -53,6 +62,7 @@ class Worker:
         self.links: ProcessLinks | None = None
         self.stage = -1
         self.reports: list[Report] = []
+        self.folder: str | None = None  # the rendezvous
 
     def tell(self, *message: Any) -> None:
         data = dumps(message)
@@ -71,30 +81,48 @@ class Worker:
         except BaseException as e:
             lost = e.stage if isinstance(e, LostStage) else None
             self.tell("error", f"{type(e).__name__}: {e}", traceback.format_exc(), lost)
-            self.commands.get()  # linger until the caller says stop or is gone: peers keep their connections
+            # Linger until the caller says stop or is gone: peers keep their connections.
+            while self.commands.get()[0] != "stop":
+                pass
+            return
         if self.links is not None:
             self.links.flush()
 
     def _read(self) -> None:
+        caller = os.getppid()
         try:
             while True:
-                command = loads(self.connection.recv_bytes())
-                if command[0] == "ping":
-                    runner = self.runner
-                    self.tell(
-                        "pong", runner.tick if runner else -1, runner.meter.phase if runner else "starting"
-                    )
+                # A child that the caller forked may hold its end of the channel open after its death.
+                while not self.connection.poll(2.0):
+                    if os.getppid() != caller:
+                        raise EOFError
+                data = self.connection.recv_bytes()
+                if data == PING:
+                    self._answer()
                 else:
-                    self.commands.put(command)
+                    self.commands.put(loads(data))
         except (EOFError, OSError):
+            if self.folder is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
             os._exit(1)  # the caller is gone
         except BaseException as e:
             self.tell("error", f"{type(e).__name__}: {e}", traceback.format_exc(), None)
 
+    def _answer(self) -> None:
+        runner = self.runner
+        if runner is None:
+            self.tell("pong", "starting", None)
+        else:
+            self.tell("pong", f"{runner.meter.phase}, tick {runner.tick}", runner.stats())
+
     def do_start(self, order: Order) -> None:
         program, config = order.program, order.config
         self.stage = program.stage
+        self.folder = os.path.dirname(order.store)
+        _forward_logs(self, order.log_level)
         torch.set_num_threads(config.threads)
+        if order.random is not None:
+            set_random_state(order.random)
         if program.device.type == "cuda":
             torch.cuda.set_device(program.device)
         dist.init_process_group(
@@ -142,6 +170,24 @@ class Worker:
         while self.reports and (wait or self.reports[0].ready()):
             report = self.reports.pop(0)
             self.tell("loss", report.batch, report.value(), report.skipped)
+
+
+class _Forwarder(logging.Handler):
+    """Hands log records to the caller's log."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self.worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            self.worker.tell("log", record.name, record.levelno, self.format(record))
+
+
+def _forward_logs(worker: Worker, level: int) -> None:
+    root = logging.getLogger()
+    root.addHandler(_Forwarder(worker))
+    root.setLevel(level)
 
 
 def main(descriptor: int) -> None:

@@ -1,0 +1,61 @@
+"""Ctrl-C at safe points only.
+
+A ``KeyboardInterrupt`` that strikes between two halves of a tick would leave stages with different batches.
+Inside `held` it waits for a safe point (`check`) or the end of the block; a second Ctrl-C strikes at once.
+Only Python's main thread ever gets the signal; elsewhere there is nothing to hold.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class _Holder:
+    """Stands in for the user's SIGINT handler for a while."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+        self.came: tuple[int, FrameType | None] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.came is not None:
+            self.release()
+        self.came = number, frame
+
+    def release(self) -> None:
+        """Hand on what came."""
+        if self.came is not None:
+            came, self.came = self.came, None
+            self.handler(*came)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Inside, Ctrl-C waits for `check` or the end of the block. May be nested."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, _Holder) or not callable(handler):
+        yield
+        return
+    holder = _Holder(handler)
+    signal.signal(signal.SIGINT, holder)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    holder.release()
+
+
+def check() -> None:
+    """A safe point: a Ctrl-C that waits strikes here."""
+    if threading.current_thread() is threading.main_thread():
+        holder = signal.getsignal(signal.SIGINT)
+        if isinstance(holder, _Holder):
+            holder.release()
