@@ -6,12 +6,15 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.proxy import TraceError
+from torch.overrides import TorchFunctionMode
 
 from .fakes import FakeWorld, fake_inputs
 from .graph import Signature
@@ -31,7 +34,7 @@ def trace_symbolically(
 
     def trace() -> Traced:
         tracer = _ModuleTracer(signature, opened)
-        with untouched(model):
+        with untouched(model), _no_side_effects(), _Guard():
             graph = tracer.trace(model)
         assert tracer.out_spec is not None
         world = FakeWorld()
@@ -42,8 +45,40 @@ def trace_symbolically(
     return BothModes.of(model, trace)
 
 
+class _Guard(TorchFunctionMode):
+    """Stops where symbolic tracing would silently freeze or drop what the model does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("_set_grad_enabled", "_enter_autocast", "set_autocast_enabled", "_enter_inference_mode"):
+            raise TraceError(f"switches gradients or autocast inside forward ({name})")
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and name not in ("__get__", "detach"):
+            # All its arguments were constants: it would stand in the graph as data.
+            raise TraceError(f"computes a tensor from constants ({name})")
+        return result
+
+
+@contextmanager
+def _no_side_effects() -> Iterator[None]:
+    """Assignments to modules inside forward, which no node would repeat, stop the tracing."""
+    write = nn.Module.__setattr__
+
+    def refuse(module: nn.Module, name: str, value: Any) -> None:
+        raise TraceError(f"sets the attribute {name!r} of a {type(module).__name__} inside forward")
+
+    try:
+        nn.Module.__setattr__ = refuse  # type: ignore[method-assign,assignment]
+        yield
+    finally:
+        nn.Module.__setattr__ = write  # type: ignore[method-assign]
+
+
 class _ModuleTracer(Tracer):
     """fx's tracer with flat placeholders and outputs, and the user's module and line on every node."""
+
+    # Buffers that forward uses or changes become nodes like parameters.
+    proxy_buffer_attributes = True
 
     def __init__(self, signature: Signature, opened: Collection[str]) -> None:
         # Plain Python functions of sizes (math.sqrt of a width) become nodes too.

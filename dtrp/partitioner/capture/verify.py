@@ -23,8 +23,8 @@ from .sizes import batch_of
 from .snapshot import preserved_randomness, untouched
 from .traced import Traced
 
-MAX_FLOPS = 2.5e10
-_MAX_FLOPS_TWICE = 2.5e9  # up to here, two calls in a row
+MAX_FLOPS = 1e10
+_MAX_FLOPS_TWICE = 1e9  # up to here, two calls in a row
 _SAMPLES = 2
 _TOLERANCE = 1e-3  # relative to the largest element; most graphs are equal bit for bit
 
