@@ -65,6 +65,8 @@ class TestPackage:
 
 
 class TestImport:
+    """Public names are imported on first use; the tests use them all."""
+
     def test_imports_nothing_optional(self):
         heavy = (
             "torchvision matplotlib onnx onnxruntime onnxscript rich sklearn jinja2 tensorboard transformers"
