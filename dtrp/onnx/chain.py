@@ -195,12 +195,15 @@ def load_chain(
         ) from e
     per_stage = _providers(providers, len(manifest.stages), runtime.get_available_providers())
     paths = [_stage_path(directory, stage, check_hashes) for stage in manifest.stages]
+    if session_options is None:
+        session_options = runtime.SessionOptions()
+        session_options.log_severity_level = 3  # errors only
     sessions = []
     for k, (path, chosen) in enumerate(zip(paths, per_stage, strict=True)):
         try:
             sessions.append(runtime.InferenceSession(path, session_options, providers=chosen))
         except Exception as e:
-            raise ExportError(f"onnxruntime cannot load stage {k} ({path}): {e}") from e
+            raise ExportError(f"onnxruntime cannot load stage {k} ({path.name}): {e}") from e
     return Chain(manifest, sessions)
 
 

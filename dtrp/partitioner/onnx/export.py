@@ -38,7 +38,7 @@ from .batch import Affine, ScalarEnd, Study, TensorEnd, study
 from .examples import example_batch
 from .folder import written_aside
 from .names import Names, name_ends, shape_text, tensors
-from .stage import NotDynamic, convert, export_program, exportable
+from .stage import NotDynamic, convert, exportable
 from .verify import Differences, compare, require, tolerance
 
 log = logging.getLogger("dtrp")
@@ -112,10 +112,9 @@ def _write_stages(
     while True:
         try:
             return _write(captured, graph, aside, submodules, opset, found), found
-        except (NotDynamic, ExportError) as e:
-            # A stage that cannot be exported at all says so again with fixed sizes.
+        except NotDynamic as e:
             if not found.dynamic:
-                raise
+                raise ExportError(str(e)) from e
             found = study(graph, captured.model, captured.signature, inputs, dynamic=False, reason=str(e))
 
 
@@ -138,7 +137,7 @@ def _write(
         leaving = tensors(found.stage_outputs[k], [names[Source(k, i)] for i in range(len(wires.outputs))])
         _require_dtypes([*entering.items(), *leaving.items()], f"the values of stage {k}")
         ready = exportable(module, k, found.stage_inputs[k], found.stage_outputs[k])
-        program = convert(export_program(ready, found.stage_inputs[k], found), ready, opset)
+        program = convert(ready, found.stage_inputs[k], found, opset)
         used_opset = program.model.opset_imports[""]
         name_ends(program.model, entering, leaving, f"stage_{k}")
         file, data = _save(program, aside, k)

@@ -18,11 +18,19 @@ def explain(error: Exception, graph: fx.Graph, stage: int, tool: str) -> ExportE
             return ExportError(f"{cause.where} cannot be exported to ONNX: {cause.why}. {_REMEDY}")
     origin = _origin(chain, graph)
     where = describe(origin, stage) if origin is not None else f"stage {stage}"
-    root = chain[-1]
-    if type(root).__name__ == "DispatchError" or "No ONNX function found" in str(root):
-        operator_name = _operator(chain)
-        return ExportError(f"{where} uses {operator_name}, which ONNX lacks ({first_line(root)}). {_REMEDY}")
-    return ExportError(f"{where} cannot be exported to ONNX: {tool} says: {first_line(root)}. {_REMEDY}")
+    if lacks_operator(error):
+        return ExportError(f"{where} uses {_operator(chain)}, which ONNX lacks. {_REMEDY}")
+    return ExportError(f"{where} cannot be exported to ONNX: {tool} says: {first_line(chain[-1])}. {_REMEDY}")
+
+
+def lacks_operator(error: BaseException) -> bool:
+    """Whether the exporter knows no ONNX form of an operator."""
+    return "No ONNX function found" in str(root_cause(error))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one."""
+    return _causes(error)[-1]
 
 
 _REMEDY = (

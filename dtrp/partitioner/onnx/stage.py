@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,8 @@ from torch.fx.node import map_arg
 
 from ...errors import ExportError
 from .batch import Affine, End, ScalarEnd, Study, TensorEnd, batch_axis
-from .failure import explain
-from .trace import FollowingInterpreter, first_line
+from .failure import explain, lacks_operator, root_cause
+from .trace import FollowingInterpreter, NodeFailed, first_line
 
 
 class NotDynamic(Exception):
@@ -110,8 +111,10 @@ def _number(graph: fx.Graph, value: Any, inputs: Sequence[End], nodes: Sequence[
     return batch
 
 
-def export_program(module: Exportable, inputs: Sequence[End], study: Study) -> ExportedProgram:
-    """The stage through ``torch.export``.
+def export_program(
+    module: Exportable, inputs: Sequence[End], study: Study, *, traced: bool = False
+) -> ExportedProgram:
+    """The stage through ``torch.export``; ``traced``: its nodes know which nodes they come from.
 
     Raises
     ------
@@ -125,17 +128,18 @@ def export_program(module: Exportable, inputs: Sequence[End], study: Study) -> E
     problem = ""
     for shapes in _dynamic_shapes(tensors) if study.dynamic else [None]:
         try:
-            with _quiet():
+            with _quiet(traced):
                 program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
         except Exception as e:
-            problem = problem or f"stage {module.stage}: {first_line(e)}"
+            problem = problem or (
+                str(e) if isinstance(e, NodeFailed) else f"stage {module.stage}: {first_line(e)}"
+            )
             if not study.dynamic:
                 raise explain(e, module.graph, module.stage, "torch.export") from e
             continue
         if fixed := _specialised(program, tensors):
             problem = problem or f"stage {module.stage} needs {fixed}"
             continue
-        _check_writes(program, module)
         return program
     raise NotDynamic(problem)
 
@@ -175,7 +179,9 @@ def _specialised(program: ExportedProgram, tensors: Sequence[TensorEnd]) -> str:
     return ""
 
 
-def _check_writes(program: ExportedProgram, module: Exportable) -> None:
+def _check_writes(program: ExportedProgram | None, module: Exportable) -> None:
+    if program is None:
+        return
     if written := sorted(set(program.graph_signature.buffers_to_mutate.values())):
         raise ExportError(
             f"stage {module.stage} writes to {', '.join(map(repr, written))} in eval mode; stages in ONNX "
@@ -184,21 +190,37 @@ def _check_writes(program: ExportedProgram, module: Exportable) -> None:
         )
 
 
-def convert(program: ExportedProgram, module: Exportable, opset: int | None) -> Any:
+def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int | None) -> Any:
     """The stage as a ``torch.onnx.ONNXProgram``.
 
     Raises
     ------
+    NotDynamic
+        It needs the example's batch size.
     ExportError
         An operator has no counterpart in ONNX, or ``opset`` cannot be had.
     """
+
+    def attempt(traced: bool) -> Any:
+        program = export_program(module, inputs, study, traced=traced)
+        with _quiet(traced):
+            return torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
+
     try:
-        with _quiet():
-            converted = torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
+        converted = attempt(traced=False)
+    except (NotDynamic, ExportError):
+        raise
     except Exception as e:
+        if study.dynamic and not lacks_operator(e):
+            raise NotDynamic(f"stage {module.stage}: {first_line(root_cause(e))}") from e
+        # Again, to tell which node it is. Not at first: torch refuses some graphs whose nodes know it.
+        try:
+            attempt(traced=True)
+        except Exception as again:
+            if lacks_operator(again) == lacks_operator(e):
+                raise explain(again, module.graph, module.stage, "torch's ONNX exporter") from again
         raise explain(e, module.graph, module.stage, "torch's ONNX exporter") from e
-    if converted is None:
-        raise ExportError(f"torch's ONNX exporter gave nothing for stage {module.stage}")
+    _check_writes(converted.exported_program, module)
     got = converted.model.opset_imports.get("")
     if opset is not None and got != opset:
         raise ExportError(
@@ -209,13 +231,18 @@ def convert(program: ExportedProgram, module: Exportable, opset: int | None) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(traced: bool = False) -> Iterator[None]:
     """No gradient, no fast paths that only exist as one fused operator, no warnings of torch's own making."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(fx.traceback.preserve_node_meta())
+        if traced:
+            stack.enter_context(fx.traceback.preserve_node_meta())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        for name in ("onnxscript", "onnx_ir", "torch.onnx"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
