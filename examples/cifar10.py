@@ -36,6 +36,7 @@ import dtrp
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images, per channel
 METHODS = ("dtrp", "dtr", "fdg", "adl", "bp")
+RECOMPUTE = {"yes": True, "no": False, "auto": "auto"}
 
 
 # ------------------------------------------------------------------------------------------- networks
@@ -271,6 +272,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--horizon", choices=["common", "stage"], default="common")
     parser.add_argument("--horizon-scale", type=float, default=1.0)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="yes",
+        help="as DTRP does it (default), or auto: where memory asks for it",
+    )
     parser.add_argument("--executor", choices=["auto", "inline", "workers"], default="auto")
     parser.add_argument("--device", help="of all stages, for example cpu or cuda:0 (default: dtrp's choice)")
     parser.add_argument("--epochs", type=int, default=30)
@@ -307,6 +314,7 @@ def main() -> None:
         model,
         n_gpus=args.stages,
         example_inputs=example,
+        recompute=RECOMPUTE[args.recompute],
         devices=None if args.device is None else [args.device] * args.stages,
     )
     print(pipe.report)
