@@ -105,7 +105,8 @@ def balance_weights(work: Floats, fixed: Floats, *, rounds: int = 150) -> Floats
         weight = weight * np.exp(step * (load / max(bound, 1e-300) - 1).clip(-1, 1))
         weight = np.maximum(weight / weight.max(), 1e-6)
         step *= 0.97
-    return best_weight[inverse]
+    expanded: Floats = best_weight[inverse]
+    return expanded
 
 
 def simple_bound(problem: Problem) -> Bound:

@@ -75,7 +75,7 @@ class Traffic:
 
     def __init__(self, problem: Problem, member: Bools) -> None:
         values = problem.values
-        varies = member.any(axis=0) & ~member.all(axis=0)
+        varies: Bools = np.logical_or.reduce(member, axis=0) & ~np.logical_and.reduce(member, axis=0)
         concerned = varies[values.producer] if len(values) else np.zeros(0, dtype=bool)
         np.logical_or.at(concerned, values.owner, varies[values.consumer])
         self.which = np.flatnonzero(concerned)
@@ -107,6 +107,7 @@ class ChainProgram:
         self.problem = problem
         self.windows = windows
         self.family = Family(problem, member)
+        self.reached = member[:0]  # after solving: the down-sets that are boundaries of partial partitions
         self._needs_bytes = any(o.input_memory for options in problem.options for o in options)
 
     def solve(self, wanted: float, clock: Clock) -> tuple[float, Ints] | None:
@@ -135,6 +136,7 @@ class ChainProgram:
                 return None
             rows, best = columns[alive], reached[alive]
             trail.append((rows, origin[alive]))
+        self.reached = family.member[np.unique(np.concatenate([r for r, _ in trail]))]
         stage = np.empty(self.problem.n, dtype=np.int64)
         at = len(family) - 1
         for s in range(k - 1, -1, -1):

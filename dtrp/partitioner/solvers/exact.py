@@ -8,19 +8,23 @@ the step is halved, and the last L that was refuted remains as a bound.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .bounds import Bound
 from .chains import ChainProgram, OutOfTime
 from .clock import Clock
 from .downsets import enumerate_downsets
-from .problem import Ints, Problem
-from .reduce import Contradiction, merge_dear, reduce_problem
+from .problem import Bools, Ints, Problem
+from .reduce import Contradiction, Reduced, merge_dear, reduce_problem
 from .relax import LEVELS, candidates, core, most_wanted, put_back
-from .state import State
+from .search import distinct
+from .state import TOLERANCE, State
 from .windows import Windows
 
 _FEW = 10_000  # down-sets that are no reason to go slow
+_AROUND = 2500  # down-sets of a core to put groups back into
 _CELLS = 400_000_000  # down-sets times groups: bytes of the largest family
 
 
@@ -43,8 +47,9 @@ def certify(state: State, clock: Clock, *, at_once: bool = False) -> bool:
             step = step / 3 if step else 0.004
             continue
         if found is not None:
-            state.offer(found[1], "downsets")
-            state.raise_bound(Bound(found[0], "downsets"))
+            state.offer(found.stage, "downsets")
+            state.raise_bound(Bound(found.load, "downsets"))
+            state.downsets = found.downsets
             return True
         state.raise_bound(Bound(wanted, "downsets"))
         if np.isinf(wanted):
@@ -64,7 +69,7 @@ def bound_by_cores(state: State, clock: Clock) -> None:
         dropped = candidates(problem, level)
         if state.optimal or clock.expired:
             return
-        if len(dropped) and _solve_core(state, dropped, clock, at_once=True) is not None:
+        if len(dropped) and _solve_core(state, dropped, clock, at_once=True):
             break
     else:
         for level in range(len(LEVELS)):  # none is small: see how far the bound can be raised
@@ -74,7 +79,7 @@ def bound_by_cores(state: State, clock: Clock) -> None:
     while len(dropped) and not state.optimal and not clock.expired and state.stage is not None:
         finer = np.setdiff1d(dropped, most_wanted(problem, dropped, state.stage, share))
         solved = _solve_core(state, finer, clock, at_once=at_once)
-        if solved is not None:
+        if solved:
             dropped = finer
         elif share < len(dropped):
             share *= 4
@@ -84,8 +89,8 @@ def bound_by_cores(state: State, clock: Clock) -> None:
             return
 
 
-def _solve_core(state: State, dropped: Ints, clock: Clock, *, at_once: bool) -> Bound | None:
-    """Solve the problem without some groups and use what that says; None if it could not be solved."""
+def _solve_core(state: State, dropped: Ints, clock: Clock, *, at_once: bool) -> bool:
+    """Solve the problem without some groups and use what that says; whether it could be solved."""
     reduced = core(state.problem, dropped)
     inner = State(reduced.problem)
     inner.raise_bound(state.bound)  # what is below the bound known need not be looked at
@@ -93,14 +98,36 @@ def _solve_core(state: State, dropped: Ints, clock: Clock, *, at_once: bool) -> 
     proven = certify(inner, clock, at_once=at_once)
     if inner.bound.kind == "downsets":
         state.raise_bound(Bound(min(inner.bound.value, state.load), "relaxation"))
-    if not proven:
-        return None
-    if inner.stage is not None:  # else the core is as slow as the best partition known
+    if proven and inner.stage is not None:  # else the core is as slow as the best partition known
         state.offer(put_back(reduced, inner.stage), "search")
-    return inner.bound
+        _cut_around(state, reduced, inner.downsets, clock)
+    return proven
 
 
-def best_within(problem: Problem, wanted: float, *, cap: int, clock: Clock) -> tuple[float, Ints] | None:
+def _cut_around(state: State, reduced: Reduced, member: Bools, clock: Clock) -> None:
+    """The best partition with boundaries of a core, the groups left out put on either side of them."""
+    if len(member) > _AROUND:
+        member = member[np.random.default_rng(0).choice(len(member), _AROUND, replace=False)]
+    family = distinct(np.concatenate([reduced.lift_downsets(member, share) for share in (0.01, 0.5, 1.0)]))
+    program = ChainProgram(state.problem, Windows(state.problem), family)
+    try:
+        found = program.solve(state.load * (1 - TOLERANCE), clock)
+    except OutOfTime:
+        return
+    if found is not None:
+        state.offer(found[1], "search")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A best partition, and the down-sets that were boundaries on the way to it."""
+
+    load: float
+    stage: Ints
+    downsets: Bools
+
+
+def best_within(problem: Problem, wanted: float, *, cap: int, clock: Clock) -> Found | None:
     """The best partition if its load is at most ``wanted``; None if there is none.
 
     Raises
@@ -108,22 +135,26 @@ def best_within(problem: Problem, wanted: float, *, cap: int, clock: Clock) -> t
     OutOfTime
         The clock expired, or there are too many down-sets.
     """
+    steps = []
     try:
-        dear = merge_dear(problem, wanted)
-        smaller = dear.problem
-        reduced = reduce_problem(smaller) if smaller.n < problem.n and smaller.allow_empty else None
+        steps.append(merge_dear(problem, wanted))
+        if steps[0].problem.n < problem.n and problem.allow_empty:
+            steps.append(reduce_problem(steps[0].problem))
     except Contradiction:
         return None
-    if reduced is not None:
-        smaller = reduced.problem
+    smaller = steps[-1].problem
     if smaller.n < smaller.n_stages and not smaller.allow_empty:
         return None
     windows = Windows(smaller)
     member = enumerate_downsets(smaller, windows, wanted, cap=cap, clock=clock)
     if member is None:
         raise OutOfTime
-    found = ChainProgram(smaller, windows, member).solve(wanted, clock)
-    if found is None:
+    program = ChainProgram(smaller, windows, member)
+    best = program.solve(wanted, clock)
+    if best is None:
         return None
-    stage = found[1] if reduced is None else reduced.lift(found[1])
-    return found[0], dear.lift(stage)
+    load, stage = best
+    reached = program.reached
+    for step in reversed(steps):
+        stage, reached = step.lift(stage), step.lift_downsets(reached, 1.0)
+    return Found(load, stage, reached)

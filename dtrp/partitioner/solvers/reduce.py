@@ -52,6 +52,29 @@ class Reduced:
             out[g] = max((out[p] for p in self.original.predecessors[g]), default=0)
         return out
 
+    def lift_downsets(self, member: Bools, share: float) -> Bools:
+        """Down-sets of the original problem from those of the smaller one.
+
+        A group that was left out is in if it has to be, or if it may be and at least ``share`` of the groups
+        that it exchanges values with (by transfer) are.
+        """
+        problem, values = self.original, self.original.values
+        out = np.zeros((len(member), problem.n), dtype=bool)
+        kept = self.group >= 0
+        out[:, kept] = member[:, self.group[kept]]
+        near = np.zeros((problem.n, problem.n))
+        owner = values.owner
+        np.add.at(near, (values.producer[owner], values.consumer), values.transfer[owner])
+        near += near.T
+        for g in np.flatnonzero(~kept):
+            after = problem.descendants[g].copy()
+            after[g] = False
+            may = out[:, problem.predecessors[g]].all(axis=1)
+            total = near[g].sum()
+            likes = out @ near[g] >= share * total if total > 0 else np.zeros(len(out), dtype=bool)
+            out[:, g] = out[:, after].any(axis=1) | (may & likes)
+        return out
+
 
 def reduce_problem(problem: Problem) -> Reduced:
     """Apply all rules until none fits."""
@@ -146,7 +169,7 @@ def contract(problem: Problem, label: Ints) -> Reduced:
         return np.bincount(group[kept], weights=column[kept], minlength=n).astype(np.float64)
 
     pinned = np.full(n, -1, dtype=np.int64)
-    for g in np.flatnonzero(problem.pinned >= 0):
+    for g in np.flatnonzero(problem.pinned >= 0).tolist():
         if pinned[group[g]] not in (-1, problem.pinned[g]):
             raise Contradiction
         pinned[group[g]] = problem.pinned[g]
@@ -155,7 +178,7 @@ def contract(problem: Problem, label: Ints) -> Reduced:
         if id(options) not in made:
             made[id(options)] = tuple(replace(o, time=total(o.time), memory=total(o.memory)) for o in options)
     members: list[tuple[object, ...]] = [()] * n
-    for g in kept:
+    for g in kept.tolist():
         members[group[g]] += problem.members[g]
     values = problem.values
     smaller = replace(

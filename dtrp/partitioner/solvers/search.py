@@ -61,10 +61,15 @@ def neighbourhood(problem: Problem, member: Bools, random: np.random.Generator) 
             step = np.abs(near @ work - inside @ work)
             near = near[np.argpartition(step, _NEIGHBOURS)[:_NEIGHBOURS]]
         family.append(near)
-    packed = np.packbits(np.concatenate(family), axis=1)
-    distinct = np.unique(np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel())
-    rows = np.frombuffer(distinct.tobytes(), dtype=np.uint8).reshape(len(distinct), -1)
-    return np.unpackbits(rows, axis=1, count=problem.n).astype(bool)
+    return distinct(np.concatenate(family))
+
+
+def distinct(member: Bools) -> Bools:
+    """Every down-set once."""
+    packed = np.packbits(member, axis=1)
+    rows = np.unique(np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel())
+    found = np.frombuffer(rows.tobytes(), dtype=np.uint8).reshape(len(rows), -1)
+    return np.unpackbits(found, axis=1, count=member.shape[1]).astype(bool)
 
 
 def shake(problem: Problem, stage: Ints, random: np.random.Generator) -> Ints:

@@ -6,7 +6,7 @@ import numpy as np
 
 from .bounds import Bound, simple_bound
 from .loads import evaluate
-from .problem import Ints, Problem
+from .problem import Bools, Ints, Problem
 
 # Two loads closer than this (relative) are the same load; plans are not made to more digits than that.
 TOLERANCE = 1e-7
@@ -21,6 +21,7 @@ class State:
         self.load = np.inf
         self.engine = ""
         self.bound: Bound = simple_bound(problem)
+        self.downsets: Bools = np.zeros((0, problem.n), dtype=bool)  # boundaries met when it was solved
 
     @property
     def optimal(self) -> bool:
