@@ -125,9 +125,7 @@ def test_one_stage_in_a_worker_is_the_plain_loop() -> None:
 
 @pytest.mark.parametrize("method", ["dtrp", "dtr", "fdg", "bp"])
 @pytest.mark.parametrize("n_stages", [2, 4])
-@pytest.mark.parametrize(
-    "case", [CALM_MLP, FLAT_CNN, RESNET, UNET, CALM_GPT, CASES["two_heads"]], ids=str
-)
+@pytest.mark.parametrize("case", [CALM_MLP, FLAT_CNN, RESNET, UNET, CALM_GPT, CASES["two_heads"]], ids=str)
 def test_without_learning_gradients_are_those_of_back_propagation(
     case: Case, n_stages: int, method: str
 ) -> None:

@@ -138,9 +138,7 @@ TABLE = {
     "long skips": Row(UNET, tolerance=1e-8, why=SUMS),
     "tied embedding": Row(CALM_GPT, tolerance=1e-8, why=SUMS),
     "several inputs, outputs and targets": Row(TWO_HEADS, tolerance=1e-8, why=SUMS),
-    "tuple target": Row(
-        replace(TWO_HEADS, batch=tuple_target, loss_fn=pair_loss), tolerance=1e-8, why=SUMS
-    ),
+    "tuple target": Row(replace(TWO_HEADS, batch=tuple_target, loss_fn=pair_loss), tolerance=1e-8, why=SUMS),
     # Optimizers
     "sgd": Row(optimizer=partial(torch.optim.SGD, lr=0.02)),
     "nesterov": Row(optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True)),
