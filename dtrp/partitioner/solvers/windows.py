@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from .bounds import balance_weights, stage_work
-from .loads import MEMORY_SLACK
 from .problem import Bools, Floats, Ints, Problem
 
-_ROUNDING = 1e-11
+# Sums are taken in single precision, for speed; that much more than wanted is still admitted.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,11 @@ class Windows:
 
         self.before = [side(range(s)) for s in range(1, k)]
         self.after = [side(range(s, k)) for s in range(1, k)]
+        columns = [c for s in (*self.before, *self.after) for c in (s.column, s.memory) if c is not None]
+        distinct = {id(c): c for c in columns}
+        self._place = {key: i for i, key in enumerate(distinct)}
+        stacked = np.array(list(distinct.values())).reshape(len(distinct), problem.n)
+        self._columns = stacked.T.astype(np.float32)
 
     def crossing(self, inside: Bools, outside: Bools) -> tuple[Floats, Floats]:
         """Per row: the transfer of what surely crosses from ``inside`` to ``outside``, and back."""
@@ -67,17 +72,19 @@ class Windows:
         forward, backward = np.zeros(len(inside)), np.zeros(len(inside))
         if len(values) == 0 or self.problem.kind == "memory":
             return forward, backward
-        starts, priced = values.start[:-1], np.flatnonzero(values.transfer > 0)
-        price, producer = values.transfer[priced], values.producer[priced]
-        step = max(1, (1 << 25) // (len(values.consumer) + 1))
+        priced = values.transfer > 0
+        step = max(8, (1 << 27) // (len(values.consumer) + 1))
         for i in range(0, len(inside), step):
-            # One row per group: reducing over rows runs along memory.
-            within = np.ascontiguousarray(inside[i : i + step].T)
-            beyond = np.ascontiguousarray(outside[i : i + step].T)
-            ahead = np.logical_or.reduceat(beyond[values.consumer], starts, axis=0)[priced]
-            behind = np.logical_or.reduceat(within[values.consumer], starts, axis=0)[priced]
-            forward[i : i + step] = price @ (within[producer] & ahead)
-            backward[i : i + step] = price @ (beyond[producer] & behind)
+            # A bit per down-set and a row per group: reducing over rows runs along memory.
+            within = np.packbits(inside[i : i + step].T, axis=1)
+            beyond = np.packbits(outside[i : i + step].T, axis=1)
+            for source, target, out in ((within, beyond, forward), (beyond, within, backward)):
+                users = np.bitwise_or.reduceat(target[values.consumer], values.start[:-1], axis=0)
+                crosses = users & source[values.producer]
+                some = np.flatnonzero(priced & crosses.any(axis=1))
+                part = out[i : i + step]
+                bits = np.unpackbits(crosses[some], axis=1, count=len(part)).astype(np.float32)
+                part += values.transfer[some].astype(np.float32) @ bits
         return forward, backward
 
     def admitted(self, member: Bools, wanted: float) -> Bools:
@@ -95,23 +102,20 @@ class Windows:
         forward, backward = self.crossing(inside, outside)
         both = forward + backward
         for sides, part, first in ((self.before, inside, True), (self.after, outside, False)):
-            size, dense = part.sum(axis=1), part.astype(np.float64)
-            sums: dict[int, Floats] = {}
+            size = part.sum(axis=1)
+            sums = self._columns.T @ part.T.astype(np.float32)
             for i, side in enumerate(sides):
                 stages = i + 1 if first else k - i - 1
                 if not problem.allow_empty:  # the stages on the other side need a group each
                     ok[i] &= size <= problem.n - (k - stages)
-                for column in (side.column, side.memory):
-                    if column is not None and id(column) not in sums:
-                        sums[id(column)] = dense @ column
-                work = sums[id(side.column)]
+                work = sums[self._place[id(side.column)]]
                 if problem.kind == "sum":
                     ok[i] &= work + side.fixed + side.charge * both <= wanted * side.capacity
                 else:
                     ok[i] &= work + side.fixed <= wanted * side.capacity
                     ok[i] &= (forward <= wanted * stages) & (backward <= wanted * stages)
                 if side.memory is not None:
-                    ok[i] &= sums[id(side.memory)] <= side.memory_capacity
+                    ok[i] &= sums[self._place[id(side.memory)]] <= side.memory_capacity
                 if len(side.barred):
                     ok[i] &= ~part[:, side.barred].any(axis=1)
         return ok
@@ -128,7 +132,7 @@ def _side(
     if problem.kind != "memory" and np.all(np.isfinite(problem.limits[stages])):
         options = {id(o): o for s in stages for o in problem.options[s]}.values()
         memory = cache.setdefault(("memory", key), np.min([o.memory for o in options], axis=0))
-        capacity = float(problem.limits[stages].sum()) * (1 + 2 * MEMORY_SLACK)
+        capacity = float(problem.limits[stages].sum()) * (1 + _ROUNDING)
     return Side(
         column=cache.setdefault(key, column),
         capacity=float(weights.sum()),
