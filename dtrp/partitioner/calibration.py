@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,23 @@ def cache_directory() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "dtrp"
 
 
-def calibrate(device: torch.device) -> DeviceSpec:
-    """The figures of ``device``, measured at the first call on this machine and read from the cache after."""
-    key = _identity(device)
-    return _calibrated(device, key)
+def calibrate(device: torch.device, threads: int | None = None) -> DeviceSpec:
+    """The figures of ``device``, measured at the first call on this machine and read from the cache after.
+
+    ``threads`` is what a stage on the CPU will have; default: what torch uses here.
+    """
+    threads = 0 if device.type == "cuda" else threads or torch.get_num_threads()
+    return _calibrated(device, threads, identity(device, threads))
 
 
 @functools.lru_cache(maxsize=32)
-def _calibrated(device: torch.device, key: str) -> DeviceSpec:
+def _calibrated(device: torch.device, threads: int, key: str) -> DeviceSpec:
     cached = read_cache("calibration", key)
     if cached is not None:
         with contextlib.suppress(TypeError, ValueError, KeyError):
             return DeviceSpec.from_dict(cached)
-    spec = _measure(device)
+    with using_threads(threads):
+        spec = _measure(device)
     write_cache("calibration", key, spec.to_dict())
     return spec
 
@@ -81,10 +85,23 @@ def _cache_file(kind: str, key: str) -> Path:
     return cache_directory() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def _identity(device: torch.device) -> str:
+def identity(device: torch.device, threads: int) -> str:
+    """What measurements hold for: the device, the threads and the torch that they were made with."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}|torch {torch.__version__}"
-    return f"{_cpu_name()}|{torch.get_num_threads()} threads|torch {torch.__version__}"
+    return f"{_cpu_name()}|{threads} threads|torch {torch.__version__}"
+
+
+@contextlib.contextmanager
+def using_threads(n: int) -> Iterator[None]:
+    """Inside, torch computes with ``n`` CPU threads (0: as it is)."""
+    before = torch.get_num_threads()
+    if n:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cpu_name() -> str:
@@ -126,6 +143,7 @@ def _measure(device: torch.device) -> DeviceSpec:
         link_bandwidth=_CUDA_LINK if cuda else _CPU_LINK,
         link_latency=10e-6 if cuda else 100e-6,
         kind="cuda" if cuda else "cpu",
+        threads=0 if cuda else torch.get_num_threads(),
     )
 
 
@@ -137,13 +155,19 @@ def best_time(
     for _ in range(warm_up):
         function()
     wait()
+    now = clock(torch.get_num_threads()) if device.type == "cpu" else time.perf_counter
     best, count, end = float("inf"), 0, time.perf_counter() + budget
     while count < least or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = now()
         function()
         wait()
-        best, count = min(best, time.perf_counter() - start), count + 1
+        best, count = min(best, now() - start), count + 1
     return best
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Seconds, to time CPU work with: one thread has its own, which stops while others have the core."""
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def _nothing() -> None:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec
+from dtrp.partitioner.measured import measure_nodes
 from dtrp.partitioner.node_cost import NodeCost, NodeRunner, OutputSpec, TensorSpec
 from dtrp.partitioner.op_cost import OpCost
 
@@ -100,6 +101,12 @@ def cost_graph(
             specs.append(spec.with_link(bandwidth))
     graph = _Walk(captured, dtype).graph(specs)
     graph.graph.update(mode="analytic" if mode == "auto" else mode)
+    if mode == "measured":
+        if len(specs) > 1:
+            raise ValueError(
+                f"costs='measured' needs stages on one kind of device; got {', '.join(s.name for s in specs)}"
+            )
+        measure_nodes(captured, graph, specs[0], dtype)
     return graph
 
 

@@ -40,6 +40,8 @@ class DeviceSpec:
         Seconds that a message takes however small it is.
     kind : str
         ``"cpu"`` or ``"cuda"``.
+    threads : int
+        CPU threads that a stage has (0: as many as torch uses, or no CPU).
     """
 
     name: str
@@ -50,6 +52,7 @@ class DeviceSpec:
     link_bandwidth: float
     link_latency: float = 10e-6
     kind: str = "cuda"
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops:
@@ -138,7 +141,7 @@ def known_devices() -> tuple[str, ...]:
     return tuple(_PUBLISHED)
 
 
-def device_spec(device: str | torch.device | DeviceSpec) -> DeviceSpec:
+def device_spec(device: str | torch.device | DeviceSpec, *, threads: int | None = None) -> DeviceSpec:
     """The figures of a device.
 
     Parameters
@@ -146,6 +149,8 @@ def device_spec(device: str | torch.device | DeviceSpec) -> DeviceSpec:
     device
         ``"cpu"`` or ``"cuda:0"`` (calibrated once, then cached), the name of a known GPU such as
         ``"A100-80GB"``, or a `DeviceSpec`, which is returned as it is.
+    threads
+        How many CPU threads a stage has. Default: as many as torch uses here.
 
     Raises
     ------
@@ -173,7 +178,7 @@ def device_spec(device: str | torch.device | DeviceSpec) -> DeviceSpec:
             f"device {str(device)!r} is not available here; to plan for a GPU that is not at hand, name its "
             f"kind: one of {', '.join(_PUBLISHED)}"
         )
-    return calibrate(place)
+    return calibrate(place, threads)
 
 
 def parse_bytes(value: float | str) -> int:
