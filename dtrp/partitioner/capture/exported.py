@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,7 +57,11 @@ class _Flat(nn.Module):
 
 
 def export_model(
-    model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], opened: Collection[str] = ()
+    model: nn.Module,
+    signature: Signature,
+    tensors: Sequence[torch.Tensor],
+    opened: Collection[str] = (),
+    closed: Mapping[str, str] = MappingProxyType({}),
 ) -> BothModes:
     """Export ``model`` in both modes."""
     return BothModes.of(model, lambda: _export(model, signature, tensors))

@@ -17,9 +17,10 @@ from .modes import BothModes
 from .record import record
 from .snapshot import untouched
 from .symbolic import trace_symbolically
-from .verify import MAX_FLOPS, cost_of_running, verify
+from .verify import MAX_FLOPS, Unfaithful, cost_of_running, verify
 
-Way = Callable[[nn.Module, Signature, Sequence[torch.Tensor], Collection[str]], BothModes]
+# (model, signature, example tensors, modules to open, modules to keep whole and why)
+Way = Callable[[nn.Module, Signature, Sequence[torch.Tensor], Collection[str], Mapping[str, str]], BothModes]
 
 # In the order in which they are tried. "fx" keeps all sizes symbolic; "record" follows any Python code;
 # "export" sees through modules that "record" must keep whole, but gives operators instead of layers.
@@ -72,13 +73,36 @@ def capture(
     for name in WAYS if ways is None else ways:
         try:
             with untouched(model), _quiet():
-                both = WAYS[name](model, signature, tensors, opened)
-                notes = _check(model, signature, tensors, both, run)
+                both, notes = _faithful(WAYS[name], model, signature, tensors, opened, run)
         except Exception as error:
             failures.append(Failure(name, error))
             continue
         return _accepted(model, signature, both, name, notes)
     raise capture_error(model, failures) from failures[0].error
+
+
+def _faithful(
+    way: Way,
+    model: nn.Module,
+    signature: Signature,
+    tensors: Sequence[torch.Tensor],
+    opened: Collection[str],
+    run: bool,
+) -> tuple[BothModes, tuple[str, ...]]:
+    """Graphs that passed `_check`, and what to note about them."""
+    both = way(model, signature, tensors, opened, {})
+    try:
+        return both, _check(model, signature, tensors, both, run)
+    except Unfaithful as difference:
+        # Modules that seem to remember something between calls are most likely to blame: close them.
+        keepers = both.train.keepers | both.eval.keepers
+        if "" in keepers or not keepers:
+            raise
+        both = way(model, signature, tensors, opened, keepers)
+        try:
+            return both, _check(model, signature, tensors, both, run)
+        except Unfaithful:
+            raise difference from None
 
 
 def _check(
@@ -117,12 +141,9 @@ def _accepted(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Failed attempts are expected here; torch would print each with its whole stack."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -10,6 +10,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .snapshot import untouched
+from .structure import map_tensors
 
 
 class FakeWorld:
@@ -61,6 +65,67 @@ class FakeWorld:
         finally:
             for registry, name, tensor in swapped:
                 registry[name] = tensor
+
+    def really_run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Fake tensors of the shapes that ``module`` gives for real random inputs.
+
+        For a module that decides by values, or whose shapes depend on values, and that therefore cannot run
+        on fake tensors. It runs with its real parameters (nothing of it is changed).
+
+        Raises
+        ------
+        RuntimeError
+            The module is on the meta device, or its inputs are.
+        """
+        back: dict[int, torch.Tensor] = {}  # inputs that come out again, by the real one's id
+
+        def real(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            y = _random_like(x)
+            back[id(y)] = x
+            return y
+
+        def fake(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if id(x) in back:
+                return back[id(x)]
+            return self.mode.from_tensor(x.detach().clone()).requires_grad_(x.requires_grad)
+
+        with _disable_current_modes(), self._left_by(module), untouched(module, tensors=True):
+            if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+                raise RuntimeError("a module on the meta device cannot run on real inputs")
+            inputs = map_tensors(real, (args, kwargs))
+            result = module(*inputs[0], **inputs[1])
+            return map_tensors(fake, result)
+
+    @contextmanager
+    def _left_by(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the parameters and buffers of ``module`` are the real ones again."""
+        swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        try:
+            for m in module.modules():
+                registries: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
+                for registry in registries:
+                    for name, tensor in registry.items():
+                        if tensor is not None and id(tensor) in self.originals:
+                            swapped.append((registry, name, tensor))
+                            registry[name] = self.originals[id(tensor)]
+            yield
+        finally:
+            for registry, name, tensor in swapped:
+                registry[name] = tensor
+
+
+def _random_like(fake: torch.Tensor) -> torch.Tensor:
+    """A real tensor such as a model might meet: normal, or zeros where it may be an index, or all true."""
+    shape, dtype, device = tuple(fake.shape), fake.dtype, fake.device
+    if dtype == torch.bool:
+        return torch.ones(shape, dtype=dtype, device=device)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.randn(shape, device=device).to(dtype).requires_grad_(fake.requires_grad)
 
 
 def fake_inputs(

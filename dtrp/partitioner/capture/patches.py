@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -29,6 +30,9 @@ class Observer(Protocol):
         kwargs: dict[str, Any],
     ) -> Any:
         """``function.apply(*args, **kwargs)``."""
+
+    def on_autocast(self) -> None:
+        """A region of torch.autocast is entered."""
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = value``, before it happens."""
@@ -59,12 +63,22 @@ def observed(observer: Observer) -> Iterator[None]:
             return proceed(*args, **kwargs)
         return observer.on_gradient_function(cls, proceed, args, kwargs)
 
+    enter = torch.autocast.__enter__
+
+    def patched_enter(region: torch.autocast) -> Any:
+        # Checkpointing enters autocast just to repeat the outer state.
+        if not observer.paused and not sys._getframe(1).f_code.co_filename.endswith("checkpoint.py"):
+            observer.on_autocast()
+        return enter(region)  # type: ignore[no-untyped-call]
+
     try:
+        torch.autocast.__enter__ = patched_enter  # type: ignore[method-assign]
         nn.Module.__call__ = patched_call  # type: ignore[method-assign]
         nn.Module.__setattr__ = patched_write  # type: ignore[method-assign,assignment]
         function.apply = classmethod(patched_apply)
         yield
     finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
         function.apply = apply

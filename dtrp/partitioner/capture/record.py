@@ -6,7 +6,8 @@ another batch size too, and numbers that changed are computed from tensors in th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -25,7 +26,11 @@ _ATTEMPTS = 8  # each closes at least one module more; nested failures need one 
 
 
 def record(
-    model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], opened: Collection[str] = ()
+    model: nn.Module,
+    signature: Signature,
+    tensors: Sequence[torch.Tensor],
+    opened: Collection[str] = (),
+    closed: Mapping[str, str] = MappingProxyType({}),
 ) -> BothModes:
     """Record ``model`` in both modes."""
 
@@ -43,7 +48,7 @@ def record(
         return run
 
     # What is kept whole in one mode need not be in the other.
-    runs = {training: recorder({}) for training in (True, False)}
+    runs = {training: recorder(dict(closed)) for training in (True, False)}
     modes = iter((True, False))
     both = BothModes.of(model, lambda: runs[next(modes)]())
     freed = {}
@@ -77,4 +82,5 @@ def _record_once(
         leaves, out_spec = flatten_output(output)
         recorder.finish(leaves)
     kept = tuple(KeptWhole(name, why) for name, why in closed.items())
-    return Traced(recorder.graph, out_spec, kept, constants=recorder.constants), recorder.failures
+    traced = Traced(recorder.graph, out_spec, kept, constants=recorder.constants, keepers=recorder.keepers)
+    return traced, recorder.failures

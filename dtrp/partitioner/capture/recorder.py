@@ -33,6 +33,7 @@ from .custom import GradientFunction
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
+from .snapshot import foreign_randomness
 from .structure import Step, tensors_in
 from .targets import node_form, property_name
 
@@ -70,6 +71,7 @@ class Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.paused = False
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
+        self.keepers: dict[str, str] = {}  # modules that may carry a tensor over to the next call
         self.constants: dict[str, torch.Tensor] = {}
         self._world = world
         self._closed, self._opened = closed, opened
@@ -133,8 +135,12 @@ class Recorder(TorchFunctionMode):
         last = next(reversed(self.graph.nodes), None)
         learned, outer = len(self._undo), self._module
         self._module = name
+        states = foreign_randomness()
         try:
-            return proceed(module, *args, **kwargs)
+            result = proceed(module, *args, **kwargs)
+            if foreign_randomness() != states:
+                raise CannotRecord("draws random numbers from Python's or numpy's generator")
+            return result
         except Exception as error:
             if name in self._opened:
                 raise
@@ -165,8 +171,14 @@ class Recorder(TorchFunctionMode):
             raise CannotRecord(f"replaces the parameter {full!r}")
         elif isinstance(old, torch.Tensor) and id(old) in self._attributes and id(old) in self._known:
             raise CannotRecord(f"keeps the tensor {full!r} from one call to the next")
+        elif isinstance(value, torch.Tensor):
+            self.keepers[path] = f"keeps the tensor {full!r} from one call to the next"
         elif type(old) in (int, float) and type(value) is type(old) and old != value:
             raise CannotRecord(f"changes {full!r} from {old!r} to {value!r} while it runs")
+
+    def on_autocast(self) -> None:
+        """The model enters torch.autocast."""
+        raise CannotRecord("enters torch.autocast inside forward")
 
     # One call
 
@@ -188,9 +200,20 @@ class Recorder(TorchFunctionMode):
             outer, self._module = self._module, name
             try:
                 form = ("call_module", name, args, kwargs)
-                return self._call(lambda *a, **k: proceed(module, *a, **k), lambda *_: form, args, kwargs)
+                return self._call(
+                    lambda *a, **k: self._run(module, proceed, a, k), lambda *_: form, args, kwargs
+                )
             finally:
                 self._module = outer
+
+    def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            return proceed(module, *args, **kwargs)
+        except Exception as error:
+            try:
+                return self._world.really_run(module, args, kwargs)
+            except Exception:
+                raise error from None
 
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
         """The node's arguments. Where gradients are switched off, none must flow through it."""

@@ -69,6 +69,12 @@ def preserved_randomness() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+def foreign_randomness() -> tuple[Any, ...]:
+    """State of the generators that torch knows nothing of."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest)
+
+
 def _tensors(modules: list[nn.Module]) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for m in modules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator
@@ -72,6 +73,22 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[tuple[tuple[Step, ..
         for step, part in _parts(value):
             for path, tensor in tensors_in(part, depth - 1):
                 yield (step, *path), tensor
+
+
+def map_tensors(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH) -> Any:
+    """A copy of ``value`` with ``function`` applied to its tensors, also those inside unknown objects."""
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return function(x)
+        if depth == 0 or not _holds_tensors(x, depth):
+            return x
+        copied = copy.copy(x)
+        for (_, name), part in list(_parts(x)):
+            object.__setattr__(copied, name, map_tensors(function, part, depth - 1))
+        return copied
+
+    return pytree.tree_map(visit, value)
 
 
 def _holds_tensors(value: Any, depth: int) -> bool:

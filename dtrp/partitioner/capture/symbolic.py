@@ -6,8 +6,9 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,20 +23,27 @@ from .leaves import is_leaf
 from .location import user_location
 from .modes import BothModes
 from .propagate import fold_constants, propagate
-from .snapshot import untouched
+from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
 from .traced import Traced
 
 
 def trace_symbolically(
-    model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], opened: Collection[str] = ()
+    model: nn.Module,
+    signature: Signature,
+    tensors: Sequence[torch.Tensor],
+    opened: Collection[str] = (),
+    closed: Mapping[str, str] = MappingProxyType({}),
 ) -> BothModes:
     """Trace ``model`` in both modes with proxies in place of the tensors."""
 
     def trace() -> Traced:
-        tracer = _ModuleTracer(signature, opened)
+        tracer = _ModuleTracer(signature, opened, closed)
         with untouched(model), _no_side_effects(), _Guard():
+            states = foreign_randomness()
             graph = tracer.trace(model)
+            if foreign_randomness() != states:
+                raise TraceError("draws random numbers from Python's or numpy's generator")
         assert tracer.out_spec is not None
         world = FakeWorld()
         propagate(model, graph, world, fake_inputs(world, tensors))
@@ -80,17 +88,17 @@ class _ModuleTracer(Tracer):
     # Buffers that forward uses or changes become nodes like parameters.
     proxy_buffer_attributes = True
 
-    def __init__(self, signature: Signature, opened: Collection[str]) -> None:
+    def __init__(self, signature: Signature, opened: Collection[str], closed: Collection[str]) -> None:
         # Plain Python functions of sizes (math.sqrt of a width) become nodes too.
         import math
 
         super().__init__(autowrap_modules=(math,))
         self._signature = signature
-        self._opened = opened
+        self._opened, self._closed = opened, closed
         self.out_spec: torch.utils._pytree.TreeSpec | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m, module_qualified_name, opened=self._opened)
+        return is_leaf(m, module_qualified_name, closed=self._closed, opened=self._opened)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

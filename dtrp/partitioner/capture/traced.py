@@ -23,6 +23,8 @@ class Traced:
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()
     batch_fixed: bool = False  # takes no other number of samples than the example's; a note says why
+    # Modules that may carry something over to their next call, and what.
+    keepers: dict[str, str] = field(default_factory=dict)
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

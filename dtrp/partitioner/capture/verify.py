@@ -10,9 +10,11 @@ Large models are not run: the budget is `MAX_FLOPS` for a forward pass of two sa
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -21,6 +23,7 @@ from .graph import Signature
 from .modes import in_mode
 from .sizes import batch_of
 from .snapshot import preserved_randomness, untouched
+from .structure import flatten_output
 from .traced import Traced
 
 MAX_FLOPS = 1e10
@@ -119,10 +122,14 @@ def _behaviour(
         torch.enable_grad(),
     ):
         torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        for p in model.parameters():
+            p.grad = None  # put back by `untouched`; adding to it would change what the user holds
         for call in calls:
             given = [_leaf(t) for t in tensors]
             output = function(given)
-            leaves, spec = pytree.tree_flatten(output)
+            leaves, spec = flatten_output(output)
             seen.append((f"the output's structure{call}", spec))
             seen += [(f"output {i}{call}", _held(x)) for i, x in enumerate(leaves)]
             if training:
