@@ -391,7 +391,7 @@ class Pipeline:
             param_groups=param_groups,
             scheduler_step=scheduler_step,
             compile_stages=compile_stages,
-            threads=max(1, (os.cpu_count() or 1) // self.n_stages) if threads is None else threads,
+            threads=_threads(self.n_stages) if threads is None else threads,
         )
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -570,10 +570,16 @@ def _compile(
 
 def _specs(devices: Sequence[torch.device]) -> list[DeviceSpec]:
     known: dict[str, DeviceSpec] = {}
+    threads = _threads(len(devices))
     for device in map(str, devices):
         if device not in known:
-            known[device] = device_spec(device)
+            known[device] = device_spec(device, threads=threads)
     return [known[str(device)] for device in devices]
+
+
+def _threads(n_stages: int) -> int:
+    """CPU threads of a stage: the cores shared out evenly, at least one."""
+    return max(1, (os.cpu_count() or 1) // n_stages)
 
 
 def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
