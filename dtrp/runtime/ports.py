@@ -71,9 +71,13 @@ class Ports:
 
     # ---- gradients -------------------------------------------------------------------------------------
 
-    def output_gradients(self, slot: int) -> tuple[dict[int, Tensor], bool]:
+    def output_gradients(self, slot: int, shrink: float = 1.0) -> tuple[dict[int, Tensor], bool]:
         """Sum of the gradients of each output, the last stage's first (autograd's own order); whether the
-        batch was given up."""
+        batch was given up.
+
+        ``shrink`` multiplies a gradient once per stage that it climbs, also where it was sent straight past
+        some: it compounds to ``shrink ** (K - k)`` whichever way the gradient went.
+        """
         total: dict[int, Tensor] = {}
         skip = False
         for (i, j), sent in sorted(self.program.train.gradients.items(), key=lambda item: -item[0][1]):
@@ -84,6 +88,7 @@ class Ports:
                 for n, g in zip(sent, message.values, strict=True):
                     if g is not None:
                         g = g.to(self.program.device, non_blocking=True)
+                        g = g if shrink == 1.0 else g * shrink ** (j - i)
                         total[n] = g if n not in total else total[n] + g
         return total, skip
 

@@ -173,7 +173,7 @@ class StageRunner:
 
     def _backward(self, slot: int) -> Update | None:
         """Recompute (or take the kept graph) and backward; the update to be made, if there is one."""
-        gradients, skip = self.ports.output_gradients(slot)
+        gradients, skip = self.ports.output_gradients(slot, self.config.grad_shrink)
         flight = self.in_flight.pop(slot)
         self.meter.stash(len(self.in_flight))
         batch, update = flight.batch, flight.update
@@ -192,13 +192,8 @@ class StageRunner:
                 outputs = self._run(arrivals, leaves, batch)
         else:
             arrivals, leaves, outputs = flight.arrivals, flight.leaves, flight.outputs
-        shrink = self.config.grad_shrink
         with self.meter.timed("backward", batch):
-            pairs = [
-                (outputs[n], g if shrink == 1.0 else g * shrink)
-                for n, g in gradients.items()
-                if outputs[n].requires_grad
-            ]
+            pairs = [(outputs[n], g) for n, g in gradients.items() if outputs[n].requires_grad]
             del flight, outputs
             self.tied.before_backward()
             if pairs:
