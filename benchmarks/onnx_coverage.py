@@ -140,8 +140,13 @@ def _read_the_operators_once() -> None:
         api.get_torchlib_ops = cache(api.get_torchlib_ops)
 
 
-def run(zoo: str, names: Iterable[tuple[str, str]], stages: tuple[int, ...], console: Console) -> list[Row]:
-    """All models, in worker processes that are replaced from time to time, which gives memory back."""
+def run(
+    zoo: str, names: Iterable[tuple[str, str]], stages: tuple[int, ...], console: Console, path: Path | None
+) -> list[Row]:
+    """All models, in worker processes that are replaced from time to time, which gives memory back.
+
+    The rows are written to ``path`` after each model, so that a run that is stopped leaves its results.
+    """
     rows: list[Row] = []
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=6) as pool:
         for family, name in names:
@@ -158,6 +163,8 @@ def run(zoo: str, names: Iterable[tuple[str, str]], stages: tuple[int, ...], con
                     markup=False,
                 )
             rows += made
+            if path is not None:
+                path.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     return rows
 
 
@@ -207,10 +214,8 @@ def main(argv: list[str] | None = None) -> int:
         families: dict[str, Any] = {name: family for family, name in known}
         known = [(families.get(name, name), name) for name in arguments.names]
     console = Console(width=120)
-    rows = run(arguments.zoo, known, tuple(arguments.n_gpus), console)
+    rows = run(arguments.zoo, known, tuple(arguments.n_gpus), console, arguments.json)
     show(rows, console)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     return int(not all(r.passed for r in rows))
 
 

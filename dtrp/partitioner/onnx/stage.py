@@ -206,6 +206,7 @@ def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int 
         with _quiet(traced):
             return torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
 
+    failure: Exception | None = None
     try:
         converted = attempt(traced=False)
     except (NotDynamic, ExportError):
@@ -213,13 +214,14 @@ def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int 
     except Exception as e:
         if study.dynamic and not lacks_operator(e):
             raise NotDynamic(f"stage {module.stage}: {first_line(root_cause(e))}") from e
+        failure = e
+    if failure is not None:
         # Again, to tell which node it is. Not at first: torch refuses some graphs whose nodes know it.
         try:
             attempt(traced=True)
-        except Exception as again:
-            if lacks_operator(again) == lacks_operator(e):
-                raise explain(again, module.graph, module.stage, "torch's ONNX exporter") from again
-        raise explain(e, module.graph, module.stage, "torch's ONNX exporter") from e
+        except Exception as e:
+            failure = e if lacks_operator(e) == lacks_operator(failure) else failure
+        raise explain(failure, module.graph, module.stage, "torch's ONNX exporter") from failure
     _check_writes(converted.exported_program, module)
     got = converted.model.opset_imports.get("")
     if opset is not None and got != opset:
