@@ -23,7 +23,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             plain = canonical(obj.detach().cpu())
             order = dense_order(plain)
             if order is not None:
-                data = pickle.PickleBuffer(flat_bytes(plain).numpy())
+                data = pickle.PickleBuffer(flat_bytes(plain).numpy().data)
                 shape = tuple(plain.shape)
                 return _rebuild, (data, plain.dtype, shape, order, obj.requires_grad)
         return super().reducer_override(obj)
