@@ -71,6 +71,13 @@ class TrainConfig:
             raise TypeError(f"seed={self.seed!r}: expected an int or None")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise TypeError(f"autocast={self.autocast!r}: expected a dtype such as torch.bfloat16")
+        if self.autocast is torch.float16:
+            raise ValueError(
+                "autocast=torch.float16 needs loss scaling, and a scale that changes while batches are in "
+                "flight would not fit their gradients; use torch.bfloat16"
+            )
+        if self.autocast is not None and not self.autocast.is_floating_point:
+            raise ValueError(f"autocast={self.autocast!r}: expected a dtype such as torch.bfloat16")
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -79,6 +86,12 @@ class TrainConfig:
             raise ValueError(
                 f"method={self.method!r} with predictor={self.predictor!r}: {_WHY_NONE[self.method]}; "
                 f"use method='dtrp', or predictor='none'"
+            )
+        if not self.predicts and (self.horizon != "common" or self.horizon_scale not in (0.0, 1.0)):
+            raise ValueError(
+                f"method={self.method!r} with predictor={self.predictor!r}, horizon={self.horizon!r} and "
+                f"horizon_scale={self.horizon_scale!r}: nothing is predicted, so there is nothing to aim; "
+                f"leave horizon and horizon_scale out, or use method='dtrp' with a predictor"
             )
         if self.method == "bp" and (self.lr_shrink != 1.0 or self.grad_shrink != 1.0):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import WorkerError
 from .loss import scalar_loss
 
 Metric = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A metric raised: what it said. The run itself is none the worse for it."""
+
+    message: str
+    trace: str
 
 
 @dataclass(frozen=True)
@@ -43,20 +53,31 @@ class Measure:
             f"name, or None"
         )
 
-    def __call__(self, output: Any, target: Any) -> dict[str, tuple[float, float]]:
+    def __call__(self, output: Any, target: Any) -> dict[str, tuple[float, float]] | Failed:
         size = float(_batch_size(target if target is not None else output))
         found = {"loss": (float(scalar_loss(self.loss_fn, output, target)), size)}
         for name, metric in self.metrics.items():
-            found[name] = (float(metric(output, target)), size)
+            try:
+                found[name] = (float(metric(output, target)), size)
+            except Exception as e:
+                return Failed(f"metric {name!r} failed: {type(e).__name__}: {e}", traceback.format_exc())
         if self.accuracy and (hits := class_hits(output, target)) is not None and hits.numel():
             found["accuracy"] = (float(hits.double().mean()), float(hits.numel()))
         return found
 
 
-def combine(batches: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
-    """Weighted means over all batches; empty for no batch."""
+def combine(batches: Iterable[Mapping[str, tuple[float, float]] | Failed]) -> dict[str, float]:
+    """Weighted means over all batches; empty for no batch.
+
+    Raises
+    ------
+    WorkerError
+        A metric failed on one of them.
+    """
     total: dict[str, list[float]] = {}
     for batch in batches:
+        if isinstance(batch, Failed):
+            raise WorkerError(batch.message, remote_traceback=batch.trace)
         for name, (mean, weight) in batch.items():
             entry = total.setdefault(name, [0.0, 0.0])
             entry[0] += mean * weight

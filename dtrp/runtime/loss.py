@@ -16,13 +16,16 @@ def scalar_loss(loss_fn: Callable[[Any, Any], Tensor] | None, output: Any, targe
     TypeError
         It is not a scalar tensor.
     """
-    if loss_fn is not None:
-        loss = loss_fn(output, target)
-        origin = f"loss_fn {getattr(loss_fn, '__name__', loss_fn)!r}"
-    else:
-        loss, origin = own_loss(output), "the model (loss_fn=None)"
+    return as_scalar(loss_fn, own_loss(output) if loss_fn is None else loss_fn(output, target))
+
+
+def as_scalar(loss_fn: Callable[[Any, Any], Tensor] | None, loss: Any) -> Tensor:
+    """``loss``, which ``loss_fn`` (or the model) gave, without dimensions; refused as by `scalar_loss`."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        origin = "the model (loss_fn=None)"
+        if loss_fn is not None:
+            origin = f"loss_fn {getattr(loss_fn, '__name__', loss_fn)!r}"
         raise TypeError(f"{origin} gave {got}, expected a scalar tensor; reduce it, for example with .mean()")
     return loss.reshape(())
 

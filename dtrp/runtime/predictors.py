@@ -149,6 +149,41 @@ def check_predictor(predictor: object) -> None:
         )
 
 
+_NO_VELOCITY = (
+    torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+    torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor,
+)  # fmt: skip
+_NO_MOMENTS = (
+    torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Rprop,
+    torch.optim.ASGD, torch.optim.Adamax, torch.optim.Adafactor,
+)  # fmt: skip
+
+
+def check_fits(predictor: str | Predictor, optimizer: Optimizer) -> None:
+    """Refuse a predictor that would find nothing to predict from in this optimizer's state.
+
+    Only torch's own optimizers are known well enough to be refused.
+
+    Raises
+    ------
+    ValueError
+        It looks for state that the optimizer does not keep.
+    """
+    kind = type(optimizer).__name__
+    advice = "use predictor='difference', which works with every optimizer, or 'auto'"
+    if predictor in ("linear", "geometric"):
+        if isinstance(optimizer, _NO_VELOCITY):
+            raise ValueError(
+                f"predictor={predictor!r} needs a velocity, which {kind} does not keep; {advice}"
+            )
+        if all(group.get("momentum") == 0 for group in optimizer.param_groups):
+            raise ValueError(
+                f"predictor={predictor!r} needs a velocity, but {kind}'s momentum is 0; {advice}"
+            )
+    if predictor == "adam" and isinstance(optimizer, _NO_MOMENTS):
+        raise ValueError(f"predictor='adam' needs Adam's moments, which {kind} does not keep; {advice}")
+
+
 def make_predictor(predictor: str | Predictor, optimizer: type[Optimizer]) -> Predictor:
     """The predictor of that name, or the user's own object."""
     check_predictor(predictor)

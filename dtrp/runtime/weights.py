@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import TrainConfig
-from .predictors import Predictor, grouped, make_predictor, needs_previous
+from .predictors import Predictor, check_fits, grouped, make_predictor, needs_previous
 
 Leaves = dict[str, Tensor]
 
@@ -93,6 +93,8 @@ def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> O
     ------
     TypeError
         The callable did not return an optimizer.
+    ValueError
+        The optimizer cannot be used here, or the predictor finds nothing in its state.
     """
     parameters: list[Any] = list(names.values())
     if config.param_groups is not None:
@@ -106,6 +108,13 @@ def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> O
             f"optimizer: the callable returned {type(optimizer).__name__}, expected a torch.optim.Optimizer; "
             f"pass for example partial(torch.optim.SGD, lr=0.1)"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times per step, which a pipeline with batches in flight cannot "
+            "do; use a first-order optimizer such as SGD or AdamW"
+        )
+    if config.predicts:
+        check_fits(config.predictor, optimizer)
     return optimizer
 
 
