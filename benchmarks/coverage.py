@@ -37,11 +37,11 @@ from coverage_zoos import (
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from dtrp.errors import DtrpError
 from dtrp.partitioner.capture import Captured, capture
+from dtrp.partitioner.capture.structure import flatten_output
 
 
 @dataclass
@@ -115,7 +115,10 @@ def compare(model: nn.Module, captured: Captured, sample: Sample) -> str:
         def graph(args: Any, kwargs: Any, training: bool = training) -> Any:
             return captured.graph(training)(*captured.signature.flatten(args, kwargs))
 
-        ours = _run(model, graph, call, training)
+        try:
+            ours = _run(model, graph, call, training)
+        except Exception as error:
+            return f"{step}: {type(error).__name__}: {str(error)[:300]}"
         problem = _difference(plain, ours)
         if problem:
             return f"{step}: {problem}"
@@ -128,10 +131,10 @@ def _run(model: nn.Module, function: Any, call: Any, training: bool) -> dict[str
     torch.manual_seed(1)
     if not training:
         with torch.no_grad():
-            leaves, spec = pytree.tree_flatten(function(args, kwargs))
+            leaves, spec = flatten_output(function(args, kwargs))
         return {"structure": spec, **{f"output {i}": x for i, x in enumerate(leaves)}}
     output = function(args, kwargs)
-    leaves, spec = pytree.tree_flatten(output)
+    leaves, spec = flatten_output(output)
     seen: dict[str, Any] = {"structure": spec, **{f"output {i}": x for i, x in enumerate(leaves)}}
     losses = [x.float().pow(2).mean() for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
     torch.stack(losses).sum().backward()

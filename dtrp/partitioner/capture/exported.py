@@ -7,8 +7,10 @@ dynamic where export allows it.
 from __future__ import annotations
 
 import dataclasses
+import io
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +26,7 @@ from .location import frames_in_text
 from .modes import BothModes
 from .propagate import propagate
 from .sizes import batch_of
-from .snapshot import untouched
+from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
 from .traced import Traced
 
@@ -70,7 +72,9 @@ def export_model(
 def _export(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> Traced:
     size, batch = batch_of(tensors)
     flat = _Flat(model, signature)
-    with untouched(model), warnings.catch_warnings():
+    states = foreign_randomness()
+    # Where it fails, export prints the whole graph so far.
+    with untouched(model), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             program = _dynamic(flat, tensors, batch, size)
@@ -78,6 +82,9 @@ def _export(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tens
             if not batch:
                 raise
             program = export(flat, tuple(tensors), strict=False)
+        drew = foreign_randomness() != states
+    if drew:
+        raise RuntimeError("draws random numbers from Python's or numpy's generator")
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     assert flat.found.out_spec is not None

@@ -131,16 +131,20 @@ def _random_like(fake: torch.Tensor) -> torch.Tensor:
 def fake_inputs(
     world: FakeWorld, tensors: Sequence[torch.Tensor], batch: tuple[int, ...] = (), size: int = 0
 ) -> list[torch.Tensor]:
-    """Fake twins of a call's tensors; those at the indices in ``batch`` with ``size`` samples instead."""
+    """Fake tensors like a call's; those at the indices in ``batch`` with ``size`` samples instead."""
     result = []
-    for i, tensor in enumerate(tensors):
-        fake = world.twin(tensor)
-        if i in batch:
-            with world.mode:
-                fake = torch.empty_like(
-                    fake[:1].expand(size, *fake.shape[1:]), requires_grad=fake.requires_grad
-                )
-        result.append(fake)
+    with world.mode:
+        for i, tensor in enumerate(tensors):
+            shape, strides = list(tensor.shape), tensor.stride()
+            if i in batch:
+                shape[0] = size
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
+            # New ones each: the same tensor may be given for two arguments, which are two placeholders.
+            if i in batch and strides[0] < max(strides):
+                fake = torch.empty(shape, dtype=tensor.dtype, device=device)
+            else:
+                fake = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device)
+            result.append(fake.requires_grad_(tensor.requires_grad))
     return result
 
 
