@@ -16,13 +16,13 @@ from dtrp.partitioner import Partition, partition
 from .oracle import Case, assignments, max_load, max_memory, random_case, violations
 
 
-def check(case: Case) -> str:
+def check(case: Case, time_limit: float = 30) -> str:
     """Solve a case both ways and compare; says which kind of case it was."""
     every = list(assignments(case))
     best = min((max_load(case, a) for a in every), default=math.inf)
 
     def solve() -> Partition:
-        return partition(case.graph, case.n_stages, time_limit=30, **case.kwargs)
+        return partition(case.graph, case.n_stages, time_limit=time_limit, **case.kwargs)
 
     if math.isfinite(best):
         result = solve()
@@ -68,3 +68,16 @@ def test_agrees_with_brute_force_up_to_nine_nodes(block: int) -> None:
 @given(st.integers(0, 2**32), st.integers(2, 9))
 def test_agrees_on_drawn_cases(seed: int, nodes: int) -> None:
     check(random_case(random.Random(seed), max_nodes=nodes))
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_detours_for_large_graphs_agree_with_brute_force(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reduction, cores, local search and growing wanted loads, which small graphs do not need otherwise."""
+    monkeypatch.setattr("dtrp.partitioner.solvers.engine._SMALL", 0)
+    monkeypatch.setattr("dtrp.partitioner.solvers.exact._FEW", -8)
+    monkeypatch.setattr("dtrp.partitioner.solvers.exact.LEVELS", ((0.0, 0.3), (0.0, 0.6)))
+    monkeypatch.setattr("dtrp.partitioner.solvers.relax.LEVELS", ((0.0, 0.3), (0.0, 0.6)))
+    monkeypatch.setattr("dtrp.partitioner.solvers.engine._FIRST_ORDERS", 1)
+    rng = random.Random(500 + block)
+    seen = [check(random_case(rng), time_limit=5) for _ in range(40)]
+    assert set(seen) >= {"feasible", "infeasible"}

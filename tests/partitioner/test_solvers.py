@@ -83,7 +83,7 @@ def downsets(problem: Problem) -> np.ndarray:
     return np.array(sets)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_interval_program_is_exact_for_an_order(seed: int) -> None:
     problem = random_problem(seed, allow_empty=seed % 2 == 0)
     for order in itertools.islice(good_orders(problem, seed), 5):
@@ -108,7 +108,7 @@ def test_orders_are_topological(seed: int) -> None:
         assert all(place[p] < place[v] for v in range(problem.n) for p in problem.predecessors[v])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_pair_loads_agree_with_the_definition(seed: int) -> None:
     problem = replace(random_problem(seed), n_stages=3)
     program = ChainProgram(problem, Windows(problem), downsets(problem))
@@ -124,7 +124,7 @@ def test_pair_loads_agree_with_the_definition(seed: int) -> None:
         assert reached[0] == pytest.approx(loads[1])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_enumeration_finds_every_downset_that_is_admitted(seed: int) -> None:
     problem = random_problem(seed)
     windows = Windows(problem)
@@ -143,7 +143,7 @@ def test_enumeration_gives_up_at_its_cap() -> None:
     assert enumerate_downsets(problem, Windows(problem), np.inf, cap=2, clock=FOREVER) is None
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_windows_admit_the_boundaries_of_every_partition(seed: int) -> None:
     problem = random_problem(seed, allow_empty=seed % 2 == 0)
     windows = Windows(problem)
@@ -153,7 +153,7 @@ def test_windows_admit_the_boundaries_of_every_partition(seed: int) -> None:
             assert windows.admitted(boundaries(problem, stage), load).diagonal().all()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_reduction_keeps_an_optimal_partition(seed: int) -> None:
     problem = random_problem(seed, nodes=6)
     reduced = reduce_problem(problem)
@@ -168,13 +168,13 @@ def test_reduction_keeps_an_optimal_partition(seed: int) -> None:
 
 def test_reduction_merges_and_eliminates() -> None:
     reduced = 0
-    for seed in range(30):
+    for seed in range(20):
         problem = random_problem(seed, nodes=6)
         reduced += problem.n - reduce_problem(problem).problem.n
-    assert reduced >= 5
+    assert reduced >= 3
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_what_is_too_dear_to_cut_is_together_in_every_good_partition(seed: int) -> None:
     problem = random_problem(seed)
     best = best_load(problem)
@@ -205,7 +205,7 @@ def test_contraction_merges_cycles() -> None:
     assert bypassed.successors == ((1,), ())
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_bounds_hold(seed: int) -> None:
     problem = random_problem(seed)
     assert simple_bound(problem).value <= best_load(problem) * (1 + 1e-12)
@@ -240,5 +240,5 @@ def test_local_search_reaches_the_optimum_of_small_problems(seed: int) -> None:
     state.offer(np.zeros(problem.n, dtype=np.int64), "start")
     if state.stage is None:  # everything on one stage does not fit
         return
-    local_search(state, Windows(problem), FOREVER, seed, rounds=60)
+    local_search(state, Windows(problem), FOREVER, seed, patience=40)
     assert state.load == pytest.approx(best)

@@ -22,6 +22,8 @@ from .windows import Windows
 ENGINES = ("auto", "interval", "search", "downsets")
 
 _FIRST_ORDERS = 6
+_PATIENCE = 12  # rounds of local search without success before other engines get their turn
+_LARGE = 20_000  # groups beyond which tables of pairs would fill the memory
 _SMALL = 40  # groups up to which nothing is gained by reducing first
 
 
@@ -76,6 +78,9 @@ def _minimise(problem: Problem, engine: str, clock: Clock, seed: int) -> Solutio
     state = State(problem)
     if engine == "interval":
         _cut_orders(state, [np.arange(problem.n)], clock)
+    elif problem.n > _LARGE:
+        orders = good_orders(problem, seed)
+        _cut_orders(state, (order for order, _ in zip(orders, range(_FIRST_ORDERS), strict=False)), clock)
     elif problem.n <= _SMALL and not problem.allow_empty:
         _run(state, engine, clock, seed)
     else:
@@ -102,9 +107,13 @@ def _run(state: State, engine: str, clock: Clock, seed: int) -> None:
         certify(state, clock, at_once=engine == "auto")
     if engine == "auto" and not state.optimal:
         bound_by_cores(state, clock.within(0.6))
-    if engine in ("auto", "search") and state.stage is not None:
-        local_search(state, Windows(state.problem), clock.within(0.5 if engine == "auto" else 1.0), seed)
-    if engine == "auto":
+    if engine in ("auto", "search") and state.stage is not None and not state.optimal:
+        windows = Windows(state.problem)
+        local_search(state, windows, clock.within(0.5), seed, patience=_PATIENCE)
+        if engine == "auto":
+            certify(state, clock.within(0.6))
+        local_search(state, windows, clock, seed + 1, patience=100 * _PATIENCE)
+    elif engine == "auto":
         certify(state, clock)
 
 

@@ -38,6 +38,8 @@ def certify(state: State, clock: Clock, *, at_once: bool = False) -> bool:
     while not state.optimal and not clock.expired:
         floor = max(state.bound.value, 1e-300)
         wanted = min(floor * (1 + step), state.load) if step else state.load
+        if step > 2 and np.isinf(state.load):
+            wanted = np.inf  # is there any at all?
         try:
             few = _FEW + 2 * state.problem.n
             found = best_within(state.problem, wanted, cap=cap if step else few, clock=clock)

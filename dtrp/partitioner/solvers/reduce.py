@@ -62,16 +62,16 @@ class Reduced:
         out = np.zeros((len(member), problem.n), dtype=bool)
         kept = self.group >= 0
         out[:, kept] = member[:, self.group[kept]]
-        near = np.zeros((problem.n, problem.n))
-        owner = values.owner
-        np.add.at(near, (values.producer[owner], values.consumer), values.transfer[owner])
-        near += near.T
+        source, price = values.producer[values.owner], values.transfer[values.owner]
         for g in np.flatnonzero(~kept):
             after = problem.descendants[g].copy()
             after[g] = False
             may = out[:, problem.predecessors[g]].all(axis=1)
-            total = near[g].sum()
-            likes = out @ near[g] >= share * total if total > 0 else np.zeros(len(out), dtype=bool)
+            near = np.zeros(problem.n)
+            np.add.at(near, values.consumer[source == g], price[source == g])
+            np.add.at(near, source[values.consumer == g], price[values.consumer == g])
+            around = np.flatnonzero(near)
+            likes = out[:, around] @ near[around] >= share * near.sum() if len(around) else ~may
             out[:, g] = out[:, after].any(axis=1) | (may & likes)
         return out
 

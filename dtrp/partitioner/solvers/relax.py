@@ -30,7 +30,7 @@ def candidates(problem: Problem, level: int) -> Ints:
     unordered = problem.n - below.sum(axis=0) - below.sum(axis=1) + 1
     price, total = _price(problem)
     groups = np.flatnonzero((unordered >= share * problem.n) & (problem.pinned < 0))
-    groups = groups[np.argsort(price[groups] / unordered[groups], kind="stable")]
+    groups = groups[np.argsort(price[groups] / np.maximum(unordered[groups], 1), kind="stable")]
     dropped: Ints = groups[np.cumsum(price[groups]) <= budget * total]
     return dropped[: problem.n - 1]
 

@@ -21,16 +21,14 @@ from .windows import Windows
 _NEIGHBOURS = 400  # per boundary
 
 
-def local_search(state: State, windows: Windows, clock: Clock, seed: int, *, rounds: int = 1000) -> None:
-    """Improve the partition of a state until it is optimal or time is up."""
+def local_search(state: State, windows: Windows, clock: Clock, seed: int, *, patience: int) -> None:
+    """Improve a partition until it is optimal, time is up or ``patience`` rounds were in vain."""
     problem = state.problem
     if state.stage is None or problem.n_stages == 1:
         return
     random = np.random.default_rng(seed)
-    shaken = None
-    for _ in range(rounds):
-        if state.optimal or clock.expired:
-            return
+    shaken, in_vain = None, 0
+    while in_vain < patience and not state.optimal and not clock.expired:
         start = state.stage if shaken is None else shaken
         member = neighbourhood(problem, boundaries(problem, start), random)
         try:
@@ -38,8 +36,9 @@ def local_search(state: State, windows: Windows, clock: Clock, seed: int, *, rou
         except OutOfTime:
             return
         if found is not None and state.offer(found[1], "search"):
-            shaken = None
+            shaken, in_vain = None, 0
         else:
+            in_vain += 1
             shaken = shake(problem, state.stage, random)
 
 
@@ -54,8 +53,9 @@ def neighbourhood(problem: Problem, member: Bools, random: np.random.Generator) 
     work = np.max([c for alike in problem.stage_types for c, _ in problem.work(alike[0])], axis=0)
     family = [member]
     for inside in member:
-        larger = inside[None, :] | below.T[~inside]  # row g of below.T: what must not come after g
-        smaller = inside[None, :] & ~below[inside]
+        # Row g of below.T is what must not come after g. Groups far away in order would bring too much along.
+        larger = inside[None, :] | below.T[np.flatnonzero(~inside)[: 2 * _NEIGHBOURS]]
+        smaller = inside[None, :] & ~below[np.flatnonzero(inside)[-2 * _NEIGHBOURS :]]
         near = np.concatenate([larger, smaller])
         if len(near) > _NEIGHBOURS:
             step = np.abs(near @ work - inside @ work)

@@ -29,10 +29,12 @@ class State:
         return self.load <= self.bound.value * (1 + TOLERANCE)
 
     def offer(self, stage: Ints, engine: str) -> bool:
-        """Take a partition if it is better; whether it was."""
+        """Take a partition if it is allowed and better; whether it was."""
         load = evaluate(self.problem, stage).max_load
         if not load < self.load:
             return False
+        if not self.problem.allow_empty and len(np.unique(stage)) < self.problem.n_stages:
+            return False  # engines that solve a relaxed problem may leave stages empty
         self.stage, self.load, self.engine = stage, load, engine
         return True
 
