@@ -515,8 +515,9 @@ class Pipeline:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""
         made = self._planned
         cut = split(made.captured, made.plan, made.hazards)
+        order = _positions(self.model)
         modules = [
-            _stage_module(train, evaluate, device)
+            _stage_module(train, evaluate, device, order)
             for train, evaluate, device in zip(
                 cut.train.modules, cut.eval.modules, self._request.devices, strict=True
             )
@@ -629,10 +630,25 @@ def _submodules(module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _stage_module(train: fx.GraphModule, evaluate: fx.GraphModule, device: torch.device) -> StageModule:
-    """A stage's graphs as a plain module that runs without fx."""
+def _stage_module(
+    train: fx.GraphModule, evaluate: fx.GraphModule, device: torch.device, order: Mapping[str, int]
+) -> StageModule:
+    """A stage's graphs as a plain module that runs without fx.
+
+    Its parameters come in the model's own order: optimizers and norms then do their sums in that order too.
+    """
     held = {**attributes(train, train.graph), **attributes(evaluate, evaluate.graph)}
-    return StageModule(held, _code(train, device), _code(evaluate, device))
+    names = sorted(held, key=lambda name: (order.get(name, len(order)), name.count("."), name))
+    return StageModule({name: held[name] for name in names}, _code(train, device), _code(evaluate, device))
+
+
+def _positions(model: nn.Module) -> dict[str, int]:
+    """Where each module, parameter and buffer stands in the model, in the order of its `parameters()`."""
+    names: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.append(path)
+        names += [f"{path}.{own}" if path else own for own in (*module._parameters, *module._buffers)]
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
 
 
 def _code(module: fx.GraphModule, device: torch.device) -> Code:

@@ -32,13 +32,13 @@ class StageModule(nn.Module):
     """One stage as an ordinary module: the model's own submodules under their own names, one code per mode.
 
     Which code runs follows ``self.training``. It pickles as source text, where an ``fx.GraphModule`` would
-    be traced anew.
+    be traced anew. ``attributes`` are assigned in the order given; a module comes before what is inside it.
     """
 
     def __init__(self, attributes: Mapping[str, Any], train: Code, evaluate: Code) -> None:
         super().__init__()
-        for name in sorted(attributes, key=lambda n: (n.count("."), n)):
-            _assign(self, name, attributes[name])
+        for name, value in attributes.items():
+            _assign(self, name, value)
         self._code = {True: train, False: evaluate}
         self._forward = {mode: code.compile() for mode, code in self._code.items()}
 

@@ -98,13 +98,23 @@ class StageRunner:
         }
         shrink = [config.lr_shrink ** (self.n_stages - 1 - k) for k in range(self.n_stages)]
         self.weights = Weights(self.module, owner_of, config, shrink, self.stage)
-        self.tied = TiedGradients(program, self.weights, links, scheduled=config.scheduler_step == "update")
+        # Back-propagation clips by one batch's gradients: no stage steps before the first one has its own.
+        self.together = config.one_batch_at_a_time and config.max_grad_norm is not None
+        self.tied = TiedGradients(
+            program,
+            self.weights,
+            links,
+            scheduled=config.scheduler_step == "update",
+            together=self.together,
+        )
         self.tick = 0
         self.feeds: dict[int, Feed] = {}
         self.in_flight: dict[int, InFlight] = {}
         self.measure: Measure | None = None
         self._flags: list[tuple[nn.Module, bool]] = []
         self.update: Update | None = None  # the update that this tick brings, if it does
+        self.postponed: Update | None = None  # the update that waits for all stages' gradients
+        self.postponed_slot = -1
         self._call = self._functional_call
         if config.compile_stages:
             self._call = torch.compile(self._functional_call)
@@ -126,15 +136,30 @@ class StageRunner:
             if slot in self.feeds:
                 self.update = self._last_stage(slot)
         else:
-            slot = backward_slot(self.stage, self.tick, self.n_stages)
+            slot = self._backwarded
             if slot in self.in_flight:
                 self.update = self._backward(slot)
+        if self.together:
+            self._postpone()
         return self._squared_norm() if self.update is not None and self.config.max_grad_norm else 0.0
+
+    def _postpone(self) -> None:
+        """Hold the update back until the tick in which the first stage backwards the batch."""
+        if self.update is not None:
+            self.postponed, self.postponed_slot = self.update, self._backwarded
+            self.update = None
+        if self.postponed is not None and self.postponed_slot == backward_slot(0, self.tick, self.n_stages):
+            self.update, self.postponed = self.postponed, None
+
+    @property
+    def _backwarded(self) -> int:
+        """The slot that this stage backwards in this tick."""
+        return backward_slot(self.stage, self.tick, self.n_stages)
 
     def finish(self, squared_norm: float = 0.0) -> None:
         """The step, then the first forward of all stages but the last."""
         if self.update is not None:
-            slot = backward_slot(self.stage, self.tick, self.n_stages)
+            slot = self.postponed_slot if self.together else self._backwarded
             self._step(slot, squared_norm, self.update)
         if not self.program.is_last and forward_slot(self.stage, self.tick) in self.feeds:
             self._first_forward(forward_slot(self.stage, self.tick))

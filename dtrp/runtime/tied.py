@@ -29,13 +29,20 @@ from .weights import Weights
 class TiedGradients:
     """One stage's part in the exchange; does nothing where no parameter is tied.
 
-    ``scheduled``: whether learning-rate schedulers step with every update.
+    ``scheduled``: whether learning-rate schedulers step with every update. ``together``: all stages step in
+    the tick in which the first one backwards the batch, not each in its own.
     """
 
     def __init__(
-        self, program: StageProgram, weights: Weights, links: Links, *, scheduled: bool = True
+        self,
+        program: StageProgram,
+        weights: Weights,
+        links: Links,
+        *,
+        scheduled: bool = True,
+        together: bool = False,
     ) -> None:
-        self.scheduled = scheduled
+        self.scheduled, self.together = scheduled, together
         self.stage, self.n_stages = program.stage, program.n_stages
         self.weights, self.links = weights, links
         self.owned: dict[int, list[str]] = defaultdict(list)  # guest stage -> my names, in channel order
@@ -111,7 +118,8 @@ class TiedGradients:
     def collect(self, tick: int | None) -> None:
         """Guest: take in the sums of all ticks before ``tick`` and step with them [4] (``None``: all)."""
         for owner, slots in self.due.items():
-            while slots and (tick is None or backward_tick(owner, slots[0][0], self.n_stages) < tick):
+            pace = 0 if self.together else owner  # the stage whose backward sets the owner's step
+            while slots and (tick is None or backward_tick(pace, slots[0][0], self.n_stages) < tick):
                 slot, update = slots.popleft()
                 message = self.links.receive(Channel("tied-sum", owner, self.stage), slot)
                 if message.skip:
