@@ -171,8 +171,9 @@ def partition(
     allow_empty : bool
         Whether stages may stay empty; else all K hold something.
     engine : {"auto", "interval", "search", "downsets"}
-        ``"interval"``: exact for the graph's own order only. ``"search"``: over orders. ``"auto"``: all, to
-        the best result.
+        ``"interval"``: exact for the graph's own order only, fastest. ``"search"``: several orders, then
+        local search. ``"downsets"``: several orders, then exact over down-sets as far as time allows.
+        ``"auto"``: all of them, with bounds from smaller problems where there are too many down-sets.
     time_limit : float
         Seconds after which the best so far is returned with its bound.
     seed : int
@@ -193,8 +194,19 @@ def partition(
 
     Notes
     -----
-    Minimising the bottleneck over all contiguous partitions of a DAG is NP-hard; for one topological order
-    it takes O(K n^2). See the engines' modules for methods, complexity and references.
+    Minimising the bottleneck over all contiguous partitions of a DAG is NP-hard. For one topological order
+    it takes O(K n^2) at most (`solvers.intervals`). The exact engine is polynomial in the number of down-sets
+    near the best load (`solvers.windows`, `solvers.downsets`, `solvers.chains`): about n for a chain of
+    blocks, exponential in the width in general. Safe merging (`solvers.reduce`) comes first. Where there are
+    too many down-sets, cores without cheap groups that are unordered with most others (`solvers.relax`) give
+    bounds and partitions, and local search (`solvers.search`) uses the time that is left.
+
+    References
+    ----------
+    .. [1] J. Tarnawski, A. Phanishayee, N. Devanur, D. Mahajan, F. Nina Paravecino, "Efficient Algorithms for
+       Device Placement of DNN Graph Operators", NeurIPS 2020 (dynamic programming over down-sets).
+    .. [2] S. H. Bokhari, "Partitioning problems in parallel, pipelined, and distributed computing", IEEE
+       Transactions on Computers 37(1), 1988 (chains).
 
     Examples
     --------
