@@ -89,7 +89,7 @@ class Signature:
         for i, tensor in zip(self.tensors, tensors, strict=True):
             leaves[i] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        return args, kwargs
+        return _optional_by_name(self.forward, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,25 @@ def _bind(
             root = f"args[{key.idx}]"
         names.append(root + pytree.keystr(tuple(rest)))
     return [leaf for _, leaf in pairs], names, spec
+
+
+def _optional_by_name(
+    forward: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with arguments that have defaults given by name, as users give them.
+
+    Decorators around a forward (as transformers has them) add keyword arguments of their own, which must
+    not meet the same arguments given by position.
+    """
+    parameters = list(forward.parameters.values())[: len(args)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters) or len(parameters) < len(args):
+        return args, kwargs
+    first = next(
+        (i for i, p in enumerate(parameters) if p.default is not p.empty and p.kind is not p.POSITIONAL_ONLY),
+        len(args),
+    )
+    named = {p.name: value for p, value in zip(parameters[first:], args[first:], strict=True)}
+    return args[:first], {**named, **kwargs}
 
 
 def _same(a: Any, b: Any) -> bool:

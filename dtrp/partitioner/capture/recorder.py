@@ -112,6 +112,8 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         with self._pause():
+            if getattr(func, "__name__", "") == "__set__" and property_name(func) == "requires_grad":
+                return self._set_requires_grad(*args)
             self._refuse(func)
             return self._call(func, node_form, args, kwargs)
 
@@ -194,6 +196,12 @@ class Recorder(TorchFunctionMode):
             return result  # a question, answered
         node = self._new(*self._written(form(function, args, kwargs), bool(changed)), result)
         return self._learn_all(result, outputs, node, inputs, changed)
+
+    def _set_requires_grad(self, tensor: torch.Tensor, value: bool) -> None:
+        node = self._new("call_method", "requires_grad_", (self._argument(tensor), value), {}, tensor)
+        tensor.requires_grad = value
+        node.meta["val"] = light(tensor)
+        self._learn(tensor, node)
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._pause():
