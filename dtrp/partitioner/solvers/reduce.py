@@ -136,6 +136,8 @@ def contract(problem: Problem, label: Ints) -> Reduced:
     Contradiction
         Groups pinned to different stages end up as one.
     """
+    if np.all(label >= 0) and len(np.unique(label)) == problem.n:
+        return Reduced(problem, problem, np.arange(problem.n))
     graph = nx.DiGraph()
     graph.add_nodes_from(int(x) for x in np.unique(label[label >= 0]))
     successors = _successors_without(problem, label)
