@@ -78,9 +78,13 @@ class Chain:
     def run_stage(self, index: int, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run one stage on its inputs, in the manifest's order; gives its outputs."""
         stage = self.manifest.stages[index]
+        if not stage.outputs:
+            return []  # it gives numbers only, which later stages have as constants
         names = [v.name for v in stage.inputs]
         try:
-            made = self.sessions[index].run(None, dict(zip(names, inputs, strict=True)))
+            made = self.sessions[index].run(
+                [v.name for v in stage.outputs], dict(zip(names, inputs, strict=True))
+            )
         except Exception as e:
             shapes = ", ".join(f"{n}: {a.dtype}{list(a.shape)}" for n, a in zip(names, inputs, strict=True))
             raise ExportError(f"stage {index} ({stage.file}) failed in onnxruntime on {shapes}: {e}") from e

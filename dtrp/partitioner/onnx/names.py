@@ -85,12 +85,23 @@ def name_ends(
     for value, (name, end) in ends:
         value.name = name
         value.shape = ir.Shape(shape_text(name, end.shape))
+    if not outputs:
+        _give_nothing(ir, graph, f"{title}_nothing")
     graph.name = title
     model.producer_name, model.producer_version = "dtrp", None
     for node in model.graph.all_nodes():
         # torch leaves the source lines of the machine that exported.
         for key in [k for k in node.metadata_props if k != "namespace"]:
             del node.metadata_props[key]
+
+
+def _give_nothing(ir: Any, graph: Any, name: str) -> None:
+    """An empty output: a stage may give numbers only, which do not travel, but onnxruntime wants a value."""
+    node = ir.node("Constant", [], {"value_ints": ir.AttrInt64s("value_ints", [])})
+    graph.append(node)
+    (value,) = node.outputs
+    value.name, value.shape, value.type = name, ir.Shape([0]), ir.TensorType(ir.DataType.INT64)
+    graph.outputs.append(value)
 
 
 def _values(graph: Any) -> Iterable[Any]:
