@@ -1,7 +1,7 @@
-"""``compile()``: capture -> costs -> partition -> split; and `Pipeline`, which joins stages and runtime.
+"""``compile()`` and `Pipeline`: what users hold in their hands.
 
-The only file that knows both halves: the compiler (dtrp/partitioner) never runs anything, the runtime
-(dtrp/runtime) never sees a graph.
+This file and programs.py join the two halves: the compiler (dtrp/partitioner) never runs anything, the
+runtime (dtrp/runtime) never sees a graph.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from torch.optim import Optimizer
 
 from .errors import DtrpError
 from .loss_check import check_scalar_loss
-from .partitioner.capture import Captured, capture
-from .partitioner.costs import cost_graph
-from .partitioner.devices import DeviceSpec, device_spec
+from .partitioner.compiler import Compiled, Request, compile_model, device_specs, threads_per_stage
 from .partitioner.example import keep_example
-from .partitioner.hazards import Hazards, find_hazards
 from .partitioner.plan import Plan
-from .partitioner.planner import default_limits, make_plan, memory_limits
+from .partitioner.planner import default_limits, memory_limits
 from .partitioner.report import PartitionReport
-from .partitioner.split import Split, attributes, split
+from .partitioner.split import split
+from .programs import make_programs
 from .runtime.config import TrainConfig
 from .runtime.predictors import Predictor
-from .runtime.program import Code, StageModule, StageProgram, Tie
+from .runtime.program import StageProgram
 from .runtime.trainer import Trainer
 from .runtime.weights import build_optimizer
 
@@ -109,35 +107,11 @@ def compile(
         raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
     pipeline = Pipeline(
         model,
-        _Request(places, memory_limit, recompute, costs, bandwidth, plan),
+        Request(places, memory_limit, recompute, costs, bandwidth, plan),
     )
     if example_inputs is not None:
         pipeline.prepare(*_arguments(example_inputs))
     return pipeline
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What the user asked `compile` for."""
-
-    devices: tuple[torch.device, ...]
-    memory_limit: Any
-    recompute: bool | Literal["auto"]
-    costs: str
-    bandwidth: float | None
-    plan: Plan | None
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """What the compiler's pipe gave."""
-
-    captured: Captured
-    hazards: Hazards
-    graph: nx.DiGraph
-    plan: Plan
-    split: Split
-    report: PartitionReport
 
 
 @dataclass(frozen=True)
@@ -178,10 +152,10 @@ class Pipeline:
     Called like the model, it gives the same result, differentiable, in this process, stage after stage.
     """
 
-    def __init__(self, model: nn.Module, request: _Request) -> None:
+    def __init__(self, model: nn.Module, request: Request) -> None:
         self.model = model
         self._request = request
-        self._compiled: _Compiled | None = None
+        self._compiled: Compiled | None = None
         self._example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
 
     # ---- the model's own interface ---------------------------------------------------------------------
@@ -261,7 +235,7 @@ class Pipeline:
         ]
 
     @property
-    def _planned(self) -> _Compiled:
+    def _planned(self) -> Compiled:
         if self._compiled is None:
             raise DtrpError(
                 "the pipeline has not been planned yet: pass example_inputs to dtrp.compile, or call the "
@@ -391,7 +365,7 @@ class Pipeline:
             param_groups=param_groups,
             scheduler_step=scheduler_step,
             compile_stages=compile_stages,
-            threads=_threads(self.n_stages) if threads is None else threads,
+            threads=threads_per_stage(self.n_stages) if threads is None else threads,
         )
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -483,7 +457,7 @@ class Pipeline:
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for a call with these arguments, unless planned already."""
         if self._compiled is None:
-            self._compiled = _compile(self.model, self._request, args, kwargs)
+            self._compiled = compile_model(self.model, self._request, args, kwargs)
             self._example = keep_example(self.bind(args, kwargs))
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -506,81 +480,14 @@ class Pipeline:
         if given is not None:
             return [None if limit is None else int(limit) for limit in given]
         devices = self._request.devices
-        own = default_limits(_specs(devices))
+        own = default_limits(device_specs(devices))
         return [
             int(m) if m is not None and d.type == "cuda" else None for m, d in zip(own, devices, strict=True)
         ]
 
     def programs(self) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""
-        made = self._planned
-        cut = split(made.captured, made.plan, made.hazards)
-        order = _positions(self.model)
-        modules = [
-            _stage_module(train, evaluate, device, order)
-            for train, evaluate, device in zip(
-                cut.train.modules, cut.eval.modules, self._request.devices, strict=True
-            )
-        ]
-        written = made.hazards.written_inputs
-        return [
-            StageProgram(
-                stage=k,
-                module=module,
-                train=cut.train.wiring,
-                evaluate=cut.eval.wiring,
-                recompute=made.plan.recompute[k],
-                device=self._request.devices[k],
-                ties=_ties(modules),
-                writes_inputs=not written.isdisjoint(cut.train.wiring.caller_inputs(k)),
-            )
-            for k, module in enumerate(modules)
-        ]
-
-
-def _compile(
-    model: nn.Module, request: _Request, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> _Compiled:
-    """The compiler's pipe, from model to stages."""
-    n_stages = len(request.devices)
-    captured = capture(model, args, kwargs)
-    if request.plan is not None:
-        request.plan.check(captured, n_stages)
-    hazards = find_hazards(captured)
-    specs = _specs(request.devices)
-    graph = cost_graph(captured, device=specs, bandwidth=request.bandwidth, mode=request.costs)
-    devices = [s.with_link(request.bandwidth) for s in specs]
-    plan = request.plan
-    if plan is None:
-        plan = make_plan(
-            captured,
-            graph,
-            hazards,
-            n_stages,
-            devices=devices,
-            memory_limit=request.memory_limit,
-            recompute=request.recompute,
-        )
-    else:
-        nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
-    report = PartitionReport.of(
-        captured, graph, plan, devices=request.devices, specs=devices, memory_limit=request.memory_limit
-    )
-    return _Compiled(captured, hazards, graph, plan, split(captured, plan, hazards), report)
-
-
-def _specs(devices: Sequence[torch.device]) -> list[DeviceSpec]:
-    known: dict[str, DeviceSpec] = {}
-    threads = _threads(len(devices))
-    for device in map(str, devices):
-        if device not in known:
-            known[device] = device_spec(device, threads=threads)
-    return [known[str(device)] for device in devices]
-
-
-def _threads(n_stages: int) -> int:
-    """CPU threads of a stage: the cores shared out evenly, at least one."""
-    return max(1, (os.cpu_count() or 1) // n_stages)
+        return make_programs(self._planned, self.model, self._request.devices)
 
 
 def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
@@ -628,46 +535,3 @@ def _submodules(module: fx.GraphModule) -> tuple[str, ...]:
         elif node.op == "get_attr" and "." in target:
             names.append(target.rpartition(".")[0])
     return tuple(dict.fromkeys(names))
-
-
-def _stage_module(
-    train: fx.GraphModule, evaluate: fx.GraphModule, device: torch.device, order: Mapping[str, int]
-) -> StageModule:
-    """A stage's graphs as a plain module that runs without fx.
-
-    Its parameters come in the model's own order: optimizers and norms then do their sums in that order too.
-    """
-    held = {**attributes(train, train.graph), **attributes(evaluate, evaluate.graph)}
-    names = sorted(held, key=lambda name: (order.get(name, len(order)), name.count("."), name))
-    return StageModule({name: held[name] for name in names}, _code(train, device), _code(evaluate, device))
-
-
-def _positions(model: nn.Module) -> dict[str, int]:
-    """Where each module, parameter and buffer stands in the model, in the order of its `parameters()`."""
-    names: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        names.append(path)
-        names += [f"{path}.{own}" if path else own for own in (*module._parameters, *module._buffers)]
-    return {name: i for i, name in enumerate(dict.fromkeys(names))}
-
-
-def _code(module: fx.GraphModule, device: torch.device) -> Code:
-    """A graph's generated code, with device constants set to ``device``."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
-        if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values())):
-            node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
-            node.kwargs = {k: device if isinstance(a, torch.device) else a for k, a in node.kwargs.items()}
-    code = graph.python_code("self")
-    return Code(code.src, code.globals)
-
-
-def _ties(modules: Sequence[nn.Module]) -> tuple[Tie, ...]:
-    """Trainable parameters that several stages hold."""
-    holders: dict[int, list[tuple[int, str]]] = {}
-    for k, module in enumerate(modules):
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                holders.setdefault(id(parameter), []).append((k, name))
-    return tuple(Tie(tuple(places)) for places in holders.values() if len(places) > 1)

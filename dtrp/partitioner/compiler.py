@@ -1,0 +1,130 @@
+"""The compiler's pipe, from model to stages: capture -> hazards -> costs -> plan -> split -> report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import nn
+
+from ..errors import CaptureError
+from .capture import Captured, capture
+from .costs import cost_graph
+from .devices import DeviceSpec, device_spec
+from .hazards import Hazards, find_hazards
+from .plan import Plan
+from .planner import make_plan
+from .report import PartitionReport
+from .split import Split, split
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked `dtrp.compile` for."""
+
+    devices: tuple[torch.device, ...]
+    memory_limit: Any
+    recompute: bool | Literal["auto"]
+    costs: str
+    bandwidth: float | None
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler's pipe gave."""
+
+    captured: Captured
+    hazards: Hazards
+    graph: nx.DiGraph
+    plan: Plan
+    split: Split
+    report: PartitionReport
+
+
+def compile_model(
+    model: nn.Module, request: Request, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Compiled:
+    """The compiler's pipe, from model to stages.
+
+    Where a module that was kept whole takes more than a stage's share of the time, the model is captured
+    again by a way that opens it, and the better plan is taken.
+    """
+    captured = capture(model, args, kwargs)
+    if request.plan is not None:
+        request.plan.check(captured, len(request.devices))
+    compiled = _cut(captured, request)
+    heavy = _heavy_leaves(compiled) if request.plan is None else []
+    if heavy:
+        try:
+            finer = _cut(capture(model, args, kwargs, opened=heavy), request)
+        except CaptureError as e:
+            log.info("%s cannot be opened for a better balance: %s", ", ".join(heavy), e)
+        else:
+            if finer.report.tick_time < compiled.report.tick_time:
+                return finer
+    return compiled
+
+
+def _cut(captured: Captured, request: Request) -> Compiled:
+    """The pipe behind capturing."""
+    n_stages = len(request.devices)
+    hazards = find_hazards(captured)
+    specs = device_specs(request.devices)
+    graph = cost_graph(captured, device=specs, bandwidth=request.bandwidth, mode=request.costs)
+    devices = [s.with_link(request.bandwidth) for s in specs]
+    plan = request.plan
+    if plan is None:
+        plan = make_plan(
+            captured,
+            graph,
+            hazards,
+            n_stages,
+            devices=devices,
+            memory_limit=request.memory_limit,
+            recompute=request.recompute,
+        )
+    else:
+        nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
+    report = PartitionReport.of(
+        captured, graph, plan, devices=request.devices, specs=devices, memory_limit=request.memory_limit
+    )
+    return Compiled(captured, hazards, graph, plan, split(captured, plan, hazards), report)
+
+
+def _heavy_leaves(compiled: Compiled) -> list[str]:
+    """Modules kept whole that take more time than a stage's even share."""
+    kept = {leaf.module for leaf in compiled.captured.kept_whole}
+    seconds = {
+        node: data["forward_time"] + data["backward_time"] for node, data in compiled.graph.nodes(data=True)
+    }
+    share = sum(seconds.values()) / compiled.plan.n_stages
+    return sorted(
+        {
+            data["module"]
+            for node, data in compiled.graph.nodes(data=True)
+            if data["module"] in kept and seconds[node] > share
+        }
+    )
+
+
+def device_specs(devices: Sequence[torch.device]) -> list[DeviceSpec]:
+    """What the stages' devices can do, one entry per stage."""
+    known: dict[str, DeviceSpec] = {}
+    threads = threads_per_stage(len(devices))
+    for device in map(str, devices):
+        if device not in known:
+            known[device] = device_spec(device, threads=threads)
+    return [known[str(device)] for device in devices]
+
+
+def threads_per_stage(n_stages: int) -> int:
+    """CPU threads of a stage: the cores shared out evenly, at least one."""
+    return max(1, (os.cpu_count() or 1) // n_stages)
