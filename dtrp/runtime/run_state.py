@@ -171,6 +171,17 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {n: first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
+def check_builds(model: nn.Module, config: TrainConfig) -> None:
+    """Make optimizer and scheduler once, to complain now rather than in a worker.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The user's callables do not give what they should.
+    """
+    _all_parameters(model, config)
+
+
 def _all_parameters(model: nn.Module, config: TrainConfig) -> ParameterSet:
     """All trainable parameters, as one stage would hold them; fresh."""
     return ParameterSet.build({n: p for n, p in model.named_parameters() if p.requires_grad}, config, 1.0)

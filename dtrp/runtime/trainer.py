@@ -26,7 +26,7 @@ from .executors import EXECUTORS, start
 from .executors.base import Executor
 from .program import StageProgram
 from .progress import Bar
-from .run_state import RunState
+from .run_state import RunState, check_builds
 from .schedule import drain_ticks
 from .stats import StageStats
 from .timeline import write_timeline
@@ -99,6 +99,7 @@ class Trainer:
             raise TypeError(f"compensation_warmup={compensation_warmup!r}: expected an int >= 1")
         if compensation_warmup < 1:
             raise ValueError(f"compensation_warmup={compensation_warmup!r}: expected an int >= 1")
+        check_builds(host.model, config)
         self.config = config
         self.losses: list[float] = []
         self.skipped = 0

@@ -10,6 +10,7 @@ True weights are never overwritten by predicted ones, so there is nothing to res
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,16 @@ class ParameterSet:
         scheduler = None
         if config.lr_scheduler is not None:
             scheduler = config.lr_scheduler(optimizer)
+            if not callable(getattr(scheduler, "step", None)):
+                raise TypeError(
+                    f"lr_scheduler: the callable returned {type(scheduler).__name__}, expected a scheduler; "
+                    f"pass for example partial(torch.optim.lr_scheduler.StepLR, step_size=30)"
+                )
+            if config.scheduler_step == "update" and _wants_metric(scheduler):
+                raise ValueError(
+                    f"{type(scheduler).__name__} steps on a metric, which there is none of after an update; "
+                    f"use scheduler_step='epoch'"
+                )
         return cls(
             dict(names),
             optimizer,
@@ -78,12 +89,17 @@ class ParameterSet:
         self.waiting = 0
 
     def schedule(self, *metrics: float) -> None:
-        """One step of the learning-rate scheduler, if there is one."""
+        """One step of the learning-rate scheduler, if there is one; a metric for those that ask for one."""
         if self.scheduler is not None:
-            self.scheduler.step(*metrics)
+            self.scheduler.step(*(metrics if _wants_metric(self.scheduler) else ()))
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _wants_metric(scheduler: Any) -> bool:
+    """Whether it is one of those that `torch.optim.lr_scheduler.ReduceLROnPlateau` is the model of."""
+    return "metrics" in inspect.signature(scheduler.step).parameters
 
 
 def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:

@@ -75,6 +75,11 @@ def test_an_optimizer_that_is_one_already(pipe: dtrp.Pipeline) -> None:
         pipe.trainer(F.cross_entropy, made)
 
 
+def test_a_scheduler_that_is_none(pipe: dtrp.Pipeline) -> None:
+    with pytest.raises(TypeError, match="the callable returned str, expected a scheduler"):
+        trainer(pipe, lr_scheduler=str)
+
+
 def test_an_optimizer_that_gives_something_else(pipe: dtrp.Pipeline) -> None:
     with pytest.raises(TypeError, match=r"the callable returned list, expected a torch\.optim\.Optimizer"):
         pipe.trainer(F.cross_entropy, list)
@@ -95,6 +100,7 @@ def test_an_optimizer_that_gives_something_else(pipe: dtrp.Pipeline) -> None:
         ({"predictor": "adam"}, "Adam's moments, which SGD does not keep"),
         ({"predictor": "linear", "optimizer": ADAMW}, "a velocity, which AdamW does not keep"),
         ({"predictor": "geometric", "optimizer": partial(torch.optim.SGD, lr=0.1)}, "momentum is 0"),
+        ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "steps on a metric"),
         ({"optimizer": torch.optim.LBFGS}, "evaluates the loss several times per step"),
         ({"autocast": torch.float16}, "needs loss scaling"),
         ({"autocast": torch.int8}, "torch.bfloat16"),

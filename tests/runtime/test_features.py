@@ -1,0 +1,612 @@
+"""What a plain loop can do: edge cases of batches, schedules per epoch, metrics, several trainers at once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+import dtrp
+
+from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
+
+
+def plain(model: nn.Module, data: Any, optimizer: Any = SGD) -> list[float]:
+    """The loop that everybody writes."""
+    opt = optimizer(model.parameters())
+    losses = []
+    for x, y in data:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def calm() -> nn.Module:
+    return mlp(dropout=0.0)
+
+
+# --- Batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dtrp", "fdg", "bp"])
+def test_fewer_batches_than_stages(method: str) -> None:
+    with trainer(compiled(n_stages=4), method=method) as t:
+        for x, y in batches(2):
+            t.step(x, y)
+        t.flush()
+        assert len(t.losses) == 2
+
+
+def test_an_empty_loader() -> None:
+    with trainer(compiled()) as t:
+        (row,) = t.fit([], 1)
+        assert math.isnan(row["train_loss"])
+        assert t.evaluate([]) == {}
+        assert t.losses == []
+        assert t.stats == []
+
+
+def test_a_trainer_that_is_never_used() -> None:
+    model = mlp()
+    start = copy.deepcopy(model.state_dict())
+    with trainer(compiled(model)) as t:
+        t.flush()
+    assert same(model.state_dict(), start)
+
+
+def sizes() -> list[tuple[Tensor, Tensor]]:
+    return [batches(1, size=s, seed=s)[0] for s in (4, 1, 7, 2, 9, 1, 3)]
+
+
+def test_batch_sizes_that_change_every_step_down_to_one() -> None:
+    model, twin = mlp(norm=False, dropout=0.0), mlp(norm=False, dropout=0.0)
+    with trainer(compiled(model, 3), method="bp") as t:
+        for x, y in sizes():
+            t.step(x, y)
+        assert t.losses == plain(twin, sizes())
+    assert same(model.state_dict(), twin.state_dict())
+    with trainer(compiled(mlp(norm=False), 3)) as t:
+        for x, y in sizes():
+            t.step(x, y)
+        t.flush()
+        assert len(t.losses) == len(sizes())
+
+
+def test_many_stages() -> None:
+    """As many as there can be on this model, twice over what the machine has cores."""
+    model = mlp(8, norm=False)
+    with trainer(compiled(model, 16)) as t:
+        for x, y in batches(40):
+            t.step(x, y)
+        t.flush()
+        assert len(t.losses) == 40
+        assert [s.most_stashed for s in t.stats][:15] >= [2 * (15 - k) for k in range(15)]
+
+
+@pytest.mark.slow
+def test_sixteen_processes_on_two_cores() -> None:
+    states = []
+    for executor in ("inline", "workers"):
+        model = mlp(8, norm=False)
+        with trainer(compiled(model, 16), executor) as t:
+            for x, y in batches(40):
+                t.step(x, y)
+        states.append(model.state_dict())
+    assert same(*states)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------
+
+
+def test_evaluation_before_the_first_step_and_while_filling() -> None:
+    model = mlp()
+    data = batches(5)
+    with torch.no_grad():
+        model.eval()
+        expected = sum(float(F.cross_entropy(model(x), y)) for x, y in data) / 5
+        model.train()
+    quiet = []
+    for evaluates in (False, True):
+        model = mlp()
+        with trainer(compiled(model, 4)) as t:
+            if evaluates:
+                assert t.evaluate(data)["loss"] == pytest.approx(expected)
+            t.step(*data[0])
+            t.step(*data[1])
+            if evaluates:
+                t.evaluate(data)
+            t.flush()
+            for x, y in data:
+                t.step(x, y)
+        quiet.append(copy.deepcopy(model.state_dict()))
+    assert same(*quiet)
+
+
+def worst(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="none").max()
+
+
+def test_metrics() -> None:
+    model = mlp()
+    data = [batches(1, size=4)[0], batches(1, size=2, seed=7)[0]]
+    with trainer(compiled(model)) as t:
+        found = t.evaluate(data, metric={"worst": worst, "one": lambda output, target: 1.0})
+        assert set(found) == {"loss", "worst", "one"}
+        with torch.no_grad():
+            model.eval()
+            expected = (
+                4 * worst(model(data[0][0]), data[0][1]) + 2 * worst(model(data[1][0]), data[1][1])
+            ) / 6
+        assert found["worst"] == pytest.approx(float(expected))
+        assert found["one"] == 1.0
+        assert set(t.evaluate(data, metric=worst)) == {"loss", "worst"}
+        with pytest.raises(TypeError, match="metric=3: expected a callable"):
+            t.evaluate(data, metric=3)
+
+
+def test_the_models_own_mode_is_not_the_trainers() -> None:
+    """`eval` and `train` on the model between steps change nothing that is trained."""
+    states = []
+    for switches in (False, True):
+        model = mlp()
+        pipe = compiled(model)
+        with trainer(pipe) as t:
+            for i, (x, y) in enumerate(batches(8)):
+                t.step(x, y)
+                if switches:
+                    pipe.train(i % 2 == 0)
+        states.append(copy.deepcopy(model.state_dict()))
+    assert same(*states)
+
+
+# --- Schedules ------------------------------------------------------------------------------------------
+
+
+def test_plateau_per_epoch() -> None:
+    """Halves the rate after each epoch whose loss is not far better than the best: as in the plain loop."""
+    plateau = partial(lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.5)
+    model, twin = calm(), calm()
+    data, val = batches(6), batches(3, seed=5)
+    with trainer(compiled(model, 3), method="bp", lr_scheduler=plateau, scheduler_step="epoch") as t:
+        history = t.fit(data, 4, val)
+    opt = SGD(twin.parameters())
+    scheduler = plateau(opt)
+    for row in history:
+        for x, y in data:
+            F.cross_entropy(twin(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+        scheduler.step(row["loss"])
+    assert opt.param_groups[0]["lr"] < 0.05
+    assert same(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("scheduler_step", ["update", "epoch"])
+def test_steps_of_a_schedule(scheduler_step: Any) -> None:
+    model, twin = calm(), calm()
+    schedule = partial(lr_scheduler.StepLR, step_size=2, gamma=0.1)
+    with trainer(compiled(model, 2), method="bp", lr_scheduler=schedule, scheduler_step=scheduler_step) as t:
+        t.fit(batches(3), 3)
+    opt = SGD(twin.parameters())
+    scheduler = schedule(opt)
+    for _ in range(3):
+        for x, y in batches(3):
+            F.cross_entropy(twin(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+            if scheduler_step == "update":
+                scheduler.step()
+        if scheduler_step == "epoch":
+            scheduler.step()
+    assert same(model.state_dict(), twin.state_dict())
+
+
+# --- Parameters -----------------------------------------------------------------------------------------
+
+
+class Idle(nn.Module):
+    """Has a layer that the loss never sees, one that nothing uses, and one whose gradient is always zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.unseen, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.zero = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(self.a(x))
+        side = self.unseen(x)
+        return self.c(torch.tanh(self.b(x)) + 0.0 * self.zero), side
+
+
+def first_of(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    return F.cross_entropy(output[0], target)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)])
+@pytest.mark.parametrize("n_stages", [2, 3])
+def test_parameters_without_gradient(n_stages: int, optimizer: Any) -> None:
+    torch.manual_seed(0)
+    model = Idle()
+    twin = copy.deepcopy(model)
+    with trainer(compiled(model, n_stages), "inline", first_of, method="bp", optimizer=optimizer) as t:
+        for x, y in batches(5):
+            t.step(x, y)
+    opt = optimizer(twin.parameters())
+    for x, y in batches(5):
+        first_of(twin(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    assert same(model.state_dict(), twin.state_dict())
+    with trainer(compiled(model, n_stages), "inline", first_of, optimizer=optimizer) as t:
+        for x, y in batches(5):
+            t.step(x, y)
+
+
+@pytest.mark.parametrize("frozen", [range(8), range(8, 17)])
+@pytest.mark.parametrize("method", ["dtrp", "fdg"])
+def test_whole_stages_frozen(frozen: range, method: str) -> None:
+    """They are not backwarded where nothing below them learns, and their buffers are trained all the same."""
+    model = mlp(4)
+    for i in frozen:
+        for p in model[i].parameters():
+            p.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with trainer(compiled(model, 4), method=method, record=True) as t:
+        for x, y in batches(12):
+            t.step(x, y)
+    after = model.state_dict()
+    assert all(
+        torch.equal(before[f"{i}.weight"], after[f"{i}.weight"]) for i in frozen if f"{i}.weight" in after
+    )
+    assert not torch.equal(before["1.running_mean"], after["1.running_mean"])
+    if 0 in frozen:
+        assert not any(e.stage == 0 and e.kind in ("backward", "recompute") for e in t.events)
+
+
+# --- Loaders, devices, seeds ----------------------------------------------------------------------------
+
+
+def test_a_data_loader_with_processes_of_its_own() -> None:
+    xs, ys = zip(*batches(5), strict=True)
+    dataset = TensorDataset(torch.cat(xs), torch.cat(ys))
+    model, twin = calm(), calm()
+    loader = DataLoader(dataset, batch_size=8, num_workers=1)
+    with trainer(compiled(model), method="bp") as t:
+        t.fit(loader, 1)
+        assert t.losses == plain(twin, DataLoader(dataset, batch_size=8))
+        assert t.samples == 20
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_seed_makes_a_run_reproducible(seed: int | None) -> None:
+    states = []
+    for _ in range(2):
+        model = mlp(dropout=0.4)
+        torch.manual_seed(11)  # without a seed, torch's own generator decides
+        with trainer(compiled(model), seed=seed) as t:
+            for x, y in batches(6):
+                t.step(x, y)
+        states.append(model.state_dict())
+    assert same(*states)
+
+
+def test_two_trainers_at_once_and_one_after_the_other() -> None:
+    def alone(seed: int) -> dict[str, Tensor]:
+        model = mlp(seed=seed)
+        with trainer(compiled(model), seed=seed) as t:
+            for x, y in batches(8):
+                t.step(x, y)
+        return model.state_dict()
+
+    one, two = mlp(seed=1), mlp(seed=2)
+    with trainer(compiled(one), seed=1) as a, trainer(compiled(two), seed=2) as b:
+        for x, y in batches(8):
+            a.step(x, y)
+            b.step(x, y)
+    assert same(one.state_dict(), alone(1))
+    assert same(two.state_dict(), alone(2))
+
+
+def test_a_second_trainer_goes_on_with_the_weights() -> None:
+    model = calm()
+    pipe = compiled(model)
+    twin = calm()
+    for _ in range(2):
+        with trainer(pipe, method="bp") as t:
+            for x, y in batches(4):
+                t.step(x, y)
+        plain(twin, batches(4))
+    assert same(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.slow
+def test_two_trainers_in_worker_processes_at_once() -> None:
+    models = [mlp(seed=s) for s in (1, 2, 1, 2)]
+    with trainer(compiled(models[0]), "workers") as a, trainer(compiled(models[1]), "workers") as b:
+        for x, y in batches(8):
+            a.step(x, y)
+            b.step(x, y)
+    for model in models[2:]:
+        with trainer(compiled(model)) as t:
+            for x, y in batches(8):
+                t.step(x, y)
+    assert same(models[0].state_dict(), models[2].state_dict())
+    assert same(models[1].state_dict(), models[3].state_dict())
+
+
+# --- Batch compensation ---------------------------------------------------------------------------------
+
+
+def test_joined_batches_are_one_batch() -> None:
+    """m = 3 over 7 batches: two of three and one of one, with the rate scaled by 3, 3 and 1."""
+    model, twin = calm(), calm()
+    data = batches(7)
+    with trainer(compiled(model), method="bp", batch_compensation=3, compensation_warmup=1) as t:
+        seen = [t.step(x, y) for x, y in data]
+        assert [loss is None for loss in seen] == [True, True, False, False, False, False, False]
+        t.flush()
+        losses = t.losses
+    opt = SGD(twin.parameters())
+    expected = []
+    for group in (data[:3], data[3:6], data[6:]):
+        opt.param_groups[0]["lr"] = 0.05 * len(group)
+        loss = F.cross_entropy(twin(torch.cat([x for x, _ in group])), torch.cat([y for _, y in group]))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        expected += [loss.item()] * len(group)
+    assert losses == expected
+    assert same(model.state_dict(), twin.state_dict())
+
+
+def test_the_scale_warms_up_and_the_schedule_counts_the_users_batches() -> None:
+    model, twin = calm(), calm()
+    data = batches(8)
+    schedule = partial(lr_scheduler.ExponentialLR, gamma=0.9)
+    knobs = {"method": "bp", "batch_compensation": 2, "compensation_warmup": 4, "lr_scheduler": schedule}
+    with trainer(compiled(model), **knobs) as t:
+        for x, y in data:
+            t.step(x, y)
+    opt = SGD(twin.parameters())
+    for u in range(4):
+        opt.param_groups[0]["lr"] = 0.05 * 0.9 ** (2 * u) * (1 + (u + 1) / 4)
+        (x1, y1), (x2, y2) = data[2 * u : 2 * u + 2]
+        F.cross_entropy(twin(torch.cat([x1, x2])), torch.cat([y1, y2])).backward()
+        opt.step()
+        opt.zero_grad()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
+def test_batches_of_other_forms_are_not_joined() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.tanh(self.a(x)).mean(1))
+            return y
+
+    def batch(length: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(4, length, 8), torch.zeros(4, dtype=torch.long)
+
+    pipe = dtrp.compile(Mean(), n_gpus=2, example_inputs=batch(5)[0])
+    with trainer(pipe, batch_compensation=4) as t:
+        for length in (5, 5, 6, 6, 6, 6, 5):
+            t.step(*batch(length))
+        t.flush()
+        assert [len(set(t.losses[a:b])) for a, b in ((0, 2), (2, 6), (6, 7))] == [1, 1, 1]
+        assert len(set(t.losses)) == 3
+
+
+def test_auto_finds_a_size_says_so_and_keeps_it(caplog: pytest.LogCaptureFixture) -> None:
+    data = batches(1500)
+    with caplog.at_level("WARNING", "dtrp"), trainer(compiled(), batch_compensation="auto") as t:
+        fed = 0
+        while not any("travel as one" in m for m in caplog.messages):
+            t.step(*data[fed])
+            fed += 1
+        t.flush()
+        assert len(t.losses) == fed
+    (said,) = [m for m in caplog.messages if "travel as one" in m]
+    assert "samples/s" in said
+    assert "at once" in said or "larger sizes" in said
+
+
+def test_auto_respects_the_memory_limit() -> None:
+    from dtrp.runtime.compensation import TRIAL, Tuner
+
+    tuner = Tuner([None, 999])
+    peaks = {1: 400, 2: 600}
+    sizes, done = [], False
+    while not done:
+        sizes.append(tuner.size)
+        assert tuner.entered(4 * tuner.size) == "warm up"
+        tuner.warmed_up()
+        for _ in range(TRIAL - 1):
+            assert tuner.entered(4 * tuner.size) == "go on"
+        assert tuner.entered(10**6 * tuner.size**3) == "measure"
+        done = tuner.measured([100, peaks[tuner.size]])
+    assert sizes == [1, 2]  # 4 would need 600 + 2 * 200
+    assert tuner.size == 2
+
+
+# --- Seeing it run --------------------------------------------------------------------------------------
+
+
+def test_statistics() -> None:
+    with trainer(compiled(n_stages=3, recompute=True)) as t:
+        for x, y in batches(10):
+            t.step(x, y)
+        t.flush()
+        stats = t.stats
+    assert [s.stage for s in stats] == [0, 1, 2]
+    assert all(s.ticks == 14 and s.tick_time > 0 and 0 < s.busy <= 1 and s.peak_memory > 2**20 for s in stats)
+    assert [s.most_stashed for s in stats] == [4, 2, 0]
+    assert [s.most_graphs for s in stats] == [1, 1, 1]
+    assert t.stats == stats  # still there afterwards
+
+
+def test_timeline(tmp_path: Any) -> None:
+    import json
+
+    path = tmp_path / "run.json"
+    with trainer(compiled(n_stages=3, recompute=True), timeline=path) as t:
+        for x, y in batches(5):
+            t.step(x, y)
+    events = json.loads(path.read_text())["traceEvents"]
+    kinds = {(e["pid"], e["cat"]) for e in events if e["ph"] == "X"}
+    every = {"forward", "backward", "step", "send", "wait"}
+    assert kinds >= {(k, kind) for k in range(3) for kind in every} - {(0, "nothing")}
+    assert {k for k, kind in kinds if kind == "recompute"} == {0, 1}
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_tensorboard(tmp_path: Any) -> None:
+    pytest.importorskip("tensorboard")
+    with trainer(compiled(), tensorboard=tmp_path) as t:
+        t.fit(batches(4), 1, batches(2))
+    assert list(tmp_path.glob("events.out.*"))
+
+
+def test_without_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="needs the package tensorboard: pip install"):
+        trainer(compiled(), tensorboard=tmp_path)
+
+
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrp.runtime.progress.PACE", 0.0)
+    with trainer(compiled(), progress=True) as t:
+        t.fit(batches(6), 1)
+    shown = capsys.readouterr().err
+    assert "epoch 1/1" in shown
+    assert "loss=" in shown
+    assert "samples/s=" in shown
+    assert "balance=" in shown
+
+
+class Talks(nn.Module):
+    """Logs in its forward, as user code may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        import logging
+
+        if not torch.compiler.is_compiling():
+            logging.getLogger("mine").error("seen %d", x.dim())
+        return x
+
+
+def talkative(output: Tensor, target: Tensor) -> Tensor:
+    import logging
+
+    logging.getLogger("mine").error("seen %d", len(target))
+    return F.cross_entropy(output, target)
+
+
+def test_logs_of_workers_come_with_the_stages_name(caplog: pytest.LogCaptureFixture) -> None:
+    """One run of worker processes also for what else needs them: statistics, timeline, glances."""
+    with caplog.at_level("WARNING"), trainer(compiled(mlp(3)), "workers", talkative, record=True) as t:
+        for x, y in batches(12):
+            t.step(x, y)
+        t.flush()
+        stats = t.stats
+        assert [s.ticks for s in stats] == [14, 14]
+        assert all(s.peak_memory > 2**26 and s.tick_time > 0 for s in stats)
+    assert ("mine", "[stage 1] seen 4") in [(r.name, r.getMessage()) for r in caplog.records]
+    assert {"forward", "backward", "step", "send", "wait"} <= {e.kind for e in t.events}
+
+
+# --- Options --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_stages() -> None:
+    losses = []
+    for compile_stages in (False, True):
+        with trainer(compiled(mlp(3, dropout=0.0)), compile_stages=compile_stages) as t:
+            for x, y in batches(6):
+                t.step(x, y)
+            t.flush()
+            losses.append(t.losses)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+
+
+class Halfway:
+    """A user's own predictor: half of what `difference` says."""
+
+    needs_previous = True
+
+    def predict(self, weight: Tensor, group: Any, state: Any, s: float) -> Tensor:
+        previous = state.get("previous")
+        return weight if previous is None else weight + 0.5 * s * (weight - previous)
+
+
+def test_a_users_own_predictor_equals_scaling_the_horizon() -> None:
+    states = []
+    for knobs in ({"predictor": Halfway()}, {"predictor": "difference", "horizon_scale": 0.5}):
+        model = mlp()
+        with trainer(compiled(model, 3), optimizer=ADAMW, **knobs) as t:
+            for x, y in batches(10):
+                t.step(x, y)
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+
+
+def test_a_predictor_must_have_the_method() -> None:
+    with pytest.raises(TypeError, match="expected a name or an object with"):
+        trainer(compiled(), predictor=object())
+
+
+# --- Executors ------------------------------------------------------------------------------------------
+
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "dtrp": {},
+    "dtrp, stage": {"horizon": "stage", "optimizer": ADAMW},
+    "dtrp, difference": {"predictor": "difference", "horizon_scale": 1.5},
+    "dtrp, own": {"predictor": Halfway()},
+    "dtr": {"method": "dtr", "lr_shrink": 0.9},
+    "fdg": {"method": "fdg", "grad_shrink": 0.8},
+    "adl": {"method": "adl", "accumulate": 3},
+    "bp": {"method": "bp"},
+    "clip": {"max_grad_norm": 0.5},
+    "bp, clip": {"method": "bp", "max_grad_norm": 0.5},
+    "joined": {"batch_compensation": 3},
+    "schedule": {"lr_scheduler": partial(lr_scheduler.CosineAnnealingLR, T_max=20)},
+    "autocast": {"autocast": torch.bfloat16},
+    "skip": {"on_nonfinite": "skip"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("clip",) else pytest.mark.slow) for n in EVERYTHING]
+)
+def test_worker_processes_give_the_same_bits(name: str) -> None:
+    found = []
+    for executor in ("inline", "workers"):
+        model = mlp()
+        with trainer(compiled(model, 3, recompute=True), executor, **EVERYTHING[name]) as t:
+            for x, y in [*batches(20), *batches(1, size=3)]:
+                t.step(x, y)
+            t.flush()
+            evaluation = t.evaluate(batches(3))
+        found.append((copy.deepcopy(model.state_dict()), t.losses, evaluation))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
