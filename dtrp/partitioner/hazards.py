@@ -131,6 +131,22 @@ class _Runner(fx.Interpreter):
         value = super().get_attr(target, args, kwargs)
         return self.world.twin(value) if isinstance(value, torch.Tensor) else value
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(target, args, kwargs)
+        except Exception as error:
+            # A module that was kept whole because it decides by values cannot run on fake tensors.
+            module = self.fetch_attr(target)
+            try:
+                value = self.world.really_run(module, args, kwargs)
+            except Exception:
+                raise error from None
+            access = self.watch.access
+            assert access is not None
+            access.random = True  # unseen, so to be on the safe side
+            access.writes |= self.watch.storages(list(module.buffers()))
+            return value
+
     def run_node(self, n: fx.Node) -> Any:
         access = self.watch.access = _Access(n)
         value = super().run_node(n)
