@@ -4,15 +4,17 @@
     python benchmarks/coverage.py --zoo timm --sample 200 --seed 1
     python benchmarks/coverage.py --zoo transformers --names GPT-2 Llama
 
-Each model is built, captured and compared in a process of its own, which gives its memory back. Compared
-with the plain model, under the same seed: the evaluation output, the training output, the updated buffers
-and all gradients, evaluation after training and training after evaluation, and a batch of one more sample.
-Models of more than --max-params parameters are captured on the meta device, and not run.
+Each model is built, compiled into four stages and compared in a process of its own, which gives its memory
+back. Compared with the plain model, under the same seed: the evaluation output, the training output, the
+updated buffers and all gradients, evaluation after training and training after evaluation, and a batch of
+one more sample.
+Models of more than --max-params parameters are planned on the meta device, and not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -21,6 +23,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,9 +42,12 @@ from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
+import dtrp
 from dtrp.errors import DtrpError
-from dtrp.partitioner.capture import Captured, capture
+from dtrp.partitioner import compiler
 from dtrp.partitioner.capture.structure import flatten_output
+
+STAGES = 4
 
 
 @dataclass
@@ -55,7 +61,9 @@ class Row:
     nodes: int = 0
     kept_whole: int = 0
     one_graph: bool = False
+    balance: float = 0.0
     capture_s: float = 0.0
+    compile_s: float = 0.0
     total_s: float = 0.0
     run: bool = False
     problem: str = ""
@@ -78,28 +86,51 @@ def cover(sample: Sample, max_params: float) -> Row:
         model = sample.build()
         args, kwargs = sample.call(2)
     row.params = sum(p.numel() for p in model.parameters())
+    pipe = dtrp.compile(model, n_gpus=STAGES, devices=["cpu"] * STAGES)
     began = time.perf_counter()
     try:
-        captured = capture(model, args, kwargs)
+        with timed_capture(row):
+            pipe.prepare(args, kwargs)
     except DtrpError as error:
         row.problem = f"{type(error).__name__}: {error}"
         return row
     finally:
-        row.capture_s = time.perf_counter() - began
+        row.compile_s = time.perf_counter() - began
+    row.balance = pipe.report.balance
+    captured = pipe._planned.captured
     row.method = captured.method
     row.nodes = len(captured.train.module.graph.nodes)
     row.kept_whole = len(captured.kept_whole)
     row.kept = tuple(f"{k.module}: {k.reason}" for k in captured.kept_whole)
     row.one_graph = captured.one_graph
     row.notes = captured.notes
-    row.problem = compare(model, captured, sample) if row.run else ""
+    row.problem = compare(model, pipe, sample) if row.run else ""
     row.passed = not row.problem
     row.total_s = time.perf_counter() - start
     return row
 
 
-def compare(model: nn.Module, captured: Captured, sample: Sample) -> str:
-    """The first difference between the model and its graphs, ``""`` if there is none."""
+@contextlib.contextmanager
+def timed_capture(row: Row) -> Iterator[None]:
+    """Adds the seconds that the compiler spends capturing to ``row.capture_s``."""
+    original = compiler.capture
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            row.capture_s += time.perf_counter() - start
+
+    compiler.capture = timed
+    try:
+        yield
+    finally:
+        compiler.capture = original
+
+
+def compare(model: nn.Module, pipe: dtrp.Pipeline, sample: Sample) -> str:
+    """The first difference between the model and its pipeline, ``""`` if there is none."""
     example = sample.call(2)
     for step, (training, call) in {
         "evaluation": (False, example),
@@ -112,11 +143,8 @@ def compare(model: nn.Module, captured: Captured, sample: Sample) -> str:
         plain = _run(model, lambda args, kwargs: model(*args, **kwargs), call, training)
         model.load_state_dict(state)
 
-        def graph(args: Any, kwargs: Any, training: bool = training) -> Any:
-            return captured.graph(training)(*captured.signature.flatten(args, kwargs))
-
         try:
-            ours = _run(model, graph, call, training)
+            ours = _run(model, lambda args, kwargs: pipe(*args, **kwargs), call, training)
         except Exception as error:
             return f"{step}: {type(error).__name__}: {str(error)[:300]}"
         problem = _difference(plain, ours)
@@ -245,7 +273,16 @@ def main(argv: list[str] | None = None) -> int:
 def report(rows: list[Row]) -> None:
     """Print the table and the sums."""
     table = Table(
-        "model", "params", "captured by", "nodes", "kept whole", "graphs", "capture s", "run", "outcome"
+        "model",
+        "params",
+        "captured by",
+        "nodes",
+        "kept whole",
+        "graphs",
+        "balance",
+        "capture s",
+        "run",
+        "outcome",
     )
     for row in rows:
         table.add_row(
@@ -255,6 +292,7 @@ def report(rows: list[Row]) -> None:
             str(row.nodes),
             str(row.kept_whole),
             "1" if row.one_graph else "2",
+            f"{row.balance:.2f}",
             f"{row.capture_s:.1f}",
             "yes" if row.run else "planned",
             "passed" if row.passed else row.problem.splitlines()[0][:90],

@@ -77,13 +77,14 @@ class FakeWorld:
         RuntimeError
             The module is on the meta device, or its inputs are.
         """
+        given: dict[int, torch.Tensor] = {}
         back: dict[int, torch.Tensor] = {}  # inputs that come out again, by the real one's id
 
         def real(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
             y = _random_like(x)
-            back[id(y)] = x
+            back[id(y)], given[id(y)] = x, y
             return y
 
         def fake(x: Any) -> Any:
@@ -97,7 +98,10 @@ class FakeWorld:
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
             inputs = map_tensors(real, (args, kwargs))
+            versions = {key: _version(tensor) for key, tensor in given.items()}
             result = module(*inputs[0], **inputs[1])
+            if any(_version(tensor) != versions[key] for key, tensor in given.items()):
+                raise RuntimeError("the module changes its inputs in place")
             return map_tensors(fake, result)
 
     @contextmanager
@@ -116,6 +120,10 @@ class FakeWorld:
         finally:
             for registry, name, tensor in swapped:
                 registry[name] = tensor
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return int(tensor._version)
 
 
 def _random_like(fake: torch.Tensor) -> torch.Tensor:
