@@ -1,0 +1,281 @@
+"""What a forward may do that a graph does not hold by itself: each works, or is refused with a reason."""
+
+import copy
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dtrp.errors import CaptureError
+from dtrp.partitioner.capture import capture
+
+from .test_capture import assert_faithful
+
+
+class Part(nn.Module):
+    """A model whose forward is given; ``inner``, if given, is a submodule with that forward."""
+
+    def __init__(self, forward, inner=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.calls = 0
+        self.memory = None
+        self.function = forward
+        if inner is not None:
+            self.inner = Part(inner)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def inner_then_b(m, x):
+    return m.b(m.inner(m.a(x)))
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(3, 4)
+
+
+class Triple(torch.autograd.Function):
+    """Its gradient is not the true one, so that a trace through its forward would show."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * gradient * x
+
+
+def without_gradient(m, x):
+    with torch.no_grad():
+        y = m.a(x) * 2 + m.b.weight.sum()
+    return m.b(y) + y
+
+
+def in_place(m, x):
+    y = m.a(x)
+    y[:, 1:].mul_(2)
+    y[:, 0] = 1.0
+    y += x
+    z = y.clone()
+    z[0] = y[1]
+    return z, y
+
+
+def moving_average(m, x):
+    y = m.a(x)
+    if m.training:
+        m.mean = 0.9 * m.mean + 0.1 * y.detach().mean(0)
+    return y - m.mean
+
+
+def shapes(m, x):
+    assert len(x) > 1
+    batch, width = x.shape
+    rows = [row.sum() for row in x.unbind(1)]
+    positions = torch.arange(batch * 2).float().view(batch, 2).sum(1, keepdim=True)
+    y = m.a(x).reshape(int(batch), 2, -1).flatten(1) * math.sqrt(width) + positions
+    return y + torch.stack(rows) + torch.randn(x.size(0), 4)
+
+
+def checkpointed(m, x):
+    return checkpoint(m.b, checkpoint(m.a, x, use_reentrant=False), use_reentrant=True)
+
+
+FOLLOWED = {
+    "custom gradient": lambda m, x: Triple.apply(m.a(x)).reshape(len(x), 2, 2),
+    "no_grad region": without_gradient,
+    "views and in-place operations": in_place,
+    "buffer assigned": moving_average,
+    "Python on shapes": shapes,
+    "checkpointing": checkpointed,
+    "shared and tied": lambda m, x: nn.functional.linear(m.a(m.a(x)), m.a.weight) + m.b(x),
+}
+
+
+@pytest.mark.parametrize("forward", FOLLOWED.values(), ids=FOLLOWED)
+@pytest.mark.filterwarnings("ignore:.*requires_grad=True:UserWarning")
+def test_is_followed(forward, x):
+    captured = assert_faithful(Part(forward), (x,))
+    assert not captured.kept_whole
+    assert not captured.notes
+
+
+def by_values(m, x):
+    return m.a(x) if x.sum() > 0 else m.b(x)
+
+
+def by_count(m, x):
+    rows = (x.sum(-1) > 0).nonzero()[:, 0]
+    y = torch.zeros_like(x)
+    y[rows] = m.a(x[rows])
+    return y
+
+
+def counting(m, x):
+    m.calls += 1
+    return m.a(x) * m.calls
+
+
+def remembering(m, x):
+    if m.memory is None:
+        m.memory = torch.zeros_like(x)
+    m.memory = torch.tanh(m.a(x) + m.memory).detach()
+    return m.memory + m.b(x)
+
+
+def python_randomness(m, x):
+    return m.a(x) if random.random() < 0.5 else m.b(x)
+
+
+def autocast(m, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return m.a(x).float()
+
+
+KEPT_WHOLE = {
+    "branch on values": (by_values, "DataDependentOutput"),
+    "shape from values": (by_count, "DynamicOutputShape"),
+    "counter": (counting, "changes 'inner.calls' from 0 to 1"),
+    "tensor between calls": (remembering, "keeps the tensor 'inner.memory'"),
+    "Python's random numbers": (python_randomness, "random numbers"),
+    "autocast": (autocast, "enters torch.autocast"),
+}
+
+
+@pytest.mark.parametrize(("inner", "reason"), KEPT_WHOLE.values(), ids=KEPT_WHOLE)
+def test_is_kept_whole_as_low_as_possible(inner, reason, x):
+    captured = assert_faithful(Part(inner_then_b, inner), (x,))
+    assert [k.module for k in captured.kept_whole] == ["inner"]
+    assert reason in captured.kept_whole[0].reason
+    targets = [n.target for n in captured.train.module.graph.nodes if n.op == "call_module"]
+    assert targets == ["a", "inner", "b"]
+
+
+@pytest.mark.parametrize("inner", [by_values, by_count], ids=["branch on values", "shape from values"])
+def test_opening_what_cannot_be_opened_is_refused(inner, x):
+    with pytest.raises(CaptureError, match=r"test_capture_constructs\.py:\d+"):
+        capture(Part(inner_then_b, inner), (x,), opened=["inner"])
+
+
+def test_opened_modules_are_not_leaves(x):
+    captured = capture(Part(inner_then_b, autocast), (x,), opened=["inner"])
+    assert captured.method == "export"
+    assert "inner" not in [str(n.target) for n in captured.train.module.graph.nodes]
+
+
+@dataclasses.dataclass
+class Output:
+    y: torch.Tensor
+    parts: dict
+    count: int
+    nothing: object = None
+
+
+def test_dataclass_output(x):
+    captured = assert_faithful(Part(lambda m, x: Output(m.a(x), {"k": [m.b(x), None]}, 3)), (x,))
+    output = captured.graph(False)(x)
+    assert isinstance(output, Output)
+    assert output.count == 3
+    assert output.parts["k"][1] is None
+
+
+def test_hooks_run(x):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    captured = assert_faithful(model, (x,))
+    assert [n.target for n in captured.train.module.graph.nodes if n.op == "call_module"] == ["0", "1"]
+
+
+def test_compiled_submodule(x):
+    model = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager"))
+    captured = capture(model, (x,))
+    torch.testing.assert_close(captured.graph(False)(x), model(x))
+
+
+def test_the_same_tensor_for_two_arguments(x):
+    class Model(nn.Module):
+        def forward(self, a, b):
+            return a.reshape(len(a), 2, 2).flatten(1) - 2 * b
+
+    captured = assert_faithful(Model(), (x, x))
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    assert torch.equal(captured.graph(True)(a, b), a - 2 * b)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+@pytest.mark.parametrize("way", ["fx", "record", "export"])
+def test_any_batch_size(way, batch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+
+        def forward(self, x):
+            b, t, c = x.shape
+            y = self.mix(x.reshape(b * t, c)).view(b, t, 2, c // 2).permute(0, 2, 1, 3)
+            return y.reshape(b * 2, t, -1).expand(b * 2, t, c // 2).sum(0)
+
+    captured = capture(Model(), (torch.randn(2, 5, 6),), ways=[way])
+    assert not captured.notes
+    x = torch.randn(batch, 5, 6)
+    torch.testing.assert_close(captured.graph(True)(x), captured.model(x))
+
+
+def test_a_fixed_batch_is_noted():
+    model = Part(lambda m, x: m.a(x.view(3, 4)))
+    captured = capture(model, (torch.randn(3, 4),), ways=["record"])
+    assert "the batch size 3 of the example is fixed in the graph" in captured.notes[0]
+
+
+def test_constants_and_unregistered_tensors(x):
+    loose = torch.randn(4)
+    model = Part(lambda m, x: m.a(x) * m.scale + loose + m.more[0])
+    model.scale, model.more = torch.randn(4), [torch.randn(4)]
+    captured = assert_faithful(model, (x,), captured=capture(model, (x,), ways=["record"]))
+    targets = {n.target for n in captured.train.module.graph.nodes if n.op == "get_attr"}
+    assert targets == {"scale", "_constant_0", "_constant_1"}
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.LSTM(4, 5), (6, 3, 4)),
+        (nn.BatchNorm1d(4), (3, 4)),
+        (nn.MultiheadAttention(4, 2, batch_first=True), None),
+        (
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False),
+            (5, 3, 8),
+        ),
+    ],
+    ids=["LSTM", "BatchNorm", "MultiheadAttention", "TransformerEncoder"],
+)
+def test_layers_as_whole_models(model, shape):
+    torch.manual_seed(0)
+    args = (torch.randn(shape),) if shape else tuple(torch.randn(2, 3, 4) for _ in range(3))
+    assert_faithful(model, args)
+
+
+def test_unsuitable_inputs_are_an_error_with_the_line(x):
+    with pytest.raises(CaptureError, match="running it on tensors of the example's shapes failed") as error:
+        capture(Part(lambda m, x: m.a(x)), (torch.randn(3, 5),))
+    assert "must have same reduction dim" in str(error.value)
+
+
+def test_deep_copies_are_independent_of_the_graph(x):
+    model = Part(inner_then_b, counting)
+    captured = capture(model, (x,))
+    copy.deepcopy(model)(x)
+    captured.graph(True)(x)
+    assert model.inner.calls == 1
