@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import json
 import logging
 import sys
@@ -18,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtrp import cli_export
 from dtrp.errors import DtrpError
 from dtrp.version import __version__
 
@@ -87,10 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
     export = commands.add_parser("export", help="export each stage to ONNX")
     _common(export)
-    export.add_argument(
-        "--out", metavar="DIR", required=True, help="directory for stage_0.onnx, ..., manifest.json"
-    )
-    export.add_argument("--plan", metavar="FILE", help="a plan to reuse")
+    cli_export.add_arguments(export)
     export.set_defaults(run=_export)
     return parser
 
@@ -183,17 +180,8 @@ def _print(report: PartitionReport, ks: Sequence[int], json_path: str | None) ->
 
 
 def _export(args: argparse.Namespace) -> int:
-    import dtrp
-
     model = _build(args.model, args.kwargs, on_meta=False)
-    positional, named = _inputs(args.input, model)
-    if named:
-        names = list(inspect.signature(model.forward).parameters)
-        named = dict(zip(names, positional, strict=False)) | named
-    pipe = dtrp.compile(model, args.n_gpus, example_inputs=named or tuple(positional), plan=args.plan)
-    for path in pipe.export_onnx(args.out):
-        print(path)
-    return 0
+    return cli_export.run(args, model, *_inputs(args.input, model))
 
 
 def _build(name: str, kwargs_text: str, *, on_meta: bool) -> nn.Module:
