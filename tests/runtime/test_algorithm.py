@@ -19,6 +19,7 @@ SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.05)
 OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW}
 SEED = 5
+slow = pytest.mark.slow
 
 CALM_GPT = Case("gpt_without_dropout", partial(GPT, dropout=0.0), GPT_TIED.batch, GPT_TIED.loss_fn)
 CALM_MLP = Case("mlp_without_dropout", partial(mlp, dropout=0.0), MLP.batch, MLP.loss_fn)
@@ -103,7 +104,7 @@ def gradients(case: Case, n_stages: int, n_batches: int, **knobs: Any) -> dict[s
 # --- One stage is the plain loop ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=slow)])
 @pytest.mark.parametrize("name", list(CASES))
 def test_one_stage_is_the_plain_loop(name: str, optimizer: str) -> None:
     case = CASES[name]
@@ -123,8 +124,10 @@ def test_one_stage_in_a_worker_is_the_plain_loop() -> None:
 # --- Gradients without learning -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["dtrp", "dtr", "fdg", "bp"])
-@pytest.mark.parametrize("n_stages", [2, 4])
+@pytest.mark.parametrize(
+    "method", ["dtrp", pytest.param("dtr", marks=slow), "fdg", pytest.param("bp", marks=slow)]
+)
+@pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 4])
 @pytest.mark.parametrize("case", [CALM_MLP, FLAT_CNN, RESNET, UNET, CALM_GPT, CASES["two_heads"]], ids=str)
 def test_without_learning_gradients_are_those_of_back_propagation(
     case: Case, n_stages: int, method: str
@@ -142,8 +145,8 @@ def test_without_learning_gradients_are_those_of_back_propagation(
             torch.testing.assert_close(seen[name][b], p.grad, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("method", ["dtrp", "dtr", "fdg"])
-@pytest.mark.parametrize("n_stages", [2, 3, 4])
+@pytest.mark.parametrize("method", ["dtrp", pytest.param("dtr", marks=slow), "fdg"])
+@pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 3, pytest.param(4, marks=slow)])
 @pytest.mark.parametrize("case", [MLP, GPT_TIED], ids=str)
 def test_without_learning_dropout_masks_are_those_of_back_propagation(
     case: Case, n_stages: int, method: str
@@ -172,8 +175,8 @@ def test_dropout_draws_anew_for_every_batch_and_stage() -> None:
 # --- The recompute pass repeats the first ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("predictor", ["auto", "difference"])
-@pytest.mark.parametrize("n_stages", [2, 4])
+@pytest.mark.parametrize("predictor", ["auto", pytest.param("difference", marks=slow)])
+@pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 4])
 @pytest.mark.parametrize("case", [MLP, RESNET, GPT_TIED], ids=str)
 def test_frozen_weights_recompute_the_same_output(case: Case, n_stages: int, predictor: str) -> None:
     """Watched from inside the model: a layer's outputs come twice per batch, bit for bit alike."""
@@ -208,7 +211,8 @@ def test_frozen_weights_recompute_the_same_output(case: Case, n_stages: int, pre
         watched += 1
         assert len(seen) == 2 * len(batches), name
         for a in seen:
-            assert sum(torch.equal(a, b) for b in seen) == 2, name
+            copies = sum(torch.equal(a, b) for b in seen)
+            assert copies == 2 or copies == len(seen), name  # all: a layer that sees nothing of the batch
     assert watched
 
 
@@ -242,7 +246,7 @@ def test_workers_give_the_same_bits_as_this_process(
     compare_executors(case, n_stages, optimizer, **knobs)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("method", ["dtrp", "dtr", "fdg", "adl", "bp"])
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("n_stages", [2, 3, 4])
@@ -255,7 +259,7 @@ def test_workers_give_the_same_bits_for_every_method(
 
 
 @pytest.mark.parametrize("method", ["dtrp", "fdg"])
-@pytest.mark.parametrize("case", [MLP, UNET, GPT_TIED], ids=str)
+@pytest.mark.parametrize("case", [MLP, pytest.param(UNET, marks=slow), GPT_TIED], ids=str)
 def test_a_run_can_be_repeated(case: Case, method: str) -> None:
     first = train(case, 3, SGD, n_batches=40, method=method)
     torch.randn(3)  # the ambient generator is elsewhere now
@@ -319,9 +323,9 @@ def test_after_draining_every_stage_has_trained_every_batch(method: str) -> None
 # --- Tied weights ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["dtrp", "dtr", "fdg", "bp"])
-@pytest.mark.parametrize("n_stages", [2, 4])
+@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=slow)])
+@pytest.mark.parametrize("method", ["dtrp", pytest.param("dtr", marks=slow), "fdg", "bp"])
+@pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 4])
 def test_tied_weights_stay_one(n_stages: int, method: str, executor: str) -> None:
     case = GPT_TIED
     model = case.make()
