@@ -37,18 +37,25 @@ def same(a, b):
     return a == b or (a is None and b is None)
 
 
-def assert_faithful(model, args=(), kwargs=None, captured=None):
-    """Outputs, updated buffers and gradients equal the plain model's, in both modes."""
+def assert_faithful(model, args=(), kwargs=None, captured=None, function=None):
+    """Outputs, updated buffers and gradients equal the plain model's, in both modes.
+
+    Compared is ``function``, called like the model, or the graphs that capturing gives.
+    """
     kwargs = kwargs or {}
-    captured = captured or capture(model, args, kwargs)
-    tensors = captured.signature.flatten(args, kwargs)
+    if function is None:
+        captured = captured or capture(model, args, kwargs)
+        tensors = captured.signature.flatten(args, kwargs)
     reference = copy.deepcopy(model)
     was = {k: m.training for k, m in model.named_modules()}
     for training in (True, False, True):
         model.train(training)
         reference.train(training)
         plain = run(lambda *_: reference(*args, **kwargs), (), reference)
-        graph = run(captured.graph(training), tensors, model)
+        if function is not None:
+            graph = run(lambda *_: function(*args, **kwargs), (), model)
+        else:
+            graph = run(captured.graph(training), tensors, model)
         assert plain[1] == graph[1]
         for i, (a, b) in enumerate(zip(plain[0], graph[0], strict=True)):
             assert same(a, b), f"output {i}, training={training}"

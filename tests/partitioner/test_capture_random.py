@@ -1,10 +1,16 @@
 """Random modules: whatever is drawn, the captured graphs do what the module does."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+import dtrp
+from dtrp.errors import CaptureError
+from dtrp.partitioner.capture import capture
 
 from .test_capture import assert_faithful
 
@@ -104,14 +110,40 @@ class Outputs(nn.Module):
         return {"head": self.head(a), "rest": (b, None, 3)}
 
 
-@given(modules(), st.integers(0, 2**31 - 1))
-@settings(
-    max_examples=15, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
-def test_random_modules(node, seed):
+def drawn(node, seed):
+    """The model for a drawn node, and an example call."""
     torch.manual_seed(seed)
     model = Outputs(node)
     for p in model.parameters():
         nn.init.normal_(p, std=0.4)
-    assert_faithful(model, (torch.randn(3, WIDTH), torch.randn(3, WIDTH)))
+    return model, (torch.randn(3, WIDTH), torch.randn(3, WIDTH))
+
+
+# DTRP_EXAMPLES=500 for a thorough run.
+thorough = settings(
+    max_examples=int(os.environ.get("DTRP_EXAMPLES", "12")),
+    derandomize="DTRP_EXAMPLES" not in os.environ,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@given(modules(), st.integers(0, 2**31 - 1), st.sampled_from(["fx", "record", "export"]))
+@thorough
+def test_every_way_that_accepts_is_faithful(node, seed, way):
+    model, args = drawn(node, seed)
+    try:
+        captured = capture(model, args, ways=[way])
+    except CaptureError:
+        assert way != "record"
+        return
+    assert_faithful(model, args, captured=captured)
+
+
+@given(modules(), st.integers(0, 2**31 - 1), st.integers(1, 4))
+@thorough
+def test_pipelines_are_faithful(node, seed, n_gpus):
+    model, args = drawn(node, seed)
+    pipe = dtrp.compile(model, n_gpus=n_gpus, devices=["cpu"] * n_gpus, example_inputs=args)
+    assert_faithful(model, args, function=pipe)
