@@ -134,7 +134,7 @@ def test_dtrp(n_stages: int, optimizer: str, predictor: str, horizon: str) -> No
     compare(MLP, n_stages, optimizer, method="dtrp", predictor=predictor, horizon=horizon)
 
 
-@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("horizon", [pytest.param("stage", marks=slow), "common"])
 @pytest.mark.parametrize(
     ("optimizer", "predictor"),
     [
