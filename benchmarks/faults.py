@@ -185,7 +185,8 @@ def skipped(tick: int) -> tuple[float, bool, str]:
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path[:0] = {path!r}
 from faults import batch, start
 model, trainer = start()

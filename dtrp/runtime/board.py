@@ -30,9 +30,10 @@ class Board:
         self.writer: Any = SummaryWriter(os.fspath(folder))
         self.looked = time.monotonic()
 
-    def loss(self, batch: int, value: float) -> None:
-        """The loss of a batch."""
-        self.writer.add_scalar("loss", value, batch)
+    def losses(self, new: list[tuple[int, float]]) -> None:
+        """Losses by batch."""
+        for batch, value in new:
+            self.writer.add_scalar("loss", value, batch)
 
     def due(self) -> bool:
         """Whether the stages' measurements are to be written again."""

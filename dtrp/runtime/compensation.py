@@ -116,19 +116,23 @@ def _join(values: list[Any]) -> Any:
     )
 
 
-def check_size(size: Any) -> None:
-    """Refuse what is neither a count nor ``"auto"``.
+def check_compensation(size: Any, warmup: Any) -> None:
+    """Refuse a size that is neither a count nor ``"auto"``, and a warm-up that is no count.
 
     Raises
     ------
     ValueError, TypeError
     """
-    if size == "auto":
-        return
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"batch_compensation={size!r}: expected an int >= 1 or 'auto'")
-    if size < 1:
-        raise ValueError(f"batch_compensation={size!r}: expected an int >= 1 or 'auto'")
+    for name, value, others in (
+        ("batch_compensation", size, " or 'auto'"),
+        ("compensation_warmup", warmup, ""),
+    ):
+        if others and value == "auto":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r}: expected an int >= 1{others}")
+        if value < 1:
+            raise ValueError(f"{name}={value!r}: expected an int >= 1{others}")
 
 
 @dataclass

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import WorkerError
 from ..wiring import Wiring
 from . import interrupts
-from .batch import Feed, Update
+from .arguments import as_call, feeds, n_samples, take_target
+from .batch import Feed
 from .board import Board
 from .checkpoint import read_checkpoint, write_checkpoint
-from .compensation import WARMUP, Joiner, Joint, Tuner, check_size
+from .compensation import WARMUP, Joiner, Joint, Tuner, check_compensation
 from .config import TrainConfig
 from .evaluation import Measure, combine
 from .events import Event
 from .executors import EXECUTORS, start
 from .executors.base import Executor
-from .program import StageProgram
+from .host import Host, write_back
+from .ledger import Ledger
 from .progress import Bar
 from .run_state import RunState, check_builds
 from .schedule import drain_ticks
@@ -32,48 +32,11 @@ from .stats import StageStats
 from .timeline import write_timeline
 
 
-class Host(Protocol):
-    """What a trainer asks of the compiled model that it trains."""
-
-    model: nn.Module
-
-    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Plan for this example, unless planned already."""
-        ...
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The model inputs of one call, in the wiring's order; refuses what does not fit."""
-        ...
-
-    def programs(self) -> list[StageProgram]:
-        """What each stage runs, with the model's present parameters."""
-        ...
-
-    def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
-        """Refuse a loss function that does not give a scalar, without computing anything."""
-        ...
-
-    def memory_limits(self) -> Sequence[int | None]:
-        """Bytes that each stage may use, ``None`` where nobody said."""
-        ...
-
-
 class Trainer:
     """Trains a compiled model as a decoupled pipeline. A context manager.
 
     Made by `Pipeline.trainer`, whose documentation explains the settings. Workers start at the first batch
     and end when the context is left; the trained weights are in the model then.
-
-    Attributes
-    ----------
-    losses : list of float
-        The losses of all finished batches, in batch order.
-    skipped : int
-        Batches that were given up because their loss was not finite (``on_nonfinite="skip"``).
-    epochs : int
-        Epochs that `fit` has finished, or `end_epoch` was called for; saved and restored.
-    samples : int
-        Samples fed since this trainer was made.
     """
 
     def __init__(
@@ -94,17 +57,10 @@ class Trainer:
             raise ValueError(f"executor={executor!r}: expected one of {', '.join(map(repr, EXECUTORS))}")
         if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
             raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
-        check_size(batch_compensation)
-        if isinstance(compensation_warmup, bool) or not isinstance(compensation_warmup, int):
-            raise TypeError(f"compensation_warmup={compensation_warmup!r}: expected an int >= 1")
-        if compensation_warmup < 1:
-            raise ValueError(f"compensation_warmup={compensation_warmup!r}: expected an int >= 1")
+        check_compensation(batch_compensation, compensation_warmup)
         check_builds(host.model, config)
         self.config = config
-        self.losses: list[float] = []
-        self.skipped = 0
-        self.epochs = 0
-        self.samples = 0
+        self._ledger = Ledger()
         self.progress = progress
         self._host = host
         self._kind = executor
@@ -119,15 +75,32 @@ class Trainer:
         self._joiner = Joiner(1 if batch_compensation == "auto" else batch_compensation, compensation_warmup)
         self._tuner: Tuner | None = None
         self._tunes = batch_compensation == "auto"
-        self._fed = 0  # batches of the user's so far
-        self._entered = 0  # batches that went into the pipeline: fewer, where some travel as one
-        self._joined: deque[int] = deque()  # of how many batches each of those consists whose loss is awaited
         self._in_flight = False
         self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
         self._seed: int | None = None
         self._board = None if tensorboard is None else Board(tensorboard)
         self._stats: list[StageStats] = []
         self._closed = False
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses of all finished batches, in batch order."""
+        return self._ledger.losses
+
+    @property
+    def skipped(self) -> int:
+        """Batches that were given up because their loss was not finite (``on_nonfinite="skip"``)."""
+        return self._ledger.skipped
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that `fit` has finished, or `end_epoch` was called for; saved and restored."""
+        return self._ledger.epochs
+
+    @property
+    def samples(self) -> int:
+        """Samples fed since this trainer was made."""
+        return self._ledger.samples
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -150,12 +123,12 @@ class Trainer:
         TypeError, ValueError
             The arguments do not fit the model.
         """
-        inputs, named, target = self._arguments(args, kwargs)
+        inputs, named, target = self._taken_apart(args, kwargs)
         _, tensors = self._ready(inputs, named, target)
         with interrupts.held():
             joint = self._joiner.add(tensors, target)
-            self._fed += 1
-            self.samples += _size(tensors)
+            self._ledger.fed += 1
+            self._ledger.samples += n_samples(tensors)
             if joint is not None:
                 self._enter(joint)
             return self._collect()
@@ -204,10 +177,10 @@ class Trainer:
             raise ValueError(f"epochs={epochs!r}: expected an int >= 0")
         history: list[dict[str, float]] = []
         for epoch in range(epochs):
-            first = len(self.losses) + self._awaited()
+            first = len(self.losses) + self._ledger.outstanding
             with Bar(loader, f"epoch {epoch + 1}/{epochs}", self) as bar:
                 for batch in bar:
-                    args, kwargs = self._batch(batch)
+                    args, kwargs = as_call(batch)
                     bar.show(self.step(*args, **kwargs))
             self.flush()
             losses = [loss for loss in self.losses[first:] if math.isfinite(loss)]
@@ -224,7 +197,7 @@ class Trainer:
         `fit` does this by itself; in a loop of one's own, call it after each epoch, with the validation
         loss where the scheduler wants a metric (``ReduceLROnPlateau``).
         """
-        self.epochs += 1
+        self._ledger.epochs += 1
         if self.config.scheduler_step == "epoch" and self._executor is not None:
             self.flush()
             self._executor.call("schedule", [metrics] * len(self._names))
@@ -253,22 +226,22 @@ class Trainer:
         if first is None:
             return {}
 
-        def feeds() -> Iterator[list[Feed | None]]:
+        def fed() -> Iterator[list[Feed | None]]:
             number = 0
             batch = first
             while batch is not None:
-                args, kwargs = self._batch(batch)
-                inputs, named, target = self._arguments(args, kwargs)
+                args, kwargs = as_call(batch)
+                inputs, named, target = self._taken_apart(args, kwargs)
                 _, tensors = self._ready(inputs, named, target)
                 assert self._eval is not None
-                yield _feeds(self._eval, number, tensors, target)
+                yield feeds(self._eval, number, tensors, target)
                 number += 1
                 batch = next(batches, None)
 
-        args, kwargs = self._batch(first)
-        inputs, named, target = self._arguments(args, kwargs)
+        args, kwargs = as_call(first)
+        inputs, named, target = self._taken_apart(args, kwargs)
         executor, _ = self._ready(inputs, named, target)
-        found = combine(executor.evaluate(feeds(), measure))
+        found = combine(executor.evaluate(fed(), measure))
         if self._board is not None:
             self._board.evaluation(len(self.losses), found)
         return found
@@ -300,11 +273,7 @@ class Trainer:
         if self._executor is None:
             return
         for state in self._executor.call("state"):
-            with torch.no_grad():
-                for name, value in state.items():
-                    tensor = _attribute(self._host.model, name)
-                    if isinstance(tensor, Tensor) and tensor.data_ptr() != value.data_ptr():
-                        tensor.copy_(value)
+            write_back(self._host.model, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the run to one file: weights, optimizers, schedulers, counters, losses, random states.
@@ -387,29 +356,10 @@ class Trainer:
 
     # ---- how -------------------------------------------------------------------------------------------
 
-    def _arguments(
+    def _taken_apart(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """Inputs, inputs by name and target of a call of `step`."""
-        if self.config.loss_fn is None:
-            return args, kwargs, None
-        if "target" in kwargs:
-            named = {k: v for k, v in kwargs.items() if k != "target"}
-            return args, named, kwargs["target"]
-        if not args:
-            raise TypeError(
-                "step() got no target: the last positional argument is the target; pass loss_fn=None to "
-                "trainer() if the model gives its own loss"
-            )
-        return args[:-1], kwargs, args[-1]
-
-    def _batch(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """One item of a loader as arguments of `step`."""
-        if isinstance(batch, Mapping):
-            return (), dict(batch)
-        if isinstance(batch, (tuple, list)):
-            return tuple(batch), {}
-        return (batch,), {}
+        return take_target(args, kwargs, has_target=self.config.loss_fn is not None)
 
     def _ready(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any
@@ -468,14 +418,13 @@ class Trainer:
         executor = self._executor
         assert executor is not None
         assert self._train is not None
-        executor.tick(_feeds(self._train, self._entered, joint.tensors, joint.target, joint))
-        self._entered += 1
-        self._joined.append(joint.update.batches)
+        executor.tick(feeds(self._train, self._ledger.entered, joint.tensors, joint.target, joint.update))
+        self._ledger.enter(joint.update.batches)
         self._in_flight = True
         if self.config.one_batch_at_a_time:
             self._drain()
         if self._tuner is not None:
-            self._tune(self._tuner, executor, _size(joint.tensors))
+            self._tune(self._tuner, executor, n_samples(joint.tensors))
         executor.throttle()
 
     def _tune(self, tuner: Tuner, executor: Executor, samples: int) -> None:
@@ -499,50 +448,31 @@ class Trainer:
         self._executor.settle()
         self._in_flight = False
 
-    def _awaited(self) -> int:
-        """Batches that were fed and whose loss has not come yet."""
-        return self._fed - len(self.losses)
-
     def _collect(self) -> float | None:
-        if self._executor is None:
-            return self.losses[-1] if self.losses else None
-        for loss in self._executor.losses():
-            if loss.batch != self._entered - len(self._joined):
-                raise WorkerError(
-                    f"the loss of batch {loss.batch} came where {self._entered - len(self._joined)} was due"
-                )
-            batches = self._joined.popleft()
-            for _ in range(batches):
-                if self._board is not None:
-                    self._board.loss(len(self.losses), loss.value)
-                self.losses.append(loss.value)
-            self.skipped += batches if loss.skipped else 0
-        if self._board is not None and self._board.due() and (stats := self.glance()):
-            self._board.stages(len(self.losses), stats)
+        if self._executor is not None:
+            new = self._ledger.settle(self._executor.losses())
+            if self._board is not None:
+                self._board.losses(new)
+                if self._board.due() and (stats := self.glance()):
+                    self._board.stages(len(self.losses), stats)
         return self.losses[-1] if self.losses else None
 
     # ---- resuming --------------------------------------------------------------------------------------
 
     def _counters(self) -> dict[str, Any]:
         return {
-            "batches": self._fed,
-            "entered": self._entered,
+            **self._ledger.export(),
             "updates": self._joiner.updates,
             "joined": self._joiner.size,
             "tunes": self._tunes,
-            "skipped": self.skipped,
-            "epochs": self.epochs,
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
             "seed": self._seed,
         }
 
     def _restore_counters(self, counters: Mapping[str, Any]) -> None:
-        self._fed, self._entered = counters["batches"], counters["entered"]
+        self._ledger.restore(counters)
         self._joiner.updates = counters["updates"]
         if self._tunes and not counters["tunes"]:
             self._tuner, self._tunes, self._joiner.size = None, False, counters["joined"]
-        self.skipped, self.epochs = counters["skipped"], counters["epochs"]
-        self.losses = counters["losses"].tolist()
 
     def _hand_over(self, executor: Executor) -> None:
         """Bring the stages to the loaded state."""
@@ -552,28 +482,3 @@ class Trainer:
             self._seed = state.counters["seed"]
         executor.call("load_state", [(state.tensors(names),) for names in self._names])
         executor.call("load_training_state", [state.training(self._host.model)] * len(self._names))
-
-
-def _feeds(
-    wiring: Wiring, batch: int, tensors: Sequence[Tensor], target: Any, joint: Joint | None = None
-) -> list[Feed | None]:
-    """What each stage gets of a batch: the model inputs that it uses; the last stage also the target."""
-    last = wiring.n_stages - 1
-    update = Update() if joint is None else joint.update
-    return [
-        Feed(batch, tuple(tensors[i] for i in wiring.caller_inputs(k)), target if k == last else None, update)
-        for k in range(wiring.n_stages)
-    ]
-
-
-def _size(tensors: Sequence[Tensor]) -> int:
-    """Samples in a batch, as far as its first tensor with a dimension says."""
-    return next((t.shape[0] for t in tensors if t.dim() > 0), 1)
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    """``model.a.b.c``, ``None`` where the model has no such thing (a constant of the graph)."""
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part, None)
-    return value

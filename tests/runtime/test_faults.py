@@ -221,7 +221,8 @@ def test_the_caller_was_killed(tmp_path: Path) -> None:
 
 
 INTERRUPTED = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     from tests.runtime.toys import batches, compiled, mlp, trainer
     import torch
     model = mlp(3)
@@ -232,7 +233,7 @@ INTERRUPTED = """
             while True:
                 t.step(*batches(1)[0])
     except KeyboardInterrupt:
-        seen = {"model": model.state_dict(), "batches": t._entered, "losses": t.losses}
+        seen = {"model": model.state_dict(), "batches": t._ledger.entered, "losses": t.losses}
         torch.save(seen, sys.argv[0] + ".pt")
         print("interrupted")
     """
