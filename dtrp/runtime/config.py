@@ -87,7 +87,11 @@ class TrainConfig:
                 f"method={self.method!r} with predictor={self.predictor!r}: {_WHY_NONE[self.method]}; "
                 f"use method='dtrp', or predictor='none'"
             )
-        if not self.predicts and (self.horizon != "common" or self.horizon_scale not in (0.0, 1.0)):
+        # "none" and a scale of 0 are the ends of dtrp's own scale, and dtr is their other name: there an aim
+        # is idle, not wrong, so that one sweep can run over all of them.
+        aimed = self.horizon != "common" and self.method not in ("dtrp", "dtr")
+        scaled = self.horizon_scale not in (0.0, 1.0) and self.method != "dtrp"
+        if aimed or scaled:
             raise ValueError(
                 f"method={self.method!r} with predictor={self.predictor!r}, horizon={self.horizon!r} and "
                 f"horizon_scale={self.horizon_scale!r}: nothing is predicted, so there is nothing to aim; "

@@ -96,7 +96,6 @@ def test_an_optimizer_that_gives_something_else(pipe: dtrp.Pipeline) -> None:
         ({"method": "bp", "grad_shrink": 0.5}, "compensate a delay that it does not have"),
         ({"method": "dtr", "horizon_scale": 0.5}, "nothing is predicted"),
         ({"method": "fdg", "horizon": "stage"}, "nothing is predicted"),
-        ({"predictor": "none", "horizon": "stage"}, "nothing is predicted"),
         ({"predictor": "adam"}, "Adam's moments, which SGD does not keep"),
         ({"predictor": "linear", "optimizer": ADAMW}, "a velocity, which AdamW does not keep"),
         ({"predictor": "geometric", "optimizer": partial(torch.optim.SGD, lr=0.1)}, "momentum is 0"),
