@@ -28,6 +28,7 @@ from dtrp.partitioner.devices import DeviceSpec
 from dtrp.partitioner.measured import measure_nodes
 from dtrp.partitioner.node_cost import NodeCost, NodeRunner, OutputSpec, TensorSpec
 from dtrp.partitioner.op_cost import OpCost
+from dtrp.partitioner.peak import NodeMemory
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,13 @@ def cost_graph(
         - ``model_inputs``: bytes of the model inputs that it reads, by placeholder;
           ``first_input_bytes``: of those that no node before it reads.
         - ``kind`` (as in fx), ``op``, ``module``, ``location``: what it is, and where in the user's code.
+        - ``memory``: a `NodeMemory`, from which peaks are simulated.
         - ``exact``: False if it could not be run alone (see `NodeCost`).
         - ``stage``: ``None`` until planned.
 
-        ``graph.graph`` holds ``specs`` (the devices), ``mode``, ``params`` (elements and bytes by name) and
-        ``trainable`` (the names that train).
+        ``graph.graph`` holds ``specs`` (the devices), ``mode``, ``params`` (elements and bytes by name),
+        ``trainable`` (the names that train), ``storages`` (bytes) and ``results`` (the nodes that the model
+        returns).
 
     Raises
     ------
@@ -123,6 +126,7 @@ class _Walk:
         self.maker: list[fx.Node | None] = []  # of each storage; None: a parameter's or buffer's
         self.size: list[int] = []  # bytes of each storage
         self.of_tensor: dict[int, int] = {}  # id of a parameter or buffer -> its storage
+        self.failed: list[tuple[fx.Node, Exception]] = []  # nodes that could not be run alone
         self.names: dict[int, str] = {}  # id of a parameter or buffer -> its first name in the model
         for name, tensor in [*captured.model.named_parameters(), *captured.model.named_buffers()]:
             self.names.setdefault(id(tensor), name)
@@ -137,6 +141,10 @@ class _Walk:
                     self.values[node] = self._attribute(node)
                 elif node.op in COMPUTED:
                     self._call(node)
+        if self.failed:
+            node, e = self.failed[0]
+            where = node.meta.get("location") or node.meta.get("module") or "no location"
+            log.warning("%d nodes count as free, such as %s (%s): %s", len(self.failed), node.name, where, e)
         return self._assemble(specs)
 
     def _call(self, node: fx.Node) -> None:
@@ -151,7 +159,7 @@ class _Walk:
             else:
                 cost = self.runner.function(node.target, args, kwargs)  # type: ignore[arg-type]
         except Exception as e:  # whatever the user's code raises on fakes: planning goes on without its cost
-            log.warning("no cost for node %s (%s): %s", node.name, node.meta.get("location", ""), e)
+            self.failed.append((node, e))
             cost = self._unknown(node, args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         first = len(self.maker)
@@ -266,6 +274,19 @@ class _Walk:
                     kept[maker] += self.size[storage]
         return kept, inputs
 
+    def _memory(self, node: fx.Node, cost: NodeCost) -> NodeMemory:
+        reads = {t.storage for n in node.all_input_nodes for t in self._tensors(n)}
+        gives = {t.storage for t in self._tensors(node)}
+        return NodeMemory(
+            reads=tuple(sorted(reads)),
+            makes=tuple(sorted(s for s in gives if self.maker[s] is node)),
+            saves=tuple(dict.fromkeys(self.saves[node])),
+            gives=tuple(sorted(gives)),
+            inside=cost.saved_inside,
+            forward_peak=cost.forward_peak,
+            backward_peak=cost.backward_peak,
+        )
+
     def _tensors(self, node: fx.Node) -> list[TensorSpec]:
         return [t for t in pytree.tree_leaves(self.values[node]) if isinstance(t, TensorSpec)]
 
@@ -331,6 +352,7 @@ class _Walk:
                 model_inputs=inputs,
                 first_input_bytes=sum(size for name, size in inputs.items() if name not in read),
                 exact=cost.exact,
+                memory=self._memory(node, cost),
                 stage=None,
             )
             read |= inputs.keys()
@@ -350,7 +372,13 @@ class _Walk:
                 if source in self.costs:
                     # Any stage can hold a parameter: it does not have to come from a stage before.
                     graph.add_edge(source.name, node.name, precedence=source.op != "get_attr")
-        graph.graph.update(specs=tuple(specs), params=all_params, trainable=frozenset(trainable))
+        graph.graph.update(
+            specs=tuple(specs),
+            params=all_params,
+            trainable=frozenset(trainable),
+            storages=dict(enumerate(self.size)),
+            results=frozenset(n.name for n in self.module.graph.output_node().all_input_nodes),
+        )
         return graph
 
 

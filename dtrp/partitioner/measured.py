@@ -78,7 +78,9 @@ def measure_nodes(
             times = _Clock(captured, graph, device, dtype).run(BUDGET if budget is None else budget)
         write_cache("measured", key, times)
     for node, data in graph.nodes(data=True):
-        data["forward_time"], data["backward_time"] = times[node]
+        data["forward_time"], backward = times[node]
+        # The gradient of ``x[i] = y`` finds no way back from node to node: what lies behind keeps its estimate.
+        data["backward_time"] = backward or data["backward_time"]
         data["sweep_time"] = times["sweep"] * data["gradient_bytes"]
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtrp.partitioner.live_bytes import LiveBytes, storage_of
 from dtrp.partitioner.op_cost import OpCost, op_cost
 
 _DEVICE = torch.device("cpu")
@@ -82,6 +82,9 @@ class NodeCost:
         Inputs that an in-place operation made to require a gradient.
     outputs : Any
         The node's value: a pytree with an `OutputSpec` for each tensor.
+    forward_peak, backward_peak : int
+        Bytes of new storages that are alive at once in each pass, results included; in the backward pass also
+        what is left of ``saved_inside``.
     exact : bool
         False if the node could not be run alone: then only its outputs' sizes are known.
     """
@@ -94,6 +97,8 @@ class NodeCost:
     saved_inside: int
     grad_inputs: tuple[int, ...]
     outputs: Any
+    forward_peak: int = 0
+    backward_peak: int = 0
     exact: bool = True
 
 
@@ -172,7 +177,8 @@ class NodeRunner:
                 for root, inp in zip(roots, inputs, strict=True)
             ]
             call_args, call_kwargs = pytree.tree_unflatten(inputs, structure)
-            with _Operators() as forward, torch.autograd.graph.saved_tensors_hooks(pack, _unpack), autocast:
+            forward = _Operators(inputs, self._fakes)
+            with forward, torch.autograd.graph.saved_tensors_hooks(pack, _unpack), autocast:
                 value = target(*call_args, **call_kwargs)
             out_leaves, out_structure = pytree.tree_flatten(value)
             tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
@@ -184,12 +190,15 @@ class NodeRunner:
             ]
             sources = [r for r in made.values() if r.requires_grad]
             sources += [t for t in self._fakes.values() if t.requires_grad]
-            backward = _Operators()
+            gradients = [torch.empty_like(t) for t in results]
+            backward = _Operators(inputs, self._fakes, value, gradients)
+            backward.note(saved)  # what is kept inside goes away while gradients come
+            kept = [(storage_of(t), t.untyped_storage().nbytes()) for t in saved]
+            saved.clear()  # from here on autograd alone holds it
             if results and sources:
-                gradients = [torch.empty_like(t) for t in results]
                 with backward:
                     torch.autograd.grad(results, sources, gradients, allow_unused=True)
-        return _summary(forward, backward, inputs, wanted, self._fakes, saved, out_leaves, out_structure)
+        return _summary(forward, backward, inputs, wanted, self._fakes, kept, out_leaves, out_structure)
 
 
 def _summary(
@@ -198,20 +207,20 @@ def _summary(
     inputs: Sequence[Any],
     wanted: Sequence[bool],
     state: Mapping[str, torch.Tensor],
-    saved: Sequence[torch.Tensor],
+    saved: Sequence[tuple[int, int]],
     out_leaves: Sequence[Any],
     out_structure: pytree.TreeSpec,
 ) -> NodeCost:
     """Sorts every storage that was met by whose it is: parameter, input, output or neither."""
-    owner: dict[int, int | str] = {_storage(t): name for name, t in state.items()}
-    owner |= {_storage(t): i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor)}
+    owner: dict[int, int | str] = {storage_of(t): name for name, t in state.items()}
+    owner |= {storage_of(t): i for i, t in enumerate(inputs) if isinstance(t, torch.Tensor)}
     fresh: dict[int, tuple[int, int]] = {}  # storage -> (index, bytes)
     outputs: list[Any] = []
     for leaf in out_leaves:
         if not isinstance(leaf, torch.Tensor):
             outputs.append(leaf)
             continue
-        storage = _storage(leaf)
+        storage = storage_of(leaf)
         alias = owner.get(storage)
         if alias is None and storage not in fresh:
             fresh[storage] = (len(fresh), leaf.untyped_storage().nbytes())
@@ -220,15 +229,14 @@ def _summary(
             OutputSpec(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, alias, index)
         )
     saved_inputs, saved_fresh, inside = set(), set(), {}
-    for tensor in saved:
-        storage = _storage(tensor)
+    for storage, size in saved:
         alias = owner.get(storage)
         if isinstance(alias, int):
             saved_inputs.add(alias)
         elif alias is None and storage in fresh:
             saved_fresh.add(fresh[storage][0])
         elif alias is None:
-            inside[storage] = tensor.untyped_storage().nbytes()
+            inside[storage] = size
     return NodeCost(
         forward=tuple(forward.seen),
         backward=tuple(backward.seen),
@@ -242,14 +250,16 @@ def _summary(
             if isinstance(t, torch.Tensor) and t.requires_grad and not before
         ),
         outputs=pytree.tree_unflatten(outputs, out_structure),
+        forward_peak=forward.peak,
+        backward_peak=backward.peak,
     )
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the cost of each operator that runs under it."""
+class _Operators(LiveBytes):  # type: ignore[no-untyped-call]
+    """Notes the cost of each operator that runs under it, and how much they have alive."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, *known: Any) -> None:
+        super().__init__(*known)
         self.seen: list[OpCost] = []
 
     def __torch_dispatch__(
@@ -257,6 +267,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.note(out)
         cost = op_cost(func, args, kwargs, out)
         if cost is not None:
             self.seen.append(cost)
@@ -271,10 +282,6 @@ def _fake(spec: TensorSpec) -> torch.Tensor:
 
 def _unpack(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

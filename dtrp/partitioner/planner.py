@@ -15,12 +15,15 @@ from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
 from dtrp.partitioner.partition import Partition, partition
 from dtrp.partitioner.plan import Plan, fingerprint
-from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, RECOMPUTE, stage_models
+from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, RECOMPUTE, stage_costs, stage_models
 
 log = logging.getLogger(__name__)
 
 USABLE_MEMORY = 0.9
 """The share of a device's memory that a plan may fill; the rest is for the allocator and the libraries."""
+
+
+_TIGHTENINGS = 3
 
 
 class Rules(Protocol):
@@ -108,11 +111,50 @@ def make_plan(
             seed=seed,
         )
 
+    def overdrawn(result: Partition, limit: Sequence[float | None]) -> list[float]:
+        """Bytes by which each stage's simulated peak exceeds its limit."""
+        recomputes = [option == RECOMPUTE for option in result.options]
+        costs = stage_costs(
+            graph,
+            {str(n): result.stage_of[n] for n in graph},
+            recomputes,
+            devices=index,
+            optimizer_bytes=optimizer_bytes,
+            predicts=predicts,
+            horizon=horizon,
+        )
+        return [
+            0.0 if most is None else max(c.peak - most, 0.0) for c, most in zip(costs, limit, strict=True)
+        ]
+
+    def fit(limit: Sequence[float | None]) -> Partition:
+        """The solver adds up; where the simulated peak is higher than the sum, the limit is drawn tighter."""
+        best = attempt(recompute, limit)
+        excess = overdrawn(best, limit)
+        tight = list(limit)
+        for _ in range(_TIGHTENINGS):
+            if not any(excess):
+                break
+            tight = [None if t is None else t - e for t, e in zip(tight, excess, strict=True)]
+            try:
+                result = attempt(recompute, tight)
+            except (InfeasiblePlanError, ValueError):
+                break
+            found = overdrawn(result, limit)
+            if sum(found) < sum(excess):
+                best = result
+            excess = found
+        if any(overdrawn(best, limit)):
+            log.warning(
+                "at its fullest moment a stage needs more memory than its limit; the report says how much"
+            )
+        return best
+
     if limits is not None:
-        result = attempt(recompute, limits)
+        result = fit(limits)
     else:
         try:
-            result = attempt(recompute, default_limits([specs[i] for i in index]))
+            result = fit(default_limits([specs[i] for i in index]))
         except InfeasiblePlanError as e:
             log.warning("no plan fits the devices' memory; planning without that limit. %s", e)
             result = attempt(True if recompute == "auto" else recompute, [None] * n_stages)

@@ -12,6 +12,7 @@ k < K, keeping its graphs   F + B + update + prediction              P + G(1+o) 
 k = K                       F + B + update (+ prediction)            P + G(1+o) (+ G) + I + A
 ==========================  =======================================  ======================================
 
+That is what planning adds up; `stage_costs` simulates G + A instead, storage by storage (see `pass_peak`).
 The lone G is the copy that predicted weights need. A counts no stage inputs (they are I), so a stage that
 keeps its graphs has both. An update sweeps over the trainable parameters 3 + 2o times (weight, gradient and
 state read, weight and state written), a prediction 2 + o times (weight and state read, prediction written).
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 
 from dtrp.partitioner.partition import StageModel, StageOption
+from dtrp.partitioner.peak import pass_peak
 
 RECOMPUTE, KEEP, LAST = "recompute", "keep", "last"
 
@@ -274,8 +276,10 @@ def _evaluate(
         inputs |= graph.nodes[n]["model_inputs"]
     input_bytes = int(total("transfer_bytes", arriving)) + sum(inputs.values())
     forward, sweep = total(f"forward_time{suffix}"), total(f"sweep_time{suffix}")
-    kept = total("kept_bytes")
     stashed = 0 if recomputes else in_flight
+    results = {n for n in nodes if n in graph.graph["results"]}
+    peak, kept = pass_peak(graph, nodes, leaving | results, is_last=k == n_stages - 1)
+    activations = max(peak - gradients, 0) + kept * stashed
     return StageCost(
         stage=k,
         nodes=tuple(nodes),
@@ -293,7 +297,7 @@ def _evaluate(
         copies=gradients if passes and not stashed else 0,
         stashed_inputs=(in_flight + 1) * input_bytes,
         stashed_weights=stashed * params_bytes,
-        activations=kept * (1 if recomputes else in_flight + 1),
+        activations=activations,
         flops=int(total("flops")),
         backward_flops=int(total("backward_flops")),
         params=sum(sizes[name][0] for name in held),
