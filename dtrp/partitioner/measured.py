@@ -79,7 +79,7 @@ def measure_nodes(
         write_cache("measured", key, times)
     for node, data in graph.nodes(data=True):
         data["forward_time"], backward = times[node]
-        # The gradient of ``x[i] = y`` finds no way back from node to node: what lies behind keeps its estimate.
+        # The gradient of ``x[i] = y`` finds no way back from node to node: what lies behind stays estimated.
         data["backward_time"] = backward or data["backward_time"]
         data["sweep_time"] = times["sweep"] * data["gradient_bytes"]
 

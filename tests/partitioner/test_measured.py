@@ -27,7 +27,6 @@ def test_every_node_has_a_time(name, cpu):
     assert graph.graph["mode"] == "measured"
     for node, data in graph.nodes(data=True):
         assert data["forward_time"] > 0 or data["kind"] == "get_attr"
-        assert (data["backward_time"] > 0) <= data["differentiable"] or data["gradient_bytes"]
         assert data["flops"] == analytic.nodes[node]["flops"]
         if data["backward_flops"]:
             assert data["backward_time"] > 0
