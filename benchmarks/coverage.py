@@ -263,10 +263,10 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(in_process(sample, options.max_params, options.timeout))
         if not rows[-1].passed:
             progress.write(f"{sample.name}: {rows[-1].problem}")
+        if options.json:  # after each, so that a run that is cut off leaves what it found
+            with open(options.json, "w") as file:
+                json.dump([asdict(row) for row in rows], file, indent=1)
     report(rows)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump([asdict(row) for row in rows], file, indent=1)
     return 0 if all(row.passed for row in rows) else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import warnings
 from collections.abc import Callable
@@ -38,8 +39,7 @@ def torchvision_sample(name: str) -> Sample:
 
     options: dict[str, Any] = {}
     kind = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")[0]
-    parameters = get_model_builder(name).__wrapped__.__kwdefaults__ or {}
-    if "weights_backbone" in parameters:
+    if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
         options["weights_backbone"] = None
     if name in ("inception_v3", "googlenet"):
         options["init_weights"] = False  # the initialisation takes longer than everything else
@@ -56,7 +56,7 @@ def torchvision_sample(name: str) -> Sample:
         if name.startswith("mvit"):
             return (torch.randn(batch, 3, 16, 224, 224),), {}
         if name.startswith("s3d"):
-            return (torch.randn(batch, 3, 16, 64, 64),), {}
+            return (torch.randn(batch, 3, 16, 224, 224),), {}
         return (torch.randn(batch, 3, 8, 64, 64),), {}
 
     def flow(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -5,6 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import has_side_effect
+
+
+@has_side_effect
+def guard(condition: torch.Tensor, expected: bool, place: str) -> None:
+    """Refuse a batch for which a branch of the model's code would go another way than in the graph.
+
+    Raises
+    ------
+    RuntimeError
+        ``bool(condition)`` is not ``expected``.
+    """
+    if not isinstance(condition, FakeTensor) and not condition.is_meta and bool(condition) is not expected:
+        raise RuntimeError(
+            f"the condition at {place} is {not expected} for this batch, and was {expected} for the example "
+            f"that the model was compiled with: its graph does not hold the other branch. Compile again with "
+            "an example that takes it, or move the code at this line into a submodule: it is then kept whole."
+        )
+
+
+class Rebuild:
+    """Makes an object of a class that fx does not know from its attributes, as the target of a node."""
+
+    def __init__(self, kind: type, names: tuple[str, ...]) -> None:
+        self.kind, self.names = kind, names
+        self.__name__ = self.__qualname__ = kind.__name__
+        self.__module__ = kind.__module__
+
+    def __call__(self, *values: Any) -> Any:
+        """The object with these attributes."""
+        made: Any = object.__new__(self.kind)
+        for name, value in zip(self.names, values, strict=True):
+            object.__setattr__(made, name, value)
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rebuild) and (other.kind, other.names) == (self.kind, self.names)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.names))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rebuild, (self.kind, self.names)
 
 
 class GradientFunction:

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from types import MappingProxyType
 from typing import Any
 
@@ -74,7 +74,12 @@ def _export(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tens
     flat = _Flat(model, signature)
     states = foreign_randomness()
     # Where it fails, export prints the whole graph so far.
-    with untouched(model), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    with (
+        untouched(model),
+        warnings.catch_warnings(),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         try:
             program = _dynamic(flat, tensors, batch, size)

@@ -94,7 +94,7 @@ class FakeWorld:
                 return back[id(x)]
             return self.mode.from_tensor(x.detach().clone()).requires_grad_(x.requires_grad)
 
-        with _disable_current_modes(), self._left_by(module), untouched(module, tensors=True):
+        with _disable_current_modes(), self.left_by(module), untouched(module, tensors=True):
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
             inputs = map_tensors(real, (args, kwargs))
@@ -105,7 +105,7 @@ class FakeWorld:
             return map_tensors(fake, result)
 
     @contextmanager
-    def _left_by(self, module: nn.Module) -> Iterator[None]:
+    def left_by(self, module: nn.Module) -> Iterator[None]:
         """Inside, the parameters and buffers of ``module`` are the real ones again."""
         swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         try:

@@ -11,7 +11,9 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from .decisions import Decisions
 from .fakes import FakeWorld, fake_inputs
 from .graph import KeptWhole, Signature
 from .modes import BothModes, in_mode
@@ -35,14 +37,29 @@ def record(
     """Record ``model`` in both modes."""
 
     def recorder(closed: dict[str, str]) -> Run:
+        made: list[Decisions] = []  # by the first recording; later ones, of other batches, repeat them
+        deciding = False
+
         def run(batch: tuple[int, ...] = (), size: int = 0) -> Traced:
+            nonlocal deciding
             for _ in range(_ATTEMPTS):
-                traced, failures = _record_once(model, signature, tensors, closed, opened, batch, size)
+                decisions = [*made, None][0] if deciding else None
+                try:
+                    traced, failures, found = _record_once(
+                        model, signature, tensors, closed, opened, batch, size, deciding, decisions
+                    )
+                except DataDependentOutputException:
+                    if deciding:
+                        raise
+                    deciding = True  # the root itself decides by values
+                    continue
                 if not failures:
                     break
                 # Some modules were given up half-way and replaced by single nodes. Record again with these
                 # closed from the start: their half-run code may have left something behind.
                 closed.update(failures)
+            if found is not None and not made:
+                made.append(found)
             return traced
 
         return run
@@ -66,11 +83,14 @@ def _record_once(
     opened: Collection[str],
     batch: tuple[int, ...],
     size: int,
-) -> tuple[Traced, dict[str, str]]:
+    deciding: bool,
+    earlier: Decisions | None,
+) -> tuple[Traced, dict[str, str], Decisions | None]:
     mode = ObservedFakeMode()
     world = FakeWorld(mode)
     with untouched(model), world.inhabited_by(model), torch.enable_grad():
-        recorder = Recorder(model, world, closed, opened)
+        decisions = Decisions(model, world, tensors, earlier) if deciding else None
+        recorder = Recorder(model, world, closed, opened, decisions)
         inputs = fake_inputs(world, tensors, batch, size)
         for i, tensor in enumerate(inputs):
             recorder.placeholder(f"input_{i}", tensor)
@@ -81,6 +101,19 @@ def _record_once(
         mode.observer = None
         leaves, out_spec = flatten_output(output)
         recorder.finish(leaves)
-    kept = tuple(KeptWhole(name, why) for name, why in closed.items())
-    traced = Traced(recorder.graph, out_spec, kept, constants=recorder.constants, keepers=recorder.keepers)
-    return traced, recorder.failures
+    kept = tuple(KeptWhole(name, why) for name, why in closed.items() if not _inside(name, closed))
+    notes: tuple[str, ...] = ()
+    if decisions is not None:
+        notes = tuple(
+            f"the condition at {place} is taken to be {answer}, as for the example; other batches are refused"
+            for place, answer in dict(zip(decisions.places, decisions.made, strict=True)).items()
+        )
+    traced = Traced(
+        recorder.graph, out_spec, kept, notes, constants=recorder.constants, keepers=recorder.keepers
+    )
+    return traced, recorder.failures, decisions
+
+
+def _inside(name: str, closed: Collection[str]) -> bool:
+    """Whether a module is part of another one that is closed."""
+    return any(name.startswith(other + ".") for other in closed)

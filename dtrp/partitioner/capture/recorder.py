@@ -29,12 +29,13 @@ from torch.fx import Graph, Node
 from torch.fx.node import base_types
 from torch.overrides import TorchFunctionMode
 
-from .custom import GradientFunction
+from .custom import GradientFunction, Rebuild
+from .decisions import Decisions, Undecided
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
 from .snapshot import foreign_randomness
-from .structure import Step, tensors_in
+from .structure import Step, opened_object, tensors_in
 from .targets import node_form, property_name
 
 
@@ -65,7 +66,12 @@ class Recorder(TorchFunctionMode):
     """See the module's docstring; use through `record`."""
 
     def __init__(
-        self, model: nn.Module, world: FakeWorld, closed: Collection[str], opened: Collection[str]
+        self,
+        model: nn.Module,
+        world: FakeWorld,
+        closed: Collection[str],
+        opened: Collection[str],
+        decisions: Decisions | None = None,
     ) -> None:
         super().__init__()
         self.graph = Graph()
@@ -75,6 +81,7 @@ class Recorder(TorchFunctionMode):
         self.constants: dict[str, torch.Tensor] = {}
         self._world = world
         self._closed, self._opened = closed, opened
+        self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
         self._known: dict[int, _Known] = {}
         self._undo: list[tuple[int, _Known | None]] = []
@@ -115,7 +122,12 @@ class Recorder(TorchFunctionMode):
             if getattr(func, "__name__", "") == "__set__" and property_name(func) == "requires_grad":
                 return self._set_requires_grad(*args)
             self._refuse(func)
-            return self._call(func, node_form, args, kwargs)
+            try:
+                return self._call(func, node_form, args, kwargs)
+            except Exception as error:
+                if getattr(func, "__name__", "") != "__bool__" or self._module or self._decisions is None:
+                    raise
+                return self._decide(args[0], error)
 
     def on_gradient_function(
         self, function: type[torch.autograd.Function], proceed: Callable[..., Any], args: Any, kwargs: Any
@@ -190,12 +202,25 @@ class Recorder(TorchFunctionMode):
         inputs = [t for _, t in tensors_in((args, kwargs))]
         versions = [_version(t) for t in inputs]
         result = function(*args, **kwargs)
+        if [id(t) for _, t in tensors_in((args, kwargs))] != [id(t) for t in inputs]:
+            raise CannotRecord("changes an object that it is given")
         changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
         outputs = list(tensors_in(result))
         if not outputs and not changed:
             return result  # a question, answered
         node = self._new(*self._written(form(function, args, kwargs), bool(changed)), result)
         return self._learn_all(result, outputs, node, inputs, changed)
+
+    def _decide(self, condition: torch.Tensor, error: Exception) -> bool:
+        """What the example says of a condition in the root's code; a guard for other batches."""
+        assert self._decisions is not None
+        node, place = self._argument(condition), user_location()
+        try:
+            answer, guard = self._decisions.decide(node, place)
+        except Undecided as why:
+            raise CannotRecord(f"decides by the values in a tensor: {why}") from error
+        self._new("call_function", guard, (node, answer, place), {}, None)
+        return answer
 
     def _set_requires_grad(self, tensor: torch.Tensor, value: bool) -> None:
         node = self._new("call_method", "requires_grad_", (self._argument(tensor), value), {}, tensor)
@@ -328,7 +353,12 @@ class Recorder(TorchFunctionMode):
             return value.item()
         if isinstance(value, (*base_types, enum.Enum, range)) or value is None or value is ...:
             return value
-        raise CannotRecord(f"hands an object of type {type(value).__name__} to a torch function or layer")
+        attributes = opened_object(value)
+        if attributes is None:
+            raise CannotRecord(f"hands an object of type {type(value).__name__} to a torch function or layer")
+        names, parts = attributes
+        arguments = tuple(self._argument(part, cut) for part in parts)
+        return self._new("call_function", Rebuild(type(value), names), arguments, {}, value)
 
     def _fake(self, value: Any) -> Any:
         """``value`` with real tensors replaced by their fake twins."""

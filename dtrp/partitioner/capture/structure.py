@@ -75,6 +75,14 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[tuple[tuple[Step, ..
                 yield (step, *path), tensor
 
 
+def opened_object(value: Any) -> tuple[tuple[str, ...], list[Any]] | None:
+    """Names and values of the attributes of an object that holds tensors, None if it is another value."""
+    if isinstance(value, (torch.Tensor, dict, tuple, list)) or not _holds_tensors(value, _DEPTH):
+        return None
+    pairs = list(_parts(value))
+    return tuple(name for (_, name), _ in pairs), [part for _, part in pairs]
+
+
 def map_tensors(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH) -> Any:
     """A copy of ``value`` with ``function`` applied to its tensors, also those inside unknown objects."""
 
@@ -115,5 +123,5 @@ def _is_plain_object(value: Any) -> bool:
     return (
         hasattr(value, "__dict__")
         and not callable(value)
-        and not type(value).__module__.startswith(("builtins", "torch", "numpy", "logging", "typing"))
+        and type(value).__module__.split(".")[0] not in ("builtins", "torch", "numpy", "logging", "typing")
     )
