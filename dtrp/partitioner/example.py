@@ -13,11 +13,12 @@ SAMPLES = 8
 
 
 def keep_example(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """The first samples of a call's tensors, on the CPU; None for tensors that hold no data."""
+    """The first samples of a call's tensors, on the CPU; None for tensors without data, and sparse ones."""
     _, batched = batch_of(tensors)
-    return [
-        None
-        if t.is_meta or isinstance(t, FakeTensor)
-        else (t[:SAMPLES] if i in batched else t).detach().cpu().clone()
-        for i, t in enumerate(tensors)
-    ]
+
+    def keep(i: int, t: torch.Tensor) -> torch.Tensor | None:
+        if t.is_meta or isinstance(t, FakeTensor) or t.layout is not torch.strided:
+            return None
+        return (t[:SAMPLES] if i in batched else t).detach().cpu().clone()
+
+    return [keep(i, t) for i, t in enumerate(tensors)]

@@ -15,7 +15,7 @@ import dtrp
 from dtrp.onnx import load_chain, merge_chain, read_manifest
 from dtrp.partitioner.onnx import export as export_module
 
-from .onnx_models import CASES, Skips
+from .onnx_models import CASES
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -68,9 +68,20 @@ class Exported:
         self.manifest = self.chain.manifest
 
 
+@pytest.fixture(scope="module")
+def export_case(tmp_path_factory):
+    """``export_case(name)``: a case's export, made once."""
+    return cache(lambda name: Exported(name, tmp_path_factory.mktemp("onnx")))
+
+
 @pytest.fixture(scope="module", params=list(CASES))
-def exported(request, tmp_path_factory):
-    return Exported(request.param, tmp_path_factory.mktemp("onnx"))
+def exported(request, export_case):
+    return export_case(request.param)
+
+
+@pytest.fixture(scope="module")
+def ends(export_case):
+    return export_case("many ends")
 
 
 class TestChain:
@@ -152,11 +163,6 @@ class TestChain:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def ends(tmp_path_factory):
-    return Exported("many ends", tmp_path_factory.mktemp("ends"))
-
-
 class TestStructure:
     def test_output_has_the_models_structure(self, ends):
         args, kwargs = ends.case.call(2)
@@ -181,34 +187,25 @@ class TestStructure:
         assert any(getattr(leaf, "name", "") == "batch_right" for leaf in ends.manifest.outputs)
 
 
-def test_a_value_skips_over_stages(tmp_path):
-    case = CASES["skips"]
-    pipe = compiled(case.make(), case.call(2), 4)
-    pipe.export_onnx(tmp_path, dynamic_batch=False, verify=False)  # an empty folder may be there already
+def test_a_value_skips_over_stages(export_case):
+    stages = export_case("skips").manifest.stages
+    origins = [(k, v.origin.stage) for k, s in enumerate(stages) for v in s.inputs]
+    assert max(k - origin for k, origin in origins if origin is not None) > 1
+
+
+def test_tied_weight_is_in_both_stages(export_case):
+    paths = export_case("tied text").paths[:-1]
+    held = [{tuple(t.dims) for t in onnx.load(p).graph.initializer} for p in paths]
+    for dims in (held[0], held[-1]):
+        assert dims & {(40, 16), (16, 40)}
+
+
+def test_without_verification_or_other_batch_sizes(tmp_path):
+    two_layers().export_onnx(tmp_path, dynamic_batch=False, verify=False)  # into an empty folder
     manifest = read_manifest(tmp_path)
-    jumps = [
-        k - v.origin.stage
-        for k, s in enumerate(manifest.stages)
-        for v in s.inputs
-        if v.origin.stage is not None
-    ]
-    assert max(jumps) > 1
-    assert not manifest.batch.dynamic
-    assert manifest.batch.size == 2
-    assert manifest.verification is None
-    with pytest.raises(
-        ValueError, match=r"shape \[3, 3, 8, 8\], expected \[2, 3, 8, 8\]; .*for 2 sample\(s\) only"
-    ):
-        load_chain(tmp_path)(np.zeros((3, 3, 8, 8), np.float32))
-
-
-def test_tied_weight_is_in_both_stages(tmp_path):
-    case = CASES["tied text"]
-    pipe = compiled(case.make(), case.call(2), 3)
-    paths = pipe.export_onnx(tmp_path / "out", verify=False, dynamic_batch=False)
-    held = [{tuple(t.dims) for t in onnx.load(p).graph.initializer} for p in paths[:-1]]
-    assert any((40, 16) in dims or (16, 40) in dims for dims in held[:1])
-    assert any((40, 16) in dims or (16, 40) in dims for dims in held[-1:])
+    assert (manifest.batch.dynamic, manifest.batch.size, manifest.verification) == (False, 3, None)
+    with pytest.raises(ValueError, match=r"shape \[2, 4\], expected \[3, 4\]; .*for 3 sample\(s\) only"):
+        load_chain(tmp_path)(np.zeros((2, 4), np.float32))
 
 
 class TwoLayers(nn.Module):
@@ -266,13 +263,6 @@ class TestWeights:
 class FixedBatch(TwoLayers):
     def forward(self, x):
         return super().forward(x.view(3, 4))
-
-
-class Squeezes(TwoLayers):
-    """With a single sample the output is a number, not a vector."""
-
-    def forward(self, x):
-        return super().forward(x)[:, :1].squeeze()
 
 
 class TestBatch:
@@ -520,11 +510,11 @@ def test_manifest_says_how_the_stages_chain(ends):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_models_that_were_never_in_train_mode(tmp_path):
-    """The mode is each module's own: a frozen BatchNorm in a model that trains stays frozen."""
-    model = Skips().train()
-    model.blocks[1].eval()
-    pipe = compiled(model, ((torch.randn(2, 3, 8, 8),), {}), 2)
-    modes = [m.training for m in model.modules()]
+def test_each_module_keeps_its_own_mode(tmp_path):
+    """A frozen layer in a model that trains stays frozen."""
+    pipe = two_layers()
+    pipe.model.second.eval()
+    modes = [m.training for m in pipe.model.modules()]
     pipe.export_onnx(tmp_path / "out", dynamic_batch=False, verify=False)
-    assert [m.training for m in model.modules()] == modes
+    assert [m.training for m in pipe.model.modules()] == modes
+    assert len(set(modes)) == 2

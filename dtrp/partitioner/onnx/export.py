@@ -39,7 +39,7 @@ from .examples import example_batch
 from .folder import written_aside
 from .names import Names, name_ends, shape_text, tensors
 from .stage import NotDynamic, convert, exportable
-from .verify import Differences, compare, require, tolerance
+from .verify import Differences, compare, full_precision, require, tolerance
 
 log = logging.getLogger("dtrp")
 
@@ -90,6 +90,7 @@ def export_chain(
         manifest, found = _write_stages(captured, graph, aside, submodules, opset, dynamic_batch)
         manifest.write(aside)
         if verify:
+            stack.enter_context(full_precision(model))
             manifest = _verify(captured, graph, manifest, found, aside, example)
             manifest.write(aside)
     if dynamic_batch and not manifest.batch.dynamic:
@@ -202,7 +203,7 @@ def _verify(
 
     def differences(size: int) -> Differences:
         batch = example_batch(found, example, size)
-        return compare(chain, graph, captured.model, captured.signature, found, batch, size)
+        return compare(chain, graph, captured.model, captured.signature, batch, size)
 
     sizes = [found.size, found.size + 1] if found.dynamic else [found.size]
     results = []
@@ -286,7 +287,7 @@ def _structure(wiring: Wiring) -> Any:
         if isinstance(node, _Leaf):
             return {"leaf": node.index}
         if isinstance(node, Mapping):
-            return {"dict": [[_key(k), describe(v)] for k, v in node.items() if _has_leaf(v)]}
+            return {"dict": [[_key(k), describe(v)] for k, v in node.items()]}
         if isinstance(node, tuple) and hasattr(node, "_fields"):
             return {"dict": [[k, describe(v)] for k, v in zip(node._fields, node, strict=True)]}
         if isinstance(node, (tuple, list)):
@@ -300,10 +301,6 @@ def _structure(wiring: Wiring) -> Any:
 class _Leaf:
     def __init__(self, index: int) -> None:
         self.index = index
-
-
-def _has_leaf(tree: Any) -> bool:
-    return any(isinstance(leaf, _Leaf) for leaf in pytree.tree_leaves(tree))
 
 
 def _key(key: Any) -> Any:
