@@ -184,10 +184,13 @@ class Row(NamedTuple):
     total: int
 
 
-def measure(subject: Subject, method: str, n_stages: int) -> list[Row]:
+def compiled(subject: Subject, n_stages: int) -> dtrp.Pipeline:
     torch.manual_seed(0)
-    model = subject.make()
-    pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=subject.batch()[0], recompute=True)
+    return dtrp.compile(subject.make(), n_gpus=n_stages, example_inputs=subject.batch()[0], recompute=True)
+
+
+def measure(subject: Subject, pipe: dtrp.Pipeline, method: str) -> list[Row]:
+    n_stages = pipe.n_stages
     with pipe.trainer(subject.loss_fn, SGD, method=method, executor="inline", seed=0, threads=2) as trainer:
         ledgers: list[Ledger] = []
         for _ in range(2 * n_stages + 2):
@@ -232,8 +235,9 @@ def main() -> int:
     for name in args.models.split(","):
         found = {}
         for k in counts:
+            pipe = compiled(SUBJECTS[name], k)
             for method in METHODS:
-                found[method, k] = measure(SUBJECTS[name], method, k)
+                found[method, k] = measure(SUBJECTS[name], pipe, method)
                 total = sum(r.total for r in found[method, k]) / MB
                 print(f"{name:<12} K={k}  {method:<5} {total:8.1f} MB", flush=True)
             if k == 4:

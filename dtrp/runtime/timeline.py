@@ -10,12 +10,13 @@ from pathlib import Path
 from .events import Event
 
 
-def write_timeline(path: str | os.PathLike[str], events: Iterable[Event], n_stages: int) -> None:
+def write_timeline(path: str | os.PathLike[str], events: Iterable[Event]) -> None:
     """Write events as complete ("X") trace events, one track per stage; times in microseconds."""
     events = sorted(events, key=lambda e: (e.stage, e.start))
     origin = min((e.start for e in events), default=0.0)
     rows: list[dict[str, object]] = [
-        {"ph": "M", "name": "process_name", "pid": k, "args": {"name": f"stage {k}"}} for k in range(n_stages)
+        {"ph": "M", "name": "process_name", "pid": k, "args": {"name": f"stage {k}"}}
+        for k in sorted({e.stage for e in events})
     ]
     rows += [
         {

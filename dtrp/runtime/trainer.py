@@ -8,26 +8,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor
 
-from ..wiring import Wiring
 from . import interrupts
 from .arguments import as_call, feeds, n_samples, take_target
 from .batch import Feed
 from .board import Board
 from .checkpoint import read_checkpoint, write_checkpoint
-from .compensation import WARMUP, Joiner, Joint, Tuner, check_compensation
+from .compensation import WARMUP, Joiner, check_compensation
 from .config import TrainConfig
 from .evaluation import Measure, combine
 from .events import Event
-from .executors import EXECUTORS, start
+from .executors import EXECUTORS
 from .executors.base import Executor
-from .host import Host, write_back
+from .host import Host
 from .ledger import Ledger
 from .progress import Bar
 from .run_state import RunState, check_builds
-from .schedule import drain_ticks
+from .session import Session
 from .stats import StageStats
 from .timeline import write_timeline
 
@@ -63,21 +61,17 @@ class Trainer:
         self._ledger = Ledger()
         self.progress = progress
         self._host = host
-        self._kind = executor
-        self._record = record or timeline is not None
+        self._launch: dict[str, Any] = {
+            "kind": executor,
+            "record": record or timeline is not None,
+            "watchdog": float(watchdog),
+        }
         self._timeline = timeline
         self._events: list[Event] = []
-        self._watchdog = float(watchdog)
-        self._executor: Executor | None = None
-        self._train: Wiring | None = None
-        self._eval: Wiring | None = None
-        self._names: list[frozenset[str]] = []  # tensors that each stage holds
+        self._session: Session | None = None
         self._joiner = Joiner(1 if batch_compensation == "auto" else batch_compensation, compensation_warmup)
-        self._tuner: Tuner | None = None
-        self._tunes = batch_compensation == "auto"
-        self._in_flight = False
+        self._tunes = batch_compensation == "auto"  # and has not found a size yet
         self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
-        self._seed: int | None = None
         self._board = None if tensorboard is None else Board(tensorboard)
         self._stats: list[StageStats] = []
         self._closed = False
@@ -124,27 +118,24 @@ class Trainer:
             The arguments do not fit the model.
         """
         inputs, named, target = self._taken_apart(args, kwargs)
-        _, tensors = self._ready(inputs, named, target)
+        session, tensors = self._ready(inputs, named, target)
         with interrupts.held():
             joint = self._joiner.add(tensors, target)
             self._ledger.fed += 1
             self._ledger.samples += n_samples(tensors)
             if joint is not None:
-                self._enter(joint)
+                session.enter(joint)
             return self._collect()
 
     def flush(self) -> None:
         """Train until nothing is in flight."""
-        if self._executor is None:
+        if self._session is None:
             return
         with interrupts.held():
             joint = self._joiner.rest()
             if joint is not None:
-                self._enter(joint)
-            if self._in_flight:
-                self._drain()
-                if self._tuner is not None:
-                    self._tuner.interrupted()
+                self._session.enter(joint)
+            self._session.drain()
             self._collect()
 
     def fit(
@@ -198,9 +189,9 @@ class Trainer:
         loss where the scheduler wants a metric (``ReduceLROnPlateau``).
         """
         self._ledger.epochs += 1
-        if self.config.scheduler_step == "epoch" and self._executor is not None:
+        if self.config.scheduler_step == "epoch" and self._session is not None:
             self.flush()
-            self._executor.call("schedule", [metrics] * len(self._names))
+            self._session.call("schedule", *metrics)
 
     def evaluate(self, loader: Iterable[Any], metric: Any = None) -> dict[str, float]:
         """Loss and metrics over ``loader``, in eval mode, with the current weights.
@@ -232,16 +223,15 @@ class Trainer:
             while batch is not None:
                 args, kwargs = as_call(batch)
                 inputs, named, target = self._taken_apart(args, kwargs)
-                _, tensors = self._ready(inputs, named, target)
-                assert self._eval is not None
-                yield feeds(self._eval, number, tensors, target)
+                session, tensors = self._ready(inputs, named, target)
+                yield feeds(session.evaluation, number, tensors, target)
                 number += 1
                 batch = next(batches, None)
 
         args, kwargs = as_call(first)
         inputs, named, target = self._taken_apart(args, kwargs)
-        executor, _ = self._ready(inputs, named, target)
-        found = combine(executor.evaluate(fed(), measure))
+        session, _ = self._ready(inputs, named, target)
+        found = combine(session.executor.evaluate(fed(), measure))
         if self._board is not None:
             self._board.evaluation(len(self.losses), found)
         return found
@@ -270,10 +260,8 @@ class Trainer:
 
     def sync(self) -> None:
         """Bring the present weights and buffers into ``model``; batches in flight stay in flight."""
-        if self._executor is None:
-            return
-        for state in self._executor.call("state"):
-            write_back(self._host.model, state)
+        if self._session is not None:
+            self._session.sync()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the run to one file: weights, optimizers, schedulers, counters, losses, random states.
@@ -316,9 +304,10 @@ class Trainer:
             state.restore_model(self._host.model)
             state.restore_random()
             self._restore_counters(state.counters)
-            self._resume = state
-            if self._executor is not None:
-                self._hand_over(self._executor)
+            if self._session is None:
+                self._resume = state
+            else:
+                self._session.hand_over(state)
 
     def close(self) -> None:
         """Finish the batches in flight, bring the weights into ``model`` and end the workers."""
@@ -343,16 +332,16 @@ class Trainer:
                     self.sync()
                     self._stats = self.stats
                     if self._timeline is not None:
-                        write_timeline(self._timeline, self.events, len(self._names))
-                    elif self._record:
+                        write_timeline(self._timeline, self.events)
+                    elif self._launch["record"]:
                         _ = self.events
         finally:
             self._closed = True
             if self._board is not None:
                 self._board.close()
-            if self._executor is not None:
-                self._executor.close()
-                self._executor = None
+            if self._session is not None:
+                self._session.executor.close()
+                self._session = None
 
     # ---- how -------------------------------------------------------------------------------------------
 
@@ -361,92 +350,32 @@ class Trainer:
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         return take_target(args, kwargs, has_target=self.config.loss_fn is not None)
 
+    @property
+    def _executor(self) -> Executor | None:
+        return None if self._session is None else self._session.executor
+
     def _ready(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any
-    ) -> tuple[Executor, list[Tensor]]:
-        """The running executor, and this call's tensors; everything that can be refused is refused first."""
+    ) -> tuple[Session, list[Tensor]]:
+        """The running stages, and this call's tensors; everything that can be refused is refused first."""
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        if self._executor is None:
+        if self._session is None:
             self._host.prepare(args, kwargs)
         tensors = self._host.bind(args, kwargs)
-        if self._executor is None:
+        if self._session is None:
             self._host.check_loss(self.config, tensors, target)
-            self._start()
-        assert self._executor is not None
-        return self._executor, tensors
-
-    def _start(self) -> None:
-        programs = self._host.programs()
-        n_stages = len(programs)
-        self._train, self._eval = programs[0].train, programs[0].evaluate
-        self._names = [
-            frozenset(n for n, _ in (*p.module.named_parameters(), *p.module.named_buffers()))
-            for p in programs
-        ]
-        seed = self.config.seed
-        if n_stages == 1:
-            # One stage draws from the ambient generators, as the plain loop does.
-            if seed is not None and self._resume is None:
-                torch.manual_seed(seed)
-            seed = None
-        elif seed is None:
-            seed = int(torch.randint(2**62, ()))
-        self._seed = seed
-        if not self._host.model.training:
-            self._host.model.train()
-        executor = start(
-            self._kind,
-            programs,
-            self.config,
-            seed=seed,
-            record=self._record,
-            watchdog=self._watchdog,
-        )
-        if self._tunes:
-            self._tuner = Tuner(self._host.memory_limits())
-        if self._resume is not None:
-            try:
-                self._hand_over(executor)
-            except BaseException:
-                executor.close()
-                raise
-        self._executor = executor
-
-    def _enter(self, joint: Joint) -> None:
-        """A batch goes into the pipeline."""
-        executor = self._executor
-        assert executor is not None
-        assert self._train is not None
-        executor.tick(feeds(self._train, self._ledger.entered, joint.tensors, joint.target, joint.update))
-        self._ledger.enter(joint.update.batches)
-        self._in_flight = True
-        if self.config.one_batch_at_a_time:
-            self._drain()
-        if self._tuner is not None:
-            self._tune(self._tuner, executor, n_samples(joint.tensors))
-        executor.throttle()
-
-    def _tune(self, tuner: Tuner, executor: Executor, samples: int) -> None:
-        """Let the tuner time what it needs to."""
-        what = tuner.entered(samples)
-        if what == "go on":
-            return
-        if self._in_flight:
-            self._drain()
-        if what == "warm up":
-            tuner.warmed_up()
-        elif tuner.measured([s.peak_memory for s in executor.call("stats")]):
-            self._tuner, self._tunes = None, False
-        self._joiner.size = tuner.size
-
-    def _drain(self) -> None:
-        assert self._executor is not None
-        n_stages = len(self._names)
-        for _ in range(drain_ticks(n_stages)):
-            self._executor.tick([None] * n_stages)
-        self._executor.settle()
-        self._in_flight = False
+            self._session = Session(
+                self._host,
+                self.config,
+                self._ledger,
+                self._joiner,
+                tunes=self._tunes,
+                resume=self._resume,
+                **self._launch,
+            )
+            self._resume = None
+        return self._session, tensors
 
     def _collect(self) -> float | None:
         if self._executor is not None:
@@ -460,25 +389,20 @@ class Trainer:
     # ---- resuming --------------------------------------------------------------------------------------
 
     def _counters(self) -> dict[str, Any]:
+        if self._session is not None:
+            self._tunes = self._session.tuner is not None
         return {
             **self._ledger.export(),
             "updates": self._joiner.updates,
             "joined": self._joiner.size,
             "tunes": self._tunes,
-            "seed": self._seed,
+            "seed": None if self._session is None else self._session.seed,
         }
 
     def _restore_counters(self, counters: Mapping[str, Any]) -> None:
         self._ledger.restore(counters)
         self._joiner.updates = counters["updates"]
         if self._tunes and not counters["tunes"]:
-            self._tuner, self._tunes, self._joiner.size = None, False, counters["joined"]
-
-    def _hand_over(self, executor: Executor) -> None:
-        """Bring the stages to the loaded state."""
-        state, self._resume = self._resume, None
-        assert state is not None
-        if self._seed is not None and state.counters["seed"] is not None:
-            self._seed = state.counters["seed"]
-        executor.call("load_state", [(state.tensors(names),) for names in self._names])
-        executor.call("load_training_state", [state.training(self._host.model)] * len(self._names))
+            self._tunes, self._joiner.size = False, counters["joined"]
+            if self._session is not None:
+                self._session.tuner = None
