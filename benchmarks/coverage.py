@@ -40,6 +40,7 @@ from coverage_zoos import (
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils._pytree import tree_structure
 from tqdm import tqdm
 
 import dtrp
@@ -132,12 +133,15 @@ def timed_capture(row: Row) -> Iterator[None]:
 def compare(model: nn.Module, pipe: dtrp.Pipeline, sample: Sample) -> str:
     """The first difference between the model and its pipeline, ``""`` if there is none."""
     example = sample.call(2)
+    more = sample.call(3)
+    if tree_structure(more) != tree_structure(example):
+        more = sample.call(2)  # a list of images: one more is another structure, not a larger batch
     for step, (training, call) in {
         "evaluation": (False, example),
         "training": (True, example),
         "evaluation after training": (False, example),
         "training after evaluation": (True, example),
-        "one more sample": (False, sample.call(3)),
+        "one more sample": (False, more),
     }.items():
         state = copy.deepcopy(model.state_dict())
         plain = _run(model, lambda args, kwargs: model(*args, **kwargs), call, training)

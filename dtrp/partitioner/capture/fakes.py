@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .snapshot import untouched
 from .structure import map_tensors
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
 
 class FakeWorld:
     """Fake twins of a model's tensors and inputs, all under one `FakeTensorMode`.
@@ -27,6 +29,7 @@ class FakeWorld:
         # Tensors that no module registers (attributes, globals) may meet fake ones in the model's code.
         self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -54,6 +57,7 @@ class FakeWorld:
         swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         try:
             for module in model.modules():
+                self._attributes[id(module)] = dict(module.__dict__)
                 registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
                 for registry in registries:
                     for name, tensor in registry.items():
@@ -106,10 +110,20 @@ class FakeWorld:
 
     @contextmanager
     def left_by(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the parameters and buffers of ``module`` are the real ones again."""
+        """Inside, the parameters and buffers of ``module`` are the real ones again, and its attributes."""
         swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        changed: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for m in module.modules():
+                before = self._attributes.get(id(m), {})
+                for name, value in list(m.__dict__.items()):
+                    # Whatever forward has stored so far, such as a cache, is fake.
+                    if name not in _REGISTRIES and value is not before.get(name):
+                        changed.append((m.__dict__, name, value))
+                        if name in before:
+                            m.__dict__[name] = before[name]
+                        else:
+                            del m.__dict__[name]
                 registries: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
                 for registry in registries:
                     for name, tensor in registry.items():
@@ -118,8 +132,8 @@ class FakeWorld:
                             registry[name] = self.originals[id(tensor)]
             yield
         finally:
-            for registry, name, tensor in swapped:
-                registry[name] = tensor
+            for registry, name, value in (*swapped, *changed):
+                registry[name] = value
 
 
 def _version(tensor: torch.Tensor) -> int:
