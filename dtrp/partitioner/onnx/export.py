@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ...errors import ExportError
 from ...onnx.chain import load_chain
 from ...onnx.manifest import (
     NAME,
     Batch,
-    Constant,
     Manifest,
     ModelInput,
-    Origin,
     StageFile,
     StageInput,
     Value,
     file_hash,
 )
-from ...wiring import CALLER, Source, Wiring
-from ...wiring import Constant as ConstantLeaf
+from ...wiring import CALLER, Source
 from ..capture.graph import Captured
 from ..capture.snapshot import untouched
 from ..split import SplitGraph
-from .batch import Affine, ScalarEnd, Study, TensorEnd, study
+from .batch import Study, TensorEnd, study
+from .describe import dtype_name, origin_of, output_leaf, output_structure, package_versions
 from .examples import example_batch
 from .folder import written_aside
 from .names import Names, name_ends, shape_text, tensors
@@ -142,17 +139,19 @@ def _write(
         used_opset = program.model.opset_imports[""]
         name_ends(program.model, entering, leaving, f"stage_{k}")
         file, data = _save(program, aside, k)
-        origins = {names[s]: _origin(s, names) for s in wires.inputs}
+        origins = {names[s]: origin_of(s, names) for s in wires.inputs}
         stages.append(
             StageFile(
                 file=file,
                 sha256=file_hash(aside / file),
                 data=tuple((d, file_hash(aside / d)) for d in data),
                 inputs=tuple(
-                    StageInput(n, _dtype(end), shape_text(n, end.shape), origins[n])
+                    StageInput(n, dtype_name(end), shape_text(n, end.shape), origins[n])
                     for n, end in entering.items()
                 ),
-                outputs=tuple(Value(n, _dtype(end), shape_text(n, end.shape)) for n, end in leaving.items()),
+                outputs=tuple(
+                    Value(n, dtype_name(end), shape_text(n, end.shape)) for n, end in leaving.items()
+                ),
                 submodules=tuple(submodules[k]),
             )
         )
@@ -162,13 +161,13 @@ def _write(
         opset=used_opset,
         batch=Batch(found.dynamic, found.size, 1 if found.dynamic else found.size, found.reason),
         inputs=tuple(
-            ModelInput(name, _dtype(end), shape_text(name, end.shape), argument)
+            ModelInput(name, dtype_name(end), shape_text(name, end.shape), argument)
             for (name, end), argument in zip(inputs, captured.signature.tensor_names, strict=True)
         ),
         stages=tuple(stages),
-        outputs=tuple(_leaf(leaf, found, names) for leaf in wiring.result),
-        structure=_structure(wiring),
-        versions=_versions(("dtrp", "torch", "onnx", "onnxscript")),
+        outputs=tuple(output_leaf(leaf, found, names) for leaf in wiring.result),
+        structure=output_structure(wiring),
+        versions=package_versions(("dtrp", "torch", "onnx", "onnxscript")),
     )
 
 
@@ -250,84 +249,6 @@ def _verify(
     )
 
 
-# ---- parts of the manifest -------------------------------------------------------------------------------
-
-
-def _origin(source: Source, names: Names) -> Origin:
-    return Origin(None if source.stage == CALLER else source.stage, names[source])
-
-
-def _leaf(leaf: Source | ConstantLeaf, found: Study, names: Names) -> Origin | Constant:
-    """A leaf of the model's output."""
-    value: Any
-    if isinstance(leaf, ConstantLeaf):
-        value = leaf.value
-    else:
-        end = (
-            found.inputs[leaf.index] if leaf.stage == CALLER else found.stage_outputs[leaf.stage][leaf.index]
-        )
-        if not isinstance(end, ScalarEnd):
-            return _origin(leaf, names)
-        value = end.value
-    if isinstance(value, Affine):
-        raise NotDynamic("the model's output has a number that follows the batch size")
-    if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise ExportError(
-            f"the model's output has a leaf of type {type(value).__name__}, {value!r:.80}: a chain can give "
-            f"tensors, numbers, strings and None. Leave it out of the output"
-        )
-    return Constant(value)
-
-
-def _structure(wiring: Wiring) -> Any:
-    """The output's structure as JSON: see `dtrp.onnx.manifest.build`."""
-    tree = wiring.unflatten([_Leaf(i) for i in range(len(wiring.result))])
-
-    def describe(node: Any) -> Any:
-        if isinstance(node, _Leaf):
-            return {"leaf": node.index}
-        if isinstance(node, Mapping):
-            return {"dict": [[_key(k), describe(v)] for k, v in node.items()]}
-        if isinstance(node, tuple) and hasattr(node, "_fields"):
-            return {"dict": [[k, describe(v)] for k, v in zip(node._fields, node, strict=True)]}
-        if isinstance(node, (tuple, list)):
-            return {"list" if isinstance(node, list) else "tuple": [describe(v) for v in node]}
-        # Something of the user's: its leaves, in order.
-        return {"tuple": [describe(leaf) for leaf in pytree.tree_leaves(node)]}
-
-    return describe(tree)
-
-
-class _Leaf:
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def _key(key: Any) -> Any:
-    if not isinstance(key, (str, int)):
-        raise ExportError(
-            f"the model's output has a dict with the key {key!r}: a chain's output can have strings and "
-            f"integers as keys"
-        )
-    return key
-
-
-def _dtype(end: TensorEnd) -> str:
-    return str(end.dtype).removeprefix("torch.")
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    from ...version import __version__
-
-    found = {"dtrp": __version__}
-    for package in packages:
-        try:
-            found.setdefault(package, version(package))
-        except PackageNotFoundError:  # run from its sources
-            continue
-    return found
-
-
 # ---- what is refused first -------------------------------------------------------------------------------
 
 
@@ -355,7 +276,7 @@ def _require_data(model: nn.Module) -> None:
 
 def _require_dtypes(values: Iterable[tuple[str, TensorEnd]], where: str) -> None:
     for name, end in values:
-        if _dtype(end) not in _DTYPES:
+        if dtype_name(end) not in _DTYPES:
             raise ExportError(
                 f"{name!r} among {where} has dtype {end.dtype}, which cannot travel between ONNX models: "
                 f"allowed are {', '.join(_DTYPES)}. Convert it where it is made (torch.view_as_real for "
