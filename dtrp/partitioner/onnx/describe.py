@@ -19,6 +19,7 @@ from .stage import NotDynamic
 
 
 def origin_of(source: Source, names: Names) -> Origin:
+    """Where a value comes from, as the manifest writes it."""
     return Origin(None if source.stage == CALLER else source.stage, names[source])
 
 
@@ -64,6 +65,8 @@ def output_structure(wiring: Wiring) -> Any:
 
 
 class _Leaf:
+    """Stands in the output's structure where leaf ``index`` goes."""
+
     def __init__(self, index: int) -> None:
         self.index = index
 
