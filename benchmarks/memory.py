@@ -71,15 +71,15 @@ class Subject(NamedTuple):
 
 SUBJECTS = {
     "resnet56": Subject(
-        "ResNet-56 (CIFAR), batch 32",
+        "ResNet-56 (CIFAR), batch 16",
         partial(cifar_model, "resnet56"),
-        lambda: (torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))),
+        lambda: (torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))),
         F.cross_entropy,
     ),
     "transformer": Subject(
-        "24 transformer blocks, width 128, batch 8 of 64 tokens",
+        "24 transformer blocks, width 128, batch 4 of 64 tokens",
         transformer,
-        lambda: (torch.randn(8, 64, 128), torch.randn(8, 64, 128)),
+        lambda: (torch.randn(4, 64, 128), torch.randn(4, 64, 128)),
         F.mse_loss,
     ),
 }

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +166,24 @@ def test_a_trainer_that_was_dropped(nothing_left: None) -> None:
     del t
 
 
-def script(text: str, tmp_path: Path) -> subprocess.Popen[str]:
-    """A user's script, in a session of its own, without a __main__ guard."""
+@contextmanager
+def script(text: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A user's script, in a session of its own, without a __main__ guard; ended at the end, come what may."""
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(text), encoding="utf-8")
     root = Path(__file__).parents[2]
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def gone(process_ids: list[int]) -> bool:
