@@ -85,7 +85,9 @@ class TestWeights:
 
     def test_of_another_model(self, tmp_path, trained):
         torch.save(trained.state_dict(), tmp_path / "w.pt")
-        with pytest.raises(CheckpointError, match=r"w.pt belongs to another model than Net: (.|\n)*size mismatch"):
+        with pytest.raises(
+            CheckpointError, match=r"w.pt belongs to another model than Net: (.|\n)*size mismatch"
+        ):
             load_weights(Net(8), tmp_path / "w.pt")
 
     def test_that_are_none(self, tmp_path):
