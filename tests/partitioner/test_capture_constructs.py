@@ -279,3 +279,18 @@ def test_deep_copies_are_independent_of_the_graph(x):
     copy.deepcopy(model)(x)
     captured.graph(True)(x)
     assert model.inner.calls == 1
+
+
+def test_a_check_of_values_in_the_root_becomes_a_guard(x):
+    def checking(m, x):
+        if (x > 100).any():
+            raise ValueError("too large")
+        assert x.isfinite().all()
+        return m.a(x)
+
+    captured = assert_faithful(Part(checking), (x,))
+    assert len(captured.notes) == 2
+    with pytest.raises(RuntimeError, match=r"does not pass the model's check at .*constructs\.py:\d+"):
+        captured.graph(True)(x * 1000)
+    with pytest.raises(RuntimeError, match="its condition is False"):
+        captured.graph(True)(x * float("nan"))

@@ -11,7 +11,7 @@ from torch.fx.node import has_side_effect
 
 @has_side_effect
 def guard(condition: torch.Tensor, expected: bool, place: str) -> None:
-    """Refuse a batch for which a branch of the model's code would go another way than in the graph.
+    """Refuse a batch that does not pass a check in the model's own code.
 
     Raises
     ------
@@ -20,9 +20,8 @@ def guard(condition: torch.Tensor, expected: bool, place: str) -> None:
     """
     if not isinstance(condition, FakeTensor) and not condition.is_meta and bool(condition) is not expected:
         raise RuntimeError(
-            f"the condition at {place} is {not expected} for this batch, and was {expected} for the example "
-            f"that the model was compiled with: its graph does not hold the other branch. Compile again with "
-            "an example that takes it, or move the code at this line into a submodule: it is then kept whole."
+            f"this batch does not pass the model's check at {place}: its condition is {not expected}. Call "
+            "the plain model on it to see the check's own message."
         )
 
 

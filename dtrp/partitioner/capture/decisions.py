@@ -1,13 +1,17 @@
-"""Branches of the root module that depend on values: taken as the example takes them, and guarded.
+"""Checks of values in the root module's code: passed by the example, and guarded for other batches.
 
-A submodule that decides by values is kept whole. The root cannot be; but what it decides is most often a
-check of its inputs ("are all boxes valid?"). Such a decision is computed for the example, from the part of
-the graph that leads to it, and the graph gets a guard: a batch that would decide otherwise is an error that
-names the line, never a wrong result. Only decisions that need no layer with parameters are made this way.
+A submodule that decides by values is kept whole. The root cannot be, and a branch of its own is refused. But
+a mere check of the inputs (``assert``, or an ``if`` that ends in ``raise``) stands for one way through the
+code. It is computed for the example, from the part of the graph that leads to it, and the graph gets a
+guard: a batch that does not pass is an error that names the line, as it is in the model. Only checks that
+need no layer with parameters are made this way.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import linecache
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .custom import guard
 from .fakes import FakeWorld
+from .location import user_frame
 from .snapshot import preserved_randomness
 
 
@@ -42,6 +47,9 @@ class Decisions:
 
     def decide(self, condition: Node, place: str) -> tuple[bool, Any]:
         """The answer to ``if condition:`` and the function of the guard."""
+        frame = user_frame()
+        if frame is None or not is_check(frame.f_code.co_filename, frame.f_lineno):
+            raise Undecided("it is a branch, not a check")
         if self._repeated is not None:
             if len(self.made) == len(self._repeated):
                 raise Undecided("with another batch size it decides more often")
@@ -86,6 +94,36 @@ class Decisions:
                 return module(*args, **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+
+def is_check(file: str, line: int) -> bool:
+    """Whether the statement whose condition stands at a line only refuses: assert, or if ... raise."""
+    for statement in _conditional_statements(file):
+        test = statement.test
+        if test.lineno <= line <= (test.end_lineno or test.lineno):
+            if isinstance(statement, ast.Assert):
+                return True
+            return not statement.orelse and _refuses(statement.body[-1])
+    return False
+
+
+@functools.lru_cache(maxsize=32)
+def _conditional_statements(file: str) -> tuple[ast.If | ast.Assert, ...]:
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ()
+    return tuple(n for n in ast.walk(tree) if isinstance(n, (ast.If, ast.Assert)))
+
+
+def _refuses(statement: ast.stmt) -> bool:
+    """Whether a statement raises: ``raise``, or a call of ``torch._assert`` on False."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        function = statement.value.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        first = statement.value.args[0] if statement.value.args else None
+        return name == "_assert" and isinstance(first, ast.Constant) and first.value is False
+    return isinstance(statement, ast.Raise)
 
 
 def _ancestors(node: Node) -> set[Node]:

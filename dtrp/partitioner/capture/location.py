@@ -17,13 +17,16 @@ _HERE = os.path.dirname(__file__) + os.sep
 
 def user_location() -> str:
     """``"file.py:123"`` of the user's line that is running now, ``""`` if there is none."""
+    frame = user_frame()
+    return f"{short_path(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
+
+
+def user_frame() -> FrameType | None:
+    """The innermost frame of the user's code that is running now."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if _is_users(file):
-            return f"{short_path(file)}:{frame.f_lineno}"
+    while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
-    return ""
+    return frame
 
 
 def raised_at(error: BaseException) -> str:

@@ -105,8 +105,8 @@ def _record_once(
     notes: tuple[str, ...] = ()
     if decisions is not None:
         notes = tuple(
-            f"the condition at {place} is taken to be {answer}, as for the example; other batches are refused"
-            for place, answer in dict(zip(decisions.places, decisions.made, strict=True)).items()
+            f"the model's check at {place} became a guard in the graph"
+            for place in dict.fromkeys(decisions.places)
         )
     traced = Traced(
         recorder.graph, out_spec, kept, notes, constants=recorder.constants, keepers=recorder.keepers

@@ -34,8 +34,9 @@ from .decisions import Decisions, Undecided
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
+from .names import named_tensors
 from .snapshot import foreign_randomness
-from .structure import Step, opened_object, tensors_in
+from .structure import Step, opened_object, replace_tensors, tensors_in
 from .targets import node_form, property_name
 
 
@@ -85,7 +86,7 @@ class Recorder(TorchFunctionMode):
         self._names = {m: name for name, m in model.named_modules()}
         self._known: dict[int, _Known] = {}
         self._undo: list[tuple[int, _Known | None]] = []
-        self._attributes = _named_tensors(model, world)
+        self._attributes = named_tensors(model, world)
         self._module = ""
         self._location = ""
         self._updates: dict[str, torch.Tensor] = {}
@@ -217,8 +218,8 @@ class Recorder(TorchFunctionMode):
         node, place = self._argument(condition), user_location()
         try:
             answer, guard = self._decisions.decide(node, place)
-        except Undecided as why:
-            raise CannotRecord(f"decides by the values in a tensor: {why}") from error
+        except Undecided:
+            raise error from None
         self._new("call_function", guard, (node, answer, place), {}, None)
         return answer
 
@@ -288,7 +289,7 @@ class Recorder(TorchFunctionMode):
                 self._learn(alias, node, steps)
             else:
                 self._learn(tensor, node, steps)
-        return _replace(result, replaced) if replaced else result
+        return replace_tensors(result, replaced) if replaced else result
 
     # Nodes and tensors
 
@@ -412,29 +413,3 @@ def reason(error: BaseException) -> str:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _named_tensors(model: nn.Module, world: FakeWorld) -> dict[int, tuple[torch.Tensor, str]]:
-    """Qualified names of the model's tensors, by the ids of the tensors and of their fake twins."""
-    found: dict[int, tuple[torch.Tensor, str]] = {}
-    for prefix, module in model.named_modules():
-        for registry in (module._parameters, module._buffers, module.__dict__):
-            for name, value in registry.items():
-                if isinstance(value, torch.Tensor):
-                    full = f"{prefix}.{name}" if prefix else name
-                    found.setdefault(id(value), (value, full))
-                    found.setdefault(id(world.twin(value)), (world.twin(value), full))
-    return found
-
-
-def _replace(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return by_id.get(id(value), value)
-    if isinstance(value, tuple):
-        items = [_replace(x, by_id) for x in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        return [_replace(x, by_id) for x in value]
-    if type(value) is dict:
-        return {k: _replace(v, by_id) for k, v in value.items()}
-    return value

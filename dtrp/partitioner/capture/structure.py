@@ -99,6 +99,20 @@ def map_tensors(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH)
     return pytree.tree_map(visit, value)
 
 
+def replace_tensors(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
+    """``value`` with some of its tensors replaced, by their ids."""
+    if isinstance(value, torch.Tensor):
+        return by_id.get(id(value), value)
+    if isinstance(value, tuple):
+        items = [replace_tensors(x, by_id) for x in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        return [replace_tensors(x, by_id) for x in value]
+    if type(value) is dict:
+        return {k: replace_tensors(v, by_id) for k, v in value.items()}
+    return value
+
+
 def _holds_tensors(value: Any, depth: int) -> bool:
     if isinstance(value, (torch.Tensor, Proxy)):
         return True
