@@ -254,24 +254,23 @@ def test_parameters_without_gradient(n_stages: int, optimizer: Any) -> None:
             t.step(x, y)
 
 
-@pytest.mark.parametrize("frozen", [range(8), range(8, 17)])
+@pytest.mark.parametrize("stage", [0, -1])
 @pytest.mark.parametrize("method", ["dtrp", "fdg"])
-def test_whole_stages_frozen(frozen: range, method: str) -> None:
+def test_whole_stages_frozen(stage: int, method: str) -> None:
     """They are not backwarded where nothing below them learns, and their buffers are trained all the same."""
     model = mlp(4)
-    for i in frozen:
-        for p in model[i].parameters():
-            p.requires_grad_(False)
+    pipe = compiled(model, 4)
+    frozen = [name for name in pipe.stages[stage].submodules if [*model.get_submodule(name).parameters()]]
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    with trainer(compiled(model, 4), method=method, record=True) as t:
+    with trainer(pipe, method=method, record=True) as t:
         for x, y in batches(12):
             t.step(x, y)
     after = model.state_dict()
-    assert all(
-        torch.equal(before[f"{i}.weight"], after[f"{i}.weight"]) for i in frozen if f"{i}.weight" in after
-    )
+    assert all(torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in frozen)
     assert not torch.equal(before["1.running_mean"], after["1.running_mean"])
-    if 0 in frozen:
+    if stage == 0:
         assert not any(e.stage == 0 and e.kind in ("backward", "recompute") for e in t.events)
 
 
