@@ -160,6 +160,14 @@ def measured(runner: StageRunner) -> Ledger:
     """Watch a stage from now on."""
     ledger = Ledger(runner)
     ledger.look()
+    ahead = runner.weights.ahead
+
+    def predicted(*args: Any) -> dict[str, Tensor]:
+        leaves = ahead(*args)
+        ledger.weights |= storages(leaves.values()).keys()  # counted in `fixed`, not as activations
+        return leaves
+
+    runner.weights.ahead = predicted  # type: ignore[method-assign]
     for name in ("begin", "finish", "_first_forward"):
         setattr(runner, name, _watched(ledger, getattr(runner, name)))
     return ledger
@@ -191,7 +199,7 @@ def compiled(subject: Subject, n_stages: int) -> dtrp.Pipeline:
 
 def measure(subject: Subject, pipe: dtrp.Pipeline, method: str) -> list[Row]:
     n_stages = pipe.n_stages
-    with pipe.trainer(subject.loss_fn, SGD, method=method, executor="inline", seed=0, threads=2) as trainer:
+    with pipe.trainer(subject.loss_fn, SGD, method=method, executor="inline", seed=0, threads=1) as trainer:
         ledgers: list[Ledger] = []
         for _ in range(2 * n_stages + 2):
             trainer.step(*subject.batch())
