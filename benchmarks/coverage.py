@@ -7,7 +7,8 @@
 Each model is built, compiled into four stages and compared in a process of its own, which gives its memory
 back. Compared with the plain model, under the same seed: the evaluation output, the training output, the
 updated buffers and all gradients, evaluation after training and training after evaluation, and a batch of
-one more sample.
+one more sample. The transformers are also trained for one step through a two-stage pipeline, and their
+weights compared with those of a plain step.
 Models of more than --max-params parameters are planned on the meta device, and not run.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from coverage_training import training_step
 from coverage_zoos import (
     Sample,
     timm_names,
@@ -68,6 +70,7 @@ class Row:
     compile_s: float = 0.0
     total_s: float = 0.0
     run: bool = False
+    stepped: bool = False
     problem: str = ""
     notes: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
@@ -107,6 +110,10 @@ def cover(sample: Sample, max_params: float) -> Row:
     row.one_graph = captured.one_graph
     row.notes = captured.notes
     row.problem = compare(model, pipe, sample) if row.run else ""
+    if row.run and sample.steps and not row.problem:
+        torch.manual_seed(0)
+        row.problem = training_step(sample.build(), *sample.call(2))
+        row.stepped = not row.problem
     row.passed = not row.problem
     row.total_s = time.perf_counter() - start
     return row
@@ -303,7 +310,9 @@ def report(rows: list[Row]) -> None:
             f"{row.balance:.2f}",
             f"{row.capture_s:.1f}",
             "yes" if row.run else "planned",
-            "passed" if row.passed else row.problem.splitlines()[0][:90],
+            ("passed, trained" if row.stepped else "passed")
+            if row.passed
+            else row.problem.splitlines()[0][:90],
         )
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     passed = sum(row.passed for row in rows)

@@ -315,4 +315,4 @@ def transformers_sample(name: str) -> Sample:
         model: nn.Module = getattr(transformers, model_class)(config)
         return model
 
-    return Sample(name, build, call, options)
+    return Sample(name, build, call, options, steps=True)

@@ -23,6 +23,7 @@ class Sample:
     build: Callable[[], nn.Module]
     call: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]  # batch size -> args, kwargs
     options: dict[str, Any] = field(default_factory=dict)
+    steps: bool = False  # whether it is also trained for one step through a two-stage pipeline
 
 
 def torchvision_names() -> list[str]:
