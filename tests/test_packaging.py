@@ -68,9 +68,7 @@ class TestImport:
     """Public names are imported on first use; the tests use them all."""
 
     def test_imports_nothing_optional(self):
-        heavy = (
-            "torchvision matplotlib onnx onnxruntime onnxscript rich sklearn jinja2 tensorboard transformers"
-        )
+        heavy = "torchvision matplotlib onnx onnxruntime onnxscript rich sklearn tensorboard transformers"
         code = f"""
 import json, sys, torch
 before = set(sys.modules)

@@ -15,6 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ import torch
 from dtrp.partitioner.devices import GB, DeviceSpec
 
 _FORMAT = 1
-# What gloo moves between two processes of one machine, serialisation included; measured: 4 MB each way in 8
-# ms.
-_CPU_LINK = 1.0 * GB
-_CUDA_LINK = 25.0 * GB  # PCIe 4 x16; NVLink is faster, and `bandwidth=` says so
+# Bytes per second and direction, seconds per message. Between processes of one machine: copies through shared
+# memory. Between GPUs: PCIe 4 x16; NVLink is faster, and `bandwidth=` says so.
+_CPU_LINK = (4.0 * GB, 100e-6)
+_CUDA_LINK = (25.0 * GB, 10e-6)
 
 
 def cache_directory() -> Path:
@@ -46,12 +47,14 @@ def calibrate(device: torch.device, threads: int | None = None) -> DeviceSpec:
 
 @functools.lru_cache(maxsize=32)
 def _calibrated(device: torch.device, threads: int, key: str) -> DeviceSpec:
+    bandwidth, latency = _CUDA_LINK if device.type == "cuda" else _CPU_LINK  # not measured: not of the cache
     cached = read_cache("calibration", key)
     if cached is not None:
         with contextlib.suppress(TypeError, ValueError, KeyError):
-            return DeviceSpec.from_dict(cached)
+            spec = DeviceSpec.from_dict(cached)
+            return replace(spec, link_bandwidth=bandwidth, link_latency=latency)
     with using_threads(threads):
-        spec = _measure(device)
+        spec = _measure(device, bandwidth, latency)
     write_cache("calibration", key, spec.to_dict())
     return spec
 
@@ -112,7 +115,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _measure(device: torch.device) -> DeviceSpec:
+def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -> DeviceSpec:
     cuda = device.type == "cuda"
     flops: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -140,8 +143,8 @@ def _measure(device: torch.device) -> DeviceSpec:
         memory_bandwidth=bandwidth,
         launch_overhead=overhead,
         memory_bytes=float(torch.cuda.get_device_properties(device).total_memory if cuda else _cpu_memory()),
-        link_bandwidth=_CUDA_LINK if cuda else _CPU_LINK,
-        link_latency=10e-6 if cuda else 100e-6,
+        link_bandwidth=link_bandwidth,
+        link_latency=link_latency,
         kind="cuda" if cuda else "cpu",
         threads=0 if cuda else torch.get_num_threads(),
     )

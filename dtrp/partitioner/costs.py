@@ -72,7 +72,8 @@ def cost_graph(
           ``kept_bytes``: the same without model inputs.
         - ``output_bytes``: of the tensors that it gives, ``shapes`` of these (and dtypes).
           ``transfer_bytes``, ``transfer_time``: to have them in another stage (none for parameters, which
-          stages share); ``differentiable``: whether gradients come back.
+          stages share); ``differentiable``: whether gradients come back; ``exchange_time``: with these. Of
+          several devices, the slowest link counts.
         - ``model_inputs``: bytes of the model inputs that it reads, by placeholder;
           ``first_input_bytes``: of those that no node before it reads.
         - ``kind`` (as in fx), ``op``, ``module``, ``location``: what it is, and where in the user's code.
@@ -328,6 +329,7 @@ class _Walk:
             out = self._tensors(node)
             # A parameter that the graph reads by name is no activation: stages share it.
             output_bytes = 0 if node.op == "get_attr" else sum(t.nbytes for t in out)
+            returns = any(t.requires_grad for t in out)
             inputs = {
                 n.name: sum(t.nbytes for t in self._tensors(n))
                 for n in node.all_input_nodes
@@ -347,8 +349,10 @@ class _Walk:
                 kept_bytes=kept[node],
                 output_bytes=output_bytes,
                 shapes=tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in out),
-                differentiable=any(t.requires_grad for t in out),
+                differentiable=returns,
                 transfer_bytes=output_bytes,
+                transfer_time=max(spec.transfer_time(output_bytes) for spec in specs),
+                exchange_time=max(spec.exchange_time(output_bytes, returns=returns) for spec in specs),
                 model_inputs=inputs,
                 first_input_bytes=sum(size for name, size in inputs.items() if name not in read),
                 exact=cost.exact,
@@ -364,7 +368,6 @@ class _Walk:
                         f"forward_time{suffix}": seconds(cost.forward, i),
                         f"backward_time{suffix}": seconds(cost.backward, i),
                         f"sweep_time{suffix}": sizes["gradient_bytes"] / spec.memory_bandwidth + per_tensor,
-                        f"transfer_time{suffix}": spec.transfer_time(output_bytes),
                     }
                 )
         for node in self.costs:

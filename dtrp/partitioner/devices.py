@@ -39,7 +39,7 @@ class DeviceSpec:
     link_latency : float
         Seconds that a message takes however small it is.
     kind : str
-        ``"cpu"`` or ``"cuda"``.
+        ``"cpu"`` or ``"cuda"``; see `overlaps`.
     threads : int
         CPU threads that a stage has (0: as many as torch uses, or no CPU).
     """
@@ -67,6 +67,11 @@ class DeviceSpec:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.to_dict(),)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether it sends and receives while it computes: on the CPU the cores that compute also copy."""
+        return self.kind != "cpu"
+
     def peak(self, dtype: torch.dtype | str) -> float:
         """FLOP/s for operands of ``dtype``; a dtype without a figure counts as float32."""
         name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
@@ -79,6 +84,10 @@ class DeviceSpec:
     def transfer_time(self, n_bytes: float) -> float:
         """Seconds to send ``n_bytes`` to another stage; nothing to send takes no time."""
         return n_bytes / self.link_bandwidth + self.link_latency if n_bytes else 0.0
+
+    def exchange_time(self, n_bytes: float, *, returns: bool) -> float:
+        """Seconds to send ``n_bytes``, and to get as many back as their gradient if it ``returns``."""
+        return self.transfer_time(n_bytes) * (2 if returns else 1)
 
     def with_link(self, bandwidth: float | None) -> DeviceSpec:
         """The same device behind another link (bytes per second); ``None`` changes nothing."""

@@ -15,7 +15,14 @@ from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
 from dtrp.partitioner.partition import Partition, partition
 from dtrp.partitioner.plan import Plan, fingerprint
-from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, RECOMPUTE, stage_costs, stage_models
+from dtrp.partitioner.stage_cost import (
+    OPTIMIZER_BYTES,
+    RECOMPUTE,
+    overlaps,
+    stage_costs,
+    stage_models,
+    transfer_attribute,
+)
 
 log = logging.getLogger(__name__)
 
@@ -203,10 +210,12 @@ def solve(
         predicts=predicts,
         horizon=horizon,
     )
+    overlapping = overlaps(graph, devices)
     return partition(
         graph,
         n_stages,
-        transfer="transfer_time",
+        transfer=transfer_attribute(overlapping),
+        overlap=overlapping,
         size="transfer_bytes",
         stage_models=models,
         colocate=[group for group in groups if len(group) > 1],

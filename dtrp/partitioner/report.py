@@ -21,6 +21,7 @@ from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec
 from dtrp.partitioner.plan import Plan
 from dtrp.partitioner.planner import cost_digest, default_limits, device_indices, memory_limits, solve
+from dtrp.partitioner.solvers.explain import slowest
 from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, StageCost, stage_costs
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ class PartitionReport:
         The slowest stage.
     reason : str
         Why it is not faster.
+    overlaps : bool
+        Whether stages compute while they send and receive (CUDA), or one after the other (CPU).
     """
 
     model: str
@@ -125,6 +128,7 @@ class PartitionReport:
     kept_whole: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     costs: str
+    overlaps: bool
     engine: str
     bandwidth: float
     _graph: nx.DiGraph = field(repr=False, compare=False)
@@ -199,6 +203,7 @@ class PartitionReport:
             kept_whole=tuple((kept.module, kept.reason) for kept in captured.kept_whole),
             notes=(*captured.notes, *_notes(graph, stages, plan)),
             costs=graph.graph["mode"],
+            overlaps=costs[0].overlaps,
             engine=plan.engine,
             bandwidth=given[0].link_bandwidth,
             _graph=graph,
@@ -366,7 +371,7 @@ def _stage(
             "backward": cost.backward,
             "update": cost.update,
             "prediction": cost.prediction,
-            "transfer": max(cost.time_in, cost.time_out),
+            "transfer": cost.transfer,
         },
         memory={
             "weights": int(cost.weights),
@@ -397,9 +402,7 @@ def _cuts(graph: nx.DiGraph, plan: Plan) -> Iterable[CutTensor]:
 
 
 def _reason(cost: StageCost, stage: StageReport, plan: Plan | None) -> str:
-    parts = {"computing": cost.compute, "receiving": cost.time_in, "sending": cost.time_out}
-    what = max(parts, key=parts.__getitem__)
-    reason = f"stage {cost.stage} is the slowest, most of it {what}"
+    what, reason = slowest(cost.stage, cost.tick, cost.compute, cost.time_in, cost.time_out)
     if plan is not None and plan.reason and not plan.edited:
         reason = plan.reason
     if what == "computing" and stage.heaviest:

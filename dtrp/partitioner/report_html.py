@@ -8,7 +8,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from dtrp.partitioner import report_svg as svg
-from dtrp.partitioner.report_text import count, duration, gap, size
+from dtrp.partitioner.report_text import gap
+from dtrp.partitioner.units import count, duration, size
 from dtrp.version import __version__
 
 if TYPE_CHECKING:
@@ -119,10 +120,15 @@ def _time(report: PartitionReport) -> str:
         duration,
         marks=[report.lower_bound] * len(rows),
         mark_label="lower bound",
-        apart="transfer",
+        apart="transfer" if report.overlaps else "",
         title="Time per tick and stage",
     )
-    text = "<p>A stage computes while it communicates. The line is the lower bound for the slowest stage.</p>"
+    how = (
+        "A stage computes while it communicates."
+        if report.overlaps
+        else "Sending and receiving take CPU time from computing."
+    )
+    text = f"<p>{how} The line is the lower bound for the slowest stage.</p>"
     return text + drawn + svg.legend(svg.TIME_COLOURS, used)
 
 

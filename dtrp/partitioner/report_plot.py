@@ -29,8 +29,9 @@ def figure(report: PartitionReport) -> Figure:
             "the report's figure needs matplotlib: pip install 'dtrp[plot]' (to_html needs nothing)"
         ) from e
     drawn = Figure(figsize=(11, 1.8 + 0.35 * report.n_stages), layout="constrained")
+    skip = "transfer" if report.overlaps else ""  # hidden behind computing: no part of the sum
     left, right = drawn.subplots(1, 2, sharey=True)
-    _bars(left, [(s.index, s.time) for s in report.stages], TIME_COLOURS, 1e3, skip="transfer")
+    _bars(left, [(s.index, s.time) for s in report.stages], TIME_COLOURS, 1e3, skip)
     left.axvline(report.lower_bound * 1e3, color="black", linestyle="--", linewidth=1, label="lower bound")
     left.set(xlabel="ms per tick", ylabel="stage", title=f"{report.model}: balance {report.balance:.3f}")
     left.set_yticks(range(report.n_stages))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from dtrp.partitioner.report_text import duration, size
+from dtrp.partitioner.units import duration, size
 
 if TYPE_CHECKING:
     from dtrp.partitioner.report import PartitionReport, Scaling

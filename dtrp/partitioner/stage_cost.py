@@ -12,7 +12,12 @@ k < K, keeping its graphs   F + B + update + prediction              P + G(1+o) 
 k = K                       F + B + update (+ prediction)            P + G(1+o) (+ G) + I + A
 ==========================  =======================================  ======================================
 
-That is what planning adds up; `stage_costs` simulates G + A instead, storage by storage (see `pass_peak`).
+Sending and receiving overlap with computing where a device can do that: the tick is then the longest of
+computing, receiving and sending. On the CPU the same cores do all three, so that they add up, gradients on
+their way back included (`overlaps`).
+
+Planning adds up the memory as in the table; `stage_costs` simulates G + A instead, storage by storage (see
+`pass_peak`).
 The lone G is the copy that predicted weights need. A counts no stage inputs (they are I), so a stage that
 keeps its graphs has both. An update sweeps over the trainable parameters 3 + 2o times (weight, gradient and
 state read, weight and state written), a prediction 2 + o times (weight and state read, prediction written).
@@ -29,6 +34,7 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 
+from dtrp.partitioner.devices import DeviceSpec
 from dtrp.partitioner.partition import StageModel, StageOption
 from dtrp.partitioner.peak import pass_peak
 
@@ -132,6 +138,21 @@ def _option(
     )
 
 
+def overlaps(graph: nx.DiGraph, devices: Sequence[int] | None = None) -> bool:
+    """Whether the pipeline computes while it sends and receives: not if any of its stages is on the CPU.
+
+    The solver knows one rule for all stages; of a pipeline over both kinds of device, this one says too much
+    rather than too little.
+    """
+    specs: Sequence[DeviceSpec] = graph.graph["specs"]
+    return all(specs[i].overlaps for i in set(devices or [0]))
+
+
+def transfer_attribute(overlapping: bool) -> str:
+    """The node attribute with the seconds that a value on a cut takes."""
+    return "transfer_time" if overlapping else "exchange_time"
+
+
 @dataclass(frozen=True)
 class StageCost:
     """What one stage costs: seconds per tick and bytes, and what they are made of.
@@ -141,7 +162,10 @@ class StageCost:
     forward, recompute, backward, update, prediction : float
         Seconds of each part of a tick.
     time_in, time_out : float
-        Seconds of the values that arrive and that leave, gradients on the way back taking as long.
+        Seconds for the values that arrive and for those that leave. Where ``overlaps``, of one direction:
+        gradients take as long, the other way at the same time. Else there and back.
+    overlaps : bool
+        Whether the stage computes while it sends and receives.
     weights, gradients, optimizer, copies, stashed_inputs, stashed_weights, activations : float
         Bytes: parameters and buffers; their gradients; the optimizer's state; predicted weights; inputs of
         batches in flight; weight versions and further graphs of batches in flight, without recomputation.
@@ -159,6 +183,7 @@ class StageCost:
     prediction: float
     time_in: float
     time_out: float
+    overlaps: bool
     weights: float
     gradients: float
     optimizer: float
@@ -181,8 +206,13 @@ class StageCost:
 
     @property
     def tick(self) -> float:
-        """Seconds of a tick: communication overlaps with computing."""
-        return max(self.compute, self.time_in, self.time_out)
+        """Seconds of a tick."""
+        return self.compute + self.transfer if not self.overlaps else max(self.compute, self.transfer)
+
+    @property
+    def transfer(self) -> float:
+        """Seconds of a tick in which the stage sends or receives."""
+        return max(self.time_in, self.time_out) if self.overlaps else self.time_in + self.time_out
 
     @property
     def peak(self) -> float:
@@ -222,6 +252,7 @@ def stage_costs(
         As for `stage_models`.
     """
     n_stages = len(recompute)
+    overlapping = overlaps(graph, devices)
     nodes: list[list[str]] = [[] for _ in range(n_stages)]
     arriving: list[set[str]] = [set() for _ in range(n_stages)]
     leaving: list[set[str]] = [set() for _ in range(n_stages)]
@@ -242,6 +273,7 @@ def stage_costs(
             leaving[k],
             recompute[k] and k < n_stages - 1,
             _suffix(0 if devices is None else devices[k]),
+            overlapping,
             optimizer_bytes,
             predictions(
                 k, n_stages, recompute=recompute[k] and k < n_stages - 1, predicts=predicts, horizon=horizon
@@ -260,6 +292,7 @@ def _evaluate(
     leaving: set[str],
     recomputes: bool,
     suffix: str,
+    overlapping: bool,
     optimizer_bytes: float,
     passes: int,
 ) -> StageCost:
@@ -289,8 +322,9 @@ def _evaluate(
         backward=total(f"backward_time{suffix}"),
         update=(3 + 2 * optimizer_bytes) * sweep,
         prediction=passes * (2 + optimizer_bytes) * sweep,
-        time_in=total(f"transfer_time{suffix}", arriving),
-        time_out=total(f"transfer_time{suffix}", leaving),
+        time_in=total(transfer_attribute(overlapping), arriving),
+        time_out=total(transfer_attribute(overlapping), leaving),
+        overlaps=overlapping,
         weights=params_bytes + total("buffer_bytes"),
         gradients=gradients,
         optimizer=optimizer_bytes * gradients,

@@ -261,7 +261,7 @@ def test_autocast_is_cheaper_where_the_device_has_a_rate_for_it():
 
 
 def test_bandwidth_and_several_devices(device):
-    fast = DeviceSpec("fast", {"float32": 1e12}, 1e12, 0.0, 1e15, 1e12)
+    fast = DeviceSpec("fast", {"float32": 1e12}, 1e12, 0.0, 1e15, 1e12, link_latency=0.0)
     graph = costs(
         nn.Sequential(nn.Linear(64, 64)), torch.randn(16, 64), device=[device, fast, device], bandwidth=1e3
     )
@@ -269,6 +269,7 @@ def test_bandwidth_and_several_devices(device):
     assert [spec.name for spec in graph.graph["specs"]] == ["round", "fast"]
     assert data["forward_time"] == pytest.approx(1000 * data["forward_time@1"])
     assert data["transfer_time"] == pytest.approx(16 * 64 * 4 / 1e3)
+    assert data["exchange_time"] == pytest.approx(2 * 16 * 64 * 4 / 1e3)
 
 
 def test_a_node_that_cannot_be_run_alone_is_named_and_counts_as_free(device, monkeypatch, caplog):

@@ -20,6 +20,8 @@ def test_roofline():
     assert spec.transfer_time(0) == 0.0
     assert spec.with_link(10.0).transfer_time(10) == 2.0
     assert spec.with_link(None) is spec
+    assert spec.exchange_time(10, returns=True) == 12.0, "the gradient comes back over the same link"
+    assert spec.exchange_time(10, returns=False) == 6.0
 
 
 def test_spec_is_plain_data():
@@ -85,6 +87,12 @@ def test_parse_bytes_refuses(text):
         parse_bytes(text)
 
 
+@pytest.fixture(autouse=True)
+def _the_machine_itself(monkeypatch, calibrate):
+    """Not the figures that the other tests plan with."""
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -101,11 +109,15 @@ def test_calibration_is_measured_once_and_quickly(cache, monkeypatch):
     assert spec.flops["float32"] > 1e8
     assert 1e8 < spec.memory_bandwidth < 1e13
     assert 1e-8 < spec.launch_overhead < 1e-3
-    monkeypatch.setattr(calibration, "_measure", lambda device: pytest.fail("measured twice"))
+    monkeypatch.setattr(calibration, "_measure", lambda *args: pytest.fail("measured twice"))
     calibration._calibrated.cache_clear()
     assert device_spec("cpu") == spec
     assert device_spec("meta") == spec
     assert [path.suffix for path in cache.iterdir()] == [".json"]
+    monkeypatch.setattr(calibration, "_CPU_LINK", (7.0, 3.0))
+    calibration._calibrated.cache_clear()
+    linked = device_spec("cpu")
+    assert (linked.link_bandwidth, linked.link_latency) == (7.0, 3.0), "not what was stored"
 
 
 @pytest.mark.parametrize(

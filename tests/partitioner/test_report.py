@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,7 +17,7 @@ from dtrp.partitioner.hazards import find_hazards
 from dtrp.partitioner.planner import make_plan
 from dtrp.partitioner.report import PartitionReport, Scaling
 from dtrp.partitioner.report_html import page, stop_paying
-from dtrp.partitioner.report_text import count, duration, size
+from dtrp.partitioner.units import count, duration, size
 
 
 class Skips(nn.Module):
@@ -130,6 +131,24 @@ def test_text(report):
         assert part in text
     assert "<b>0&" in text, "names are shown as they are"
     assert "\x1b" not in text
+
+
+def test_on_the_cpu_transfers_are_part_of_the_bars(device):
+    """Otherwise the bars would not add up to the tick."""
+    host = reported(3, replace(device, kind="cpu"))
+    for stage in host.stages:
+        assert stage.tick_time == pytest.approx(sum(stage.time.values()))
+        assert stage.time["transfer"] > 0
+    assert "Sending and receiving take CPU time from computing" in host._repr_html_()
+    assert "computes while it communicates" in reported(3, device)._repr_html_()
+    assert "transfer" in [label.get_text() for label in host.plot().axes[0].get_legend().get_texts()]
+
+
+def test_the_bottleneck_is_told_once():
+    from dtrp.partitioner.solvers.explain import slowest
+
+    assert slowest(2, 0.008, 0.006, 0.002, 0.0)[1] == "stage 2 is the slowest (8 ms, 75 % of it computing)"
+    assert slowest(0, 3.0, 3.0, 1.0, 1.0) == ("computing", "stage 0 is the slowest (3 s, all computing)")
 
 
 def test_json(report, tmp_path):

@@ -1,5 +1,7 @@
 """The cost of a stage: the published table by hand, and planning and reporting that agree."""
 
+from dataclasses import replace
+
 import networkx as nx
 import pytest
 import torch
@@ -7,8 +9,9 @@ from torch import nn
 
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.costs import cost_graph
-from dtrp.partitioner.partition import partition
+from dtrp.partitioner.devices import device_spec
 from dtrp.partitioner.peak import NodeMemory
+from dtrp.partitioner.planner import solve
 from dtrp.partitioner.stage_cost import predictions, stage_costs, stage_models
 
 P, G, A, X, Y = 100, 100, 7, 5, 3  # bytes: parameters, gradients, kept, model input, output of each node
@@ -34,6 +37,7 @@ def chain(n):
             output_bytes=Y,
             transfer_bytes=Y,
             transfer_time=0.5,
+            exchange_time=1.0,
             model_inputs={"x": X} if i == 0 else {},
             first_input_bytes=X if i == 0 else 0,
             kind="call_module",
@@ -43,6 +47,7 @@ def chain(n):
         if i:
             graph.add_edge(f"n{i - 1}", f"n{i}")
     graph.graph.update(
+        specs=(device_spec("T4"), replace(device_spec("T4"), name="host", kind="cpu")),
         storages={},
         results=frozenset({f"n{n - 1}"}),
         params={f"w{i}": (25, P) for i in range(n)},
@@ -67,6 +72,41 @@ def test_recomputing_stages():
     assert last.peak == (P + 1) + G * (1 + 2) + G + Y + A + Y
     assert (second.time_in, second.time_out) == (0.5, 0.5)
     assert (first.input_bytes, first.output_bytes, last.output_bytes) == (X, Y, 0)
+
+
+def on_host(graph):
+    """The same graph, with times for the host alone."""
+    graph.graph["specs"] = graph.graph["specs"][1:]
+    return graph
+
+
+def test_on_the_cpu_communication_adds_to_computing_there_and_back():
+    """If it were hidden, plans for CPU workers would cut wide tensors for a little balance."""
+    first, second, last = stage_costs(on_host(chain(3)), per_node(3), (True,) * 3)
+    assert (first.time_in, first.time_out) == (0.0, 1.0)
+    assert second.tick == pytest.approx(second.compute + 2.0)
+    assert last.tick == pytest.approx(last.compute + 1.0)
+    for cost in stage_costs(chain(3), per_node(3), (True,) * 3):
+        assert cost.tick == cost.compute > cost.transfer == 0.5
+
+
+def test_one_stage_on_the_cpu_makes_all_stages_count_their_communication():
+    graph = chain(3)
+    for node in graph.nodes.values():
+        node |= {f"{key}@1": value for key, value in node.items() if key.endswith("_time")}
+    for cost in stage_costs(graph, per_node(3), (True,) * 3, devices=[0, 1, 0]):
+        assert cost.tick == cost.compute + cost.transfer
+
+
+def test_the_planner_pays_for_what_crosses_a_cut_on_the_cpu():
+    """Balance alone would cut the middle, whose value is wide; there and back it costs more than it gains."""
+    options = {"groups": [], "order": [], "recompute": False, "predicts": False}
+    cuts = {}
+    for name, graph in {"gpu": chain(4), "host": on_host(chain(4))}.items():
+        graph.nodes["n1"].update(transfer_time=6.0, exchange_time=12.0)
+        cuts[name] = list(solve(graph, 2, **options).stage_of.values())
+    assert cuts["gpu"] == [0, 0, 1, 1]
+    assert cuts["host"] in ([0, 1, 1, 1], [0, 0, 0, 1])
 
 
 def test_stages_that_keep_their_graphs():
@@ -140,19 +180,21 @@ class Branches(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
 @pytest.mark.parametrize("recompute", [True, False, "auto"])
 @pytest.mark.parametrize("n_stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("limit", [None, 40_000.0])
-def test_planning_and_reporting_agree(recompute, n_stages, limit, device):
+def test_planning_and_reporting_agree(recompute, n_stages, limit, kind, device):
     """The weights that the solver sums up and the exact evaluation are two ways to the same numbers."""
-    graph = cost_graph(capture(Branches(), (torch.randn(8, 16),)), device=device)
+    graph = cost_graph(capture(Branches(), (torch.randn(8, 16),)), device=replace(device, kind=kind))
     limit = limit if recompute == "auto" else None
-    result = partition(
+    result = solve(
         graph,
         n_stages,
-        transfer="transfer_time",
-        size="transfer_bytes",
-        stage_models=stage_models(n_stages, recompute=recompute, memory_limit=[limit] * n_stages),
+        groups=[],
+        order=[],
+        recompute=recompute,
+        memory_limit=[limit] * n_stages,
         time_limit=1.0,
     )
     costs = stage_costs(graph, result.stage_of, [label == "recompute" for label in result.options])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from dtrp.errors import InfeasiblePlanError
+from dtrp.partitioner.units import duration
 
 from .engine import Solution
 from .loads import Loads, evaluate
@@ -17,22 +18,25 @@ from .problem import Problem
 def reason(problem: Problem, solution: Solution, loads: Loads) -> str:
     """Why the slowest stage is not faster."""
     stage = int(np.argmax(loads.load))
-    parts = {
-        "computing": float(loads.compute[stage]),
-        "receiving": float(loads.time_in[stage]),
-        "sending": float(loads.time_out[stage]),
-    }
-    most = max(parts, key=lambda name: parts[name])
-    text = f"stage {stage} is the slowest ({loads.max_load:.4g} s), most of it {most} ({parts[most]:.4g} s)"
+    parts = (float(part[stage]) for part in (loads.compute, loads.time_in, loads.time_out))
+    _, text = slowest(stage, loads.max_load, *parts)
     bound = solution.bound
     if bound.kind == "group":
         alone = f"{describe_group(problem, bound.group)} cannot be split"
         if solution.optimal:
             return f"{text}; {alone} and needs that long by itself"
-        return f"{text}; {alone} and needs {bound.value:.4g} s by itself"
+        return f"{text}; {alone} and needs {duration(bound.value)} by itself"
     if solution.optimal:
         return f"{text}; no partition is faster"
-    return f"{text}; no partition is faster than {bound.value:.4g} s"
+    return f"{text}; no partition is faster than {duration(bound.value)}"
+
+
+def slowest(stage: int, load: float, compute: float, time_in: float, time_out: float) -> tuple[str, str]:
+    """What the slowest stage does most of the time, and a sentence that says so; all in seconds."""
+    parts = {"computing": compute, "receiving": time_in, "sending": time_out}
+    most = max(parts, key=lambda name: parts[name])
+    share = f"{100 * parts[most] / load:.0f} % of it {most}" if parts[most] < 0.995 * load else f"all {most}"
+    return most, f"stage {stage} is the slowest ({duration(load)}, {share})"
 
 
 def describe_group(problem: Problem, group: int) -> str:
