@@ -332,7 +332,7 @@ def main() -> int:
     torch.set_num_threads(1)
     tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="faults-")
     kinds = args.kinds.split(",")
-    inject(kinds[0], 1)  # what is loaded once and stays is not a leak
+    inject("loader", 1)  # what is loaded once and stays is not a leak, such as the thread of tqdm
     outcomes = []
     for i in range(args.count):
         outcome = inject(kinds[i % len(kinds)], random.randint(1, MOST_TICKS))
