@@ -2,8 +2,8 @@
 
 Per incoming channel a thread receives ahead of need, and sends complete in the background, so that
 receiving, computing and sending overlap. A message is a header of fixed length (slot, kind, shape and
-dimension order of each value; numbers travel in it) and then the tensors' bytes. CUDA tensors are staged
-through host memory.
+dimension order of each value; numbers travel in it) and then the tensors' bytes, which on one machine lie in
+shared memory if they are many (see `mailbox`). CUDA tensors are staged through host memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .links import Channel, Message, canonical, dense_order, expect, flat_bytes
+from .mailbox import Mailbox
 
 _DTYPES: tuple[torch.dtype, ...] = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -28,6 +29,8 @@ _DTYPES: tuple[torch.dtype, ...] = (
 _MOST_DIMS = 12
 _PER_VALUE = 3 + 2 * _MOST_DIMS
 _TENSOR, _NONE, _INT, _FLOAT, _BOOL = range(5)
+_FIXED, _SHARED = 4, 2  # a header's first fields: slot, skip, whether the bytes are shared, number of values
+_LEAST_SHARED = 16 * 1024  # bytes; fewer travel as fast over a socket
 
 
 class LostStage(ConnectionError):
@@ -47,11 +50,21 @@ class ProcessLinks:
         This process's stage, and its rank.
     channels : mapping of Channel to int
         Every channel of the pipeline and the most values a message on it has; the same in each process.
+    mailboxes : mapping of Channel to int
+        Descriptors of the shared memory of this stage's channels, where there is some at both ends.
     """
 
-    def __init__(self, stage: int, channels: Mapping[Channel, int], *, most_pending: int = 8) -> None:
+    def __init__(
+        self,
+        stage: int,
+        channels: Mapping[Channel, int],
+        mailboxes: Mapping[Channel, int] | None = None,
+        *,
+        most_pending: int = 8,
+    ) -> None:
         self.tags = {channel: tag for tag, channel in enumerate(channels)}
         self.widths = dict(channels)
+        self.mailboxes = {channel: Mailbox(descriptor) for channel, descriptor in (mailboxes or {}).items()}
         self.most_pending = most_pending
         self.pending: dict[Channel, deque[list[tuple[Any, Tensor]]]] = {}
         self.inboxes: dict[Channel, queue.Queue[Message | Exception]] = {}
@@ -63,12 +76,16 @@ class ProcessLinks:
 
     def send(self, channel: Channel, message: Message) -> None:
         header, payload = encode(message, self.widths[channel])
+        if sum(flat.numel() for flat in payload) >= _LEAST_SHARED and channel in self.mailboxes:
+            header[_SHARED] = self.mailboxes[channel].put(payload)
+        if header[_SHARED]:
+            payload = []
         waiting = self.pending.setdefault(channel, deque())
         while waiting and (len(waiting) >= self.most_pending or all(w.is_completed() for w, _ in waiting[0])):
             for work, _ in waiting.popleft():
                 self._finish(work, channel)
         try:
-            waiting.append([(self._post(t, channel), t) for t in [header, *payload]])
+            waiting.append([(self._post(t, channel), t) for t in [header, *(p.cpu() for p in payload)]])
         except RuntimeError as e:
             raise LostStage(channel.target, str(e)) from None
 
@@ -105,14 +122,13 @@ class ProcessLinks:
             while True:
                 header = torch.empty(_header_length(self.widths[channel]), dtype=torch.int64)
                 dist.recv(header, src=channel.source, tag=tag)
-                fields = header.tolist()
-                values = []
-                for at in range(3, 3 + fields[2] * _PER_VALUE, _PER_VALUE):
-                    value, flat = _decode(fields[at : at + _PER_VALUE])
-                    if flat is not None and flat.numel():
+                message, payload, shared = decode(header)
+                if shared:
+                    self.mailboxes[channel].take(payload)
+                else:
+                    for flat in payload:
                         dist.recv(flat, src=channel.source, tag=tag)
-                    values.append(value)
-                inbox.put(Message(fields[0], tuple(values), bool(fields[1])))
+                inbox.put(message)
         except RuntimeError as e:
             inbox.put(LostStage(channel.source, str(e)))
         except Exception as e:
@@ -120,8 +136,8 @@ class ProcessLinks:
 
 
 def encode(message: Message, width: int) -> tuple[Tensor, list[Tensor]]:
-    """Header and payload (flat byte tensors in host memory) of a message."""
-    fields = [message.slot, int(message.skip), len(message.values)]
+    """Header and payload (flat byte tensors) of a message."""
+    fields = [message.slot, int(message.skip), 0, len(message.values)]
     payload: list[Tensor] = []
     for value in message.values:
         fields += _encode(value, payload)
@@ -130,7 +146,7 @@ def encode(message: Message, width: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def _header_length(width: int) -> int:
-    return 3 + width * _PER_VALUE
+    return _FIXED + width * _PER_VALUE
 
 
 def _encode(value: Any, payload: list[Tensor]) -> list[int]:
@@ -145,7 +161,7 @@ def _encode(value: Any, payload: list[Tensor]) -> list[int]:
             )
         flat = flat_bytes(plain)
         if flat.numel():
-            payload.append(flat.cpu())
+            payload.append(flat)
         pad = [0] * (_MOST_DIMS - plain.dim())
         return [_TENSOR, _DTYPES.index(plain.dtype), plain.dim(), *plain.shape, *pad, *order, *pad]
     kind, bits = _NONE, 0
@@ -160,8 +176,17 @@ def _encode(value: Any, payload: list[Tensor]) -> list[int]:
     return [kind, bits, 0, *[0] * (2 * _MOST_DIMS)]
 
 
-def _decode(fields: list[int]) -> tuple[Any, Tensor | None]:
-    """A value, and for a tensor its flat bytes, still to be received."""
+def decode(header: Tensor) -> tuple[Message, list[Tensor], bool]:
+    """A message, the flat bytes of its tensors, still to be filled in, and whether they lie in a mailbox."""
+    fields = header.tolist()
+    slot, skip, shared, count = fields[:_FIXED]
+    payload: list[Tensor] = []
+    starts = range(_FIXED, _FIXED + count * _PER_VALUE, _PER_VALUE)
+    values = tuple(_decode(fields[at : at + _PER_VALUE], payload) for at in starts)
+    return Message(slot, values, bool(skip)), payload, bool(shared)
+
+
+def _decode(fields: list[int], payload: list[Tensor]) -> Any:
     kind, bits, dims = fields[:3]
     if kind == _TENSOR:
         dtype = _DTYPES[bits]
@@ -169,7 +194,9 @@ def _decode(fields: list[int]) -> tuple[Any, Tensor | None]:
         order = fields[3 + _MOST_DIMS : 3 + _MOST_DIMS + dims]
         dense = torch.empty([shape[d] for d in order], dtype=dtype)
         inverse = sorted(range(dims), key=order.__getitem__)
-        return dense.permute(inverse), dense.reshape(-1).view(torch.uint8)
+        if dense.numel():
+            payload.append(dense.reshape(-1).view(torch.uint8))
+        return dense.permute(inverse)
     if kind == _FLOAT:
-        return struct.unpack("<d", struct.pack("<q", bits))[0], None
-    return {_NONE: None, _INT: bits, _BOOL: bool(bits)}[kind], None
+        return struct.unpack("<d", struct.pack("<q", bits))[0]
+    return {_NONE: None, _INT: bits, _BOOL: bool(bits)}[kind]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import dtrp
+from dtrp.runtime.executors import workers
 from dtrp.runtime.links import Channel, InlineLinks, Message, canonical, channels, dense_order, expect
-from dtrp.runtime.process_links import _DTYPES, _decode, encode
+from dtrp.runtime.mailbox import Mailbox, open_mailboxes
+from dtrp.runtime.mailbox import close_mailboxes as close
+from dtrp.runtime.process_links import _DTYPES, decode, encode
 from dtrp.runtime.program import Tie
 from dtrp.runtime.transfer import dumps, loads
 from dtrp.wiring import CALLER, Source, StageWires, Wiring
@@ -35,19 +43,32 @@ def tensors(draw: Any) -> Tensor:
     return tensor
 
 
-def over_the_wire(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def over_the_wire(values: tuple[Any, ...], mailbox: bool = False) -> tuple[Any, ...]:
     """What the receiving end makes of the header and the bytes that the sending end makes."""
-    header, payload = encode(Message(3, values), len(values))
-    fields, rest, received = header.tolist(), iter(payload), []
-    assert fields[0] == 3
-    width = (len(fields) - 3) // max(1, len(values))
-    for i in range(fields[2]):
-        value, flat = _decode(fields[3 + i * width : 3 + (i + 1) * width])
-        if flat is not None and flat.numel():
-            flat.copy_(next(rest))
-        received.append(value)
-    assert next(rest, None) is None
-    return tuple(received)
+    header, sent = encode(Message(3, values, skip=True), len(values))
+    message, empty, shared = decode(header)
+    assert (message.slot, message.skip, shared) == (3, True, False)
+    assert [flat.numel() for flat in empty] == [flat.numel() for flat in sent]
+    if mailbox:
+        sender, receiver = ends()
+        assert sender.put(sent)
+        receiver.take(empty)
+    else:
+        for there, here in zip(empty, sent, strict=True):
+            there.copy_(here)
+    return message.values
+
+
+def ends() -> tuple[Mailbox, Mailbox]:
+    """Both ends of a mailbox, as two processes have them: each with a mapping of its own."""
+    (descriptor,) = open_mailboxes([Channel("forward", 0, 1)]).values()
+    two = Mailbox(descriptor), Mailbox(os.dup(descriptor))
+    for end in two:
+        weakref.finalize(end, os.close, end.descriptor)
+    return two
+
+
+has_mailboxes = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no anonymous shared memory here")
 
 
 @settings(max_examples=200, deadline=None)
@@ -65,6 +86,53 @@ def test_tensors_survive_the_private_channel(tensor: Tensor) -> None:
     arrived = loads(dumps(tensor))
     assert arrived.dtype == tensor.dtype
     assert torch.equal(arrived, tensor)
+
+
+@has_mailboxes
+@settings(max_examples=100, deadline=None)
+@given(st.lists(tensors(), max_size=3))
+def test_tensors_survive_the_mailbox(sent: list[Tensor]) -> None:
+    """Several values of odd sizes lie beside each other without touching."""
+    arrived = over_the_wire(tuple(sent), mailbox=True)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(arrived, sent, strict=True))
+
+
+@has_mailboxes
+def test_a_mailbox_grows_and_refuses_while_it_is_full() -> None:
+    """A message that the receiver has not taken yet is never overwritten, and no size is too large."""
+    sender, receiver = ends()
+    for size in (10, 5_000_000, 100):  # within the first page, beyond it, and smaller again
+        sent = [torch.randint(0, 256, (size,), dtype=torch.uint8), torch.full((3,), 7, dtype=torch.uint8)]
+        assert sender.put(sent)
+        assert receiver.full
+        assert not sender.put([torch.zeros(10, dtype=torch.uint8)])
+        arrived = [torch.zeros_like(flat) for flat in sent]
+        receiver.take(arrived)
+        assert all(torch.equal(a, b) for a, b in zip(arrived, sent, strict=True))
+        assert not sender.full
+
+
+@pytest.mark.parametrize("mailboxes", [pytest.param(True, marks=has_mailboxes), False])
+def test_large_values_reach_the_next_stage(mailboxes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through shared memory, and over sockets where the system has none: the weights of a run inline."""
+    if not mailboxes:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    used = []
+    monkeypatch.setattr(workers, "close_mailboxes", lambda found: used.append(len(found)) or close(found))
+    states = []
+    for executor in ("inline", "workers"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 4))
+        x, y = torch.randn(64, 8), torch.randint(0, 4, (64,))
+        pipe = dtrp.compile(model, n_gpus=2, example_inputs=x, devices=["cpu"] * 2)
+        optimizer = partial(torch.optim.SGD, lr=0.1)
+        with pipe.trainer(F.cross_entropy, optimizer, executor=executor, seed=0) as trainer:
+            for _ in range(20):
+                trainer.step(x, y)
+            trainer.flush()
+        states.append(model.state_dict())
+    assert used == [3 if mailboxes else 0], "one mailbox per channel: forward, backward, evaluate"
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_channels_last_stays_channels_last() -> None:

@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import FileStore
 
 from ..batch import Feed, Report
 from ..config import TrainConfig
-from ..links import channels
+from ..links import Channel, channels
 from ..process_links import LostStage, ProcessLinks
 from ..program import StageProgram
 from ..random import set_random_state
@@ -48,6 +48,7 @@ class Order:
     record: bool
     store: str  # path of the file through which the workers find each other
     log_level: int  # of the caller's log
+    mailboxes: dict[Channel, int]  # descriptors of shared memory, inherited
     random: Any = None  # the caller's generators, where a single stage draws from them
 
 
@@ -134,7 +135,9 @@ class Worker:
         )
         # Collectives apart from the links' point-to-point messages, which other threads receive.
         self.norms = dist.new_group(backend="gloo", timeout=FOREVER) if config.max_grad_norm else None
-        self.links = ProcessLinks(program.stage, channels(program.train, program.evaluate, program.ties))
+        self.links = ProcessLinks(
+            program.stage, channels(program.train, program.evaluate, program.ties), order.mailboxes
+        )
         self.runner = StageRunner(
             program, config, self.links, seed=order.seed, report=self.reports.append, record=order.record
         )

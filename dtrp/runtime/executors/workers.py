@@ -2,8 +2,8 @@
 
 Workers are fresh interpreters, so a script needs no ``if __name__ == "__main__"`` and notebooks work. Each
 has a private socket pair to this process (crew.py), over which it gets its stage and its batches; among
-themselves they talk over torch.distributed on the loopback interface and find each other through a file in
-a private folder, which is gone once they have.
+themselves they talk over shared memory and torch.distributed on the loopback interface, and find each other
+through a file in a private folder, which is gone once they have.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ...errors import WorkerError
 from .. import interrupts
 from ..batch import Feed
 from ..config import TrainConfig
+from ..links import Channel, channels
+from ..mailbox import close_mailboxes, open_mailboxes
 from ..program import StageProgram
 from ..random import random_state
 from ..stage import Measure
@@ -68,14 +70,23 @@ class WorkersExecutor:
         self.failure: WorkerError | None = None
         self.snapshots: list[StageStats | None] = [None] * self.n_stages
         self.watch = _Watch(self.n_stages, max(watchdog, STARTUP))
-        orders = self._pickled(programs, config, seed, record)
-        with interrupts.held():
-            try:
-                self.crew = Crew(self.n_stages, config.threads)
-            except BaseException:
-                self._cleanup()
-                raise
-            self._shutdown = weakref.finalize(self, Crew.kill, self.crew)
+        first = programs[0]
+        mailboxes = open_mailboxes(channels(first.train, first.evaluate, first.ties))
+        try:
+            ends = [
+                {c: m for c, m in mailboxes.items() if k in (c.source, c.target)}
+                for k in range(self.n_stages)
+            ]
+            orders = self._pickled(programs, config, seed, record, ends)
+            with interrupts.held():
+                try:
+                    self.crew = Crew(self.n_stages, config.threads, [list(end.values()) for end in ends])
+                except BaseException:
+                    self._cleanup()
+                    raise
+                self._shutdown = weakref.finalize(self, Crew.kill, self.crew)
+        finally:
+            close_mailboxes(mailboxes.values())
         try:
             for k, order in enumerate(orders):
                 self.crew.post(k, order)
@@ -89,7 +100,12 @@ class WorkersExecutor:
         self._cleanup()  # they have met
 
     def _pickled(
-        self, programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
+        self,
+        programs: Sequence[StageProgram],
+        config: TrainConfig,
+        seed: int | None,
+        record: bool,
+        mailboxes: Sequence[dict[Channel, int]],
     ) -> list[bytes]:
         self.folder = tempfile.mkdtemp(prefix="dtrp-")
         self._cleanup = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -97,7 +113,10 @@ class WorkersExecutor:
         ambient = random_state() if seed is None else None
         level = logging.getLogger("dtrp").getEffectiveLevel()
         try:
-            return [dumps(("start", Order(p, config, seed, record, store, level, ambient))) for p in programs]
+            return [
+                dumps(("start", Order(p, config, seed, record, store, level, m, ambient)))
+                for p, m in zip(programs, mailboxes, strict=True)
+            ]
         except Exception as e:
             self._cleanup()
             raise TypeError(
