@@ -32,7 +32,7 @@ main(int(sys.argv[1]))
 """
 # A tick allocates and frees the same large tensors again and again. glibc hands each back to the system,
 # which clears its pages anew; kept, a stage runs about a fifth faster with the same peak. Set variables win.
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 PATIENCE = 5.0  # seconds that a worker gets to end by itself
 
 Inbox = queue.SimpleQueue[tuple[int, tuple[Any, ...]]]
@@ -60,7 +60,7 @@ class Crew:
         self.inbox: Inbox = queue.SimpleQueue()
         self.members: list[_Member] = []
         environment = {
-            **_KEEP_FREED_MEMORY,
+            **KEEP_FREED_MEMORY,
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
