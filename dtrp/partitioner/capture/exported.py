@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from .propagate import propagate
 from .sizes import batch_of
 from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
+from .task import Task
 from .traced import Traced
 
 _ROOT = "model"
@@ -58,15 +58,9 @@ class _Flat(nn.Module):
         return tuple(leaves)
 
 
-def export_model(
-    model: nn.Module,
-    signature: Signature,
-    tensors: Sequence[torch.Tensor],
-    opened: Collection[str] = (),
-    closed: Mapping[str, str] = MappingProxyType({}),
-) -> BothModes:
-    """Export ``model`` in both modes."""
-    return BothModes.of(model, lambda: _export(model, signature, tensors))
+def export_model(task: Task) -> BothModes:
+    """Export the model in both modes."""
+    return BothModes.of(task.model, lambda: _export(task.model, task.signature, task.tensors))
 
 
 def _export(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> Traced:

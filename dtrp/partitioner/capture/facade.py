@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .explain import Failure, capture_error
@@ -17,10 +17,10 @@ from .modes import BothModes
 from .record import record
 from .snapshot import untouched
 from .symbolic import trace_symbolically
+from .task import Task
 from .verify import MAX_FLOPS, Unfaithful, cost_of_running, verify
 
-# (model, signature, example tensors, modules to open, modules to keep whole and why)
-Way = Callable[[nn.Module, Signature, Sequence[torch.Tensor], Collection[str], Mapping[str, str]], BothModes]
+Way = Callable[[Task], BothModes]
 
 # In the order in which they are tried. "fx" keeps all sizes symbolic; "record" follows any Python code;
 # "export" sees through modules that "record" must keep whole, but gives operators instead of layers.
@@ -69,11 +69,12 @@ def capture(
     kwargs = kwargs or {}
     signature = Signature.of(model, args, kwargs)
     tensors = signature.flatten(args, kwargs)
+    task = Task(model, signature, tensors, opened)
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
             with untouched(model), _quiet():
-                both, notes = _faithful(WAYS[name], model, signature, tensors, opened, run)
+                both, notes = _faithful(WAYS[name], task, run)
         except Exception as error:
             failures.append(Failure(name, error))
             continue
@@ -81,39 +82,30 @@ def capture(
     raise capture_error(model, failures) from failures[0].error
 
 
-def _faithful(
-    way: Way,
-    model: nn.Module,
-    signature: Signature,
-    tensors: Sequence[torch.Tensor],
-    opened: Collection[str],
-    run: bool,
-) -> tuple[BothModes, tuple[str, ...]]:
+def _faithful(way: Way, task: Task, run: bool) -> tuple[BothModes, tuple[str, ...]]:
     """Graphs that passed `_check`, and what to note about them."""
-    both = way(model, signature, tensors, opened, {})
+    both = way(task)
     try:
-        return both, _check(model, signature, tensors, both, run)
+        return both, _check(task, both, run)
     except Unfaithful as difference:
         # Modules that seem to remember something between calls are most likely to blame: close them.
         keepers = both.train.keepers | both.eval.keepers
         if "" in keepers or not keepers:
             raise
-        both = way(model, signature, tensors, opened, keepers)
+        both = way(replace(task, closed=keepers))
         try:
-            return both, _check(model, signature, tensors, both, run)
+            return both, _check(task, both, run)
         except Unfaithful:
             raise difference from None
 
 
-def _check(
-    model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], both: BothModes, run: bool
-) -> tuple[str, ...]:
+def _check(task: Task, both: BothModes, run: bool) -> tuple[str, ...]:
     """Compare the graphs with the model by running them, or say why not."""
     for _, traced in both.each():
         traced.graph.lint()
     if not run:
         return ()
-    flops = cost_of_running(model, both.train, tensors)
+    flops = cost_of_running(task, both.train)
     if flops == float("inf"):
         return ("the graph was not compared with the model by running both: it is on the meta device",)
     if flops > MAX_FLOPS:
@@ -121,8 +113,8 @@ def _check(
             "the graph was not compared with the model by running both: a forward pass of two samples takes "
             f"about {flops:.1e} FLOPs, more than {MAX_FLOPS:.1e}",
         )
-    verify(model, signature, tensors, both.train, True, flops)
-    verify(model, signature, tensors, both.eval, False, flops)
+    verify(task, both.train, True, flops)
+    verify(task, both.eval, False, flops)
     return ()
 
 

@@ -15,43 +15,25 @@ passed through) stops the recording of the module in question, rather than being
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, Node
-from torch.fx.node import base_types
+from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
-from .custom import GradientFunction, Rebuild
+from .custom import GradientFunction
 from .decisions import Decisions, Undecided
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
-from .names import named_tensors
 from .snapshot import foreign_randomness
-from .structure import Step, opened_object, replace_tensors, tensors_in
+from .structure import Step, replace_tensors, tensors_in
 from .targets import node_form, property_name
-
-
-class CannotRecord(Exception):
-    """The running module does something that a graph cannot hold."""
-
-
-@dataclass
-class _Known:
-    """Where a tensor's value stands in the graph."""
-
-    tensor: torch.Tensor  # held so that its id is not given to another
-    node: Node
-    steps: tuple[Step, ...] = ()  # into the node's value, not yet taken
-
+from .writer import CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
@@ -75,37 +57,26 @@ class Recorder(TorchFunctionMode):
         decisions: Decisions | None = None,
     ) -> None:
         super().__init__()
-        self.graph = Graph()
+        self.writer = GraphWriter(model, world)
         self.paused = False
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
         self.keepers: dict[str, str] = {}  # modules that may carry a tensor over to the next call
-        self.constants: dict[str, torch.Tensor] = {}
         self._world = world
         self._closed, self._opened = closed, opened
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
-        self._known: dict[int, _Known] = {}
-        self._undo: list[tuple[int, _Known | None]] = []
-        self._attributes = named_tensors(model, world)
-        self._module = ""
-        self._location = ""
         self._updates: dict[str, torch.Tensor] = {}
-
-    # The borders of the graph
 
     def placeholder(self, name: str, fake: torch.Tensor) -> None:
         """Make ``fake`` the graph's next input."""
-        node = self.graph.placeholder(name)
-        self._describe(node, fake)
-        self._learn(fake, node)
+        self.writer.placeholder(name, fake)
 
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
         for name, value in self._updates.items():
-            buffer = self._new("get_attr", name, (), {}, self._attributes_by_name(name))
-            self._new("call_method", "copy_", (buffer, self._argument(value)), {}, value)
-        node = self.graph.output(tuple(self._argument(leaf) for leaf in leaves))
-        self._describe(node, tuple(leaves))
+            buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
+            self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
+        self.writer.output(leaves)
 
     # What the model does
 
@@ -126,7 +97,11 @@ class Recorder(TorchFunctionMode):
             try:
                 return self._call(func, node_form, args, kwargs)
             except Exception as error:
-                if getattr(func, "__name__", "") != "__bool__" or self._module or self._decisions is None:
+                if (
+                    getattr(func, "__name__", "") != "__bool__"
+                    or self.writer.module
+                    or self._decisions is None
+                ):
                     raise
                 return self._decide(args[0], error)
 
@@ -147,9 +122,8 @@ class Recorder(TorchFunctionMode):
             return proceed(module, *args, **kwargs)
         if is_leaf(module, name, closed=self._closed, opened=self._opened):
             return self._leaf(name, module, proceed, args, kwargs)
-        last = next(reversed(self.graph.nodes), None)
-        learned, outer = len(self._undo), self._module
-        self._module = name
+        mark, outer = self.writer.mark(), self.writer.module
+        self.writer.module = name
         states = foreign_randomness()
         try:
             result = proceed(module, *args, **kwargs)
@@ -159,8 +133,8 @@ class Recorder(TorchFunctionMode):
         except Exception as error:
             if name in self._opened:
                 raise
-            self._roll_back(last, learned)
-            self._module = outer
+            self.writer.roll_back(mark)
+            self.writer.module = outer
             try:
                 result = self._leaf(name, module, proceed, args, kwargs)
             except Exception:
@@ -168,7 +142,7 @@ class Recorder(TorchFunctionMode):
             self.failures[name] = reason(error)
             return result
         finally:
-            self._module = outer
+            self.writer.module = outer
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """An assignment to a module's attribute."""
@@ -178,13 +152,13 @@ class Recorder(TorchFunctionMode):
         old = module.__dict__.get(name)
         full = f"{path}.{name}" if path else name
         if name in module._buffers and isinstance(value, torch.Tensor):
-            twin = self._attributes_by_name(full)
+            twin = self.writer.attribute(full)
             if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
                 raise CannotRecord(f"replaces the buffer {full!r} by another kind of tensor")
             self._updates[full] = value
         elif name in module._parameters:
             raise CannotRecord(f"replaces the parameter {full!r}")
-        elif isinstance(old, torch.Tensor) and id(old) in self._attributes and id(old) in self._known:
+        elif isinstance(old, torch.Tensor) and self.writer.uses_attribute(old):
             raise CannotRecord(f"keeps the tensor {full!r} from one call to the next")
         elif isinstance(value, torch.Tensor):
             self.keepers[path] = f"keeps the tensor {full!r} from one call to the next"
@@ -209,36 +183,38 @@ class Recorder(TorchFunctionMode):
         outputs = list(tensors_in(result))
         if not outputs and not changed:
             return result  # a question, answered
-        node = self._new(*self._written(form(function, args, kwargs), bool(changed)), result)
+        node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
         return self._learn_all(result, outputs, node, inputs, changed)
 
     def _decide(self, condition: torch.Tensor, error: Exception) -> bool:
         """What the example says of a condition in the root's code; a guard for other batches."""
         assert self._decisions is not None
-        node, place = self._argument(condition), user_location()
+        node, place = self.writer.argument(condition), user_location()
         try:
             answer, guard = self._decisions.decide(node, place)
         except Undecided:
             raise error from None
-        self._new("call_function", guard, (node, answer, place), {}, None)
+        self.writer.node("call_function", guard, (node, answer, place), {}, None)
         return answer
 
     def _set_requires_grad(self, tensor: torch.Tensor, value: bool) -> None:
-        node = self._new("call_method", "requires_grad_", (self._argument(tensor), value), {}, tensor)
+        node = self.writer.node(
+            "call_method", "requires_grad_", (self.writer.argument(tensor), value), {}, tensor
+        )
         tensor.requires_grad = value
         node.meta["val"] = light(tensor)
-        self._learn(tensor, node)
+        self.writer.learn(tensor, node)
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._pause():
-            outer, self._module = self._module, name
+            outer, self.writer.module = self.writer.module, name
             try:
                 form = ("call_module", name, args, kwargs)
                 return self._call(
                     lambda *a, **k: self._run(module, proceed, a, k), lambda *_: form, args, kwargs
                 )
             finally:
-                self._module = outer
+                self.writer.module = outer
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -253,7 +229,7 @@ class Recorder(TorchFunctionMode):
         """The node's arguments. Where gradients are switched off, none must flow through it."""
         op, target, args, kwargs = form
         cut = op != "call_module" and not torch.is_grad_enabled()
-        return op, target, self._argument(args, cut), self._argument(kwargs, cut)
+        return op, target, self.writer.argument(args, cut), self.writer.argument(kwargs, cut)
 
     def _learn_all(
         self,
@@ -269,10 +245,12 @@ class Recorder(TorchFunctionMode):
             fresh = {id(t): t for _, t in outputs if not any(t is x for x in inputs)}
             for steps, tensor in outputs:
                 if id(tensor) in fresh and tensor.is_floating_point():
-                    cut = self._new("call_method", "detach", (self._reach(node, steps),), {}, tensor)
-                    self._learn(tensor, cut)
+                    cut = self.writer.node(
+                        "call_method", "detach", (self.writer.reach(node, steps),), {}, tensor
+                    )
+                    self.writer.learn(tensor, cut)
                 elif id(tensor) in fresh:
-                    self._learn(tensor, node, steps)
+                    self.writer.learn(tensor, node, steps)
             return result
         replaced: dict[int, torch.Tensor] = {}
         for steps, tensor in outputs:
@@ -286,80 +264,10 @@ class Recorder(TorchFunctionMode):
                 # Given back as it came. On another device or under autocast it may be a new tensor: give
                 # the model another object, which stands for this node.
                 replaced[id(tensor)] = alias = tensor.view_as(tensor)
-                self._learn(alias, node, steps)
+                self.writer.learn(alias, node, steps)
             else:
-                self._learn(tensor, node, steps)
+                self.writer.learn(tensor, node, steps)
         return replace_tensors(result, replaced) if replaced else result
-
-    # Nodes and tensors
-
-    def _new(self, op: Any, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
-        node = self.graph.create_node(op, target, args, kwargs)
-        self._describe(node, value)
-        return node
-
-    def _describe(self, node: Node, value: Any) -> None:
-        node.meta["val"] = light(value)
-        node.meta["module"] = self._module
-        node.meta["location"] = user_location() if node.op.startswith("call") else ""
-
-    def _learn(self, tensor: torch.Tensor, node: Node, steps: tuple[Step, ...] = ()) -> None:
-        self._undo.append((id(tensor), self._known.get(id(tensor))))
-        self._known[id(tensor)] = _Known(tensor, node, steps)
-
-    def _reach(self, node: Node, steps: tuple[Step, ...]) -> Node:
-        value = node.meta["val"]
-        for function, key in steps:
-            value = function(value, key)
-            node = self._new("call_function", function, (node, key), {}, value)
-        return node
-
-    def _tensor_node(self, tensor: torch.Tensor) -> Node:
-        known = self._known.get(id(tensor))
-        if known is not None:
-            if known.steps:
-                self._learn(tensor, self._reach(known.node, known.steps))
-            return self._known[id(tensor)].node
-        if id(tensor) in self._attributes:
-            name = self._attributes[id(tensor)][1]
-        elif id(tensor) in self._world.originals:
-            name = f"_constant_{len(self.constants)}"
-            self.constants[name] = self._world.originals[id(tensor)]
-            self._attributes[id(tensor)] = (tensor, name)
-        else:
-            raise CannotRecord(
-                "uses a tensor that was made where it cannot be followed "
-                "(TorchScript, a C++ extension, another thread, or an earlier call)"
-            )
-        # A node for each use: parameters are at hand in every stage and need not travel between them.
-        return self._new("get_attr", name, (), {}, tensor)
-
-    def _argument(self, value: Any, cut: bool = False) -> Any:
-        """``value`` as an argument of a node."""
-        if isinstance(value, torch.Tensor):
-            node = self._tensor_node(value)
-            if cut and value.requires_grad:
-                return self._new("call_method", "detach", (node,), {}, value.detach())
-            return node
-        if isinstance(value, tuple):
-            items = [self._argument(x, cut) for x in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, list):
-            return [self._argument(x, cut) for x in value]
-        if isinstance(value, dict):
-            return {k: self._argument(v, cut) for k, v in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self._argument(x, cut) for x in (value.start, value.stop, value.step)))
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, (*base_types, enum.Enum, range)) or value is None or value is ...:
-            return value
-        attributes = opened_object(value)
-        if attributes is None:
-            raise CannotRecord(f"hands an object of type {type(value).__name__} to a torch function or layer")
-        names, parts = attributes
-        arguments = tuple(self._argument(part, cut) for part in parts)
-        return self._new("call_function", Rebuild(type(value), names), arguments, {}, value)
 
     def _fake(self, value: Any) -> Any:
         """``value`` with real tensors replaced by their fake twins."""
@@ -370,21 +278,6 @@ class Recorder(TorchFunctionMode):
         if type(value) is dict:
             return {k: self._fake(v) for k, v in value.items()}
         return value
-
-    def _attributes_by_name(self, name: str) -> torch.Tensor:
-        return next(tensor for tensor, n in self._attributes.values() if n == name)
-
-    def _roll_back(self, last: Node | None, learned: int) -> None:
-        for node in reversed(self.graph.nodes):
-            if node is last:
-                break
-            self.graph.erase_node(node)
-        while len(self._undo) > learned:
-            key, before = self._undo.pop()
-            if before is None:
-                del self._known[key]
-            else:
-                self._known[key] = before
 
     def _refuse(self, function: Callable[..., Any]) -> None:
         name = getattr(function, "__name__", "")

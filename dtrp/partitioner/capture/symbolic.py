@@ -6,9 +6,8 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,20 +24,16 @@ from .modes import BothModes
 from .propagate import fold_constants, propagate
 from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
+from .task import Task
 from .traced import Traced
 
 
-def trace_symbolically(
-    model: nn.Module,
-    signature: Signature,
-    tensors: Sequence[torch.Tensor],
-    opened: Collection[str] = (),
-    closed: Mapping[str, str] = MappingProxyType({}),
-) -> BothModes:
-    """Trace ``model`` in both modes with proxies in place of the tensors."""
+def trace_symbolically(task: Task) -> BothModes:
+    """Trace the model in both modes with proxies in place of the tensors."""
+    model = task.model
 
     def trace() -> Traced:
-        tracer = _ModuleTracer(signature, opened, closed)
+        tracer = _ModuleTracer(task.signature, task.opened, task.closed)
         with untouched(model), _no_side_effects(), _Guard():
             states = foreign_randomness()
             graph = tracer.trace(model)
@@ -46,7 +41,7 @@ def trace_symbolically(
                 raise TraceError("draws random numbers from Python's or numpy's generator")
         assert tracer.out_spec is not None
         world = FakeWorld()
-        propagate(model, graph, world, fake_inputs(world, tensors))
+        propagate(model, graph, world, fake_inputs(world, task.tensors))
         fold_constants(graph)
         return Traced(graph, tracer.out_spec)
 

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .graph import Signature
 from .modes import in_mode
 from .sizes import batch_of
 from .snapshot import preserved_randomness, untouched
 from .structure import flatten_output
+from .task import Task
 from .traced import Traced
 
 MAX_FLOPS = 1e10
@@ -36,8 +36,9 @@ class Unfaithful(Exception):
     """The graph does something else than the model."""
 
 
-def cost_of_running(model: nn.Module, traced: Traced, tensors: Sequence[torch.Tensor]) -> float:
+def cost_of_running(task: Task, traced: Traced) -> float:
     """FLOPs of a forward pass for comparison; infinite if the model cannot run."""
+    model, tensors = task.model, task.tensors
     state: list[torch.Tensor] = [*model.parameters(), *model.buffers(), *tensors]
     if any(t.is_meta for t in state):
         return float("inf")
@@ -68,27 +69,21 @@ def estimate_flops(model: nn.Module, traced: Traced) -> float:
     return total
 
 
-def verify(
-    model: nn.Module,
-    signature: Signature,
-    tensors: Sequence[torch.Tensor],
-    traced: Traced,
-    training: bool,
-    flops: float,
-) -> None:
-    """Run ``model`` and its graph in one mode and compare; ``flops`` as `cost_of_running` says.
+def verify(task: Task, traced: Traced, training: bool, flops: float) -> None:
+    """Run the model and its graph in one mode and compare; ``flops`` as `cost_of_running` says.
 
     Raises
     ------
     Unfaithful
         They differ; the message says in what.
     """
+    model, tensors = task.model, task.tensors
     module = traced.graph_module(model)
     inputs = list(tensors) if traced.batch_fixed else _fewer(tensors)
     calls = ("", " of the second call") if flops <= _MAX_FLOPS_TWICE else ("",)
 
     def plain(given: list[torch.Tensor]) -> Any:
-        args, kwargs = signature.unflatten(given)
+        args, kwargs = task.signature.unflatten(given)
         return model(*args, **kwargs)
 
     def graph(given: list[torch.Tensor]) -> Any:

@@ -1,0 +1,22 @@
+"""What a way of capturing is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .graph import Signature
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with an example call, and which of its modules to treat otherwise than usual."""
+
+    model: nn.Module
+    signature: Signature
+    tensors: Sequence[torch.Tensor]  # of the example call, one for each placeholder
+    opened: Collection[str] = ()  # qualified names of modules that must not be one node
+    closed: Mapping[str, str] = field(default_factory=dict)  # of those that must be, and why

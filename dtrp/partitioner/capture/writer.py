@@ -1,0 +1,173 @@
+"""A graph while it is recorded: nodes, and which of them stands for which tensor."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.fx.node import base_types
+
+from .custom import Rebuild
+from .fakes import FakeWorld, light
+from .location import user_location
+from .names import named_tensors
+from .structure import Step, opened_object
+
+
+class CannotRecord(Exception):
+    """The running module does something that a graph cannot hold."""
+
+
+@dataclass
+class _Known:
+    """Where a tensor's value stands in the graph."""
+
+    tensor: torch.Tensor  # held so that its id is not given to another
+    node: Node
+    steps: tuple[Step, ...] = ()  # into the node's value, not yet taken
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in the recording that can be gone back to."""
+
+    last: Node | None
+    learned: int
+
+
+class GraphWriter:
+    """Makes nodes from tensors, each of which is known by its identity."""
+
+    def __init__(self, model: nn.Module, world: FakeWorld) -> None:
+        self.graph = Graph()
+        self.module = ""  # qualified name of the module whose code is running
+        self.constants: dict[str, torch.Tensor] = {}
+        self._world = world
+        self._known: dict[int, _Known] = {}
+        self._undo: list[tuple[int, _Known | None]] = []
+        self._attributes = named_tensors(model, world)
+
+    # Nodes
+
+    def placeholder(self, name: str, fake: torch.Tensor) -> None:
+        """Make ``fake`` the graph's next input."""
+        node = self.graph.placeholder(name)
+        self._describe(node, fake)
+        self.learn(fake, node)
+
+    def node(self, op: Any, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
+        """A new node that gives ``value``; its arguments are arguments of nodes already."""
+        node = self.graph.create_node(op, target, args, kwargs)
+        self._describe(node, value)
+        return node
+
+    def output(self, leaves: Sequence[Any]) -> None:
+        """End the graph with the flat output."""
+        node = self.graph.output(tuple(self.argument(leaf) for leaf in leaves))
+        self._describe(node, tuple(leaves))
+
+    def _describe(self, node: Node, value: Any) -> None:
+        node.meta["val"] = light(value)
+        node.meta["module"] = self.module
+        node.meta["location"] = user_location() if node.op.startswith("call") else ""
+
+    # Tensors
+
+    def learn(self, tensor: torch.Tensor, node: Node, steps: tuple[Step, ...] = ()) -> None:
+        """From now on ``tensor`` is the node's value, or the part of it that the steps lead to."""
+        self._undo.append((id(tensor), self._known.get(id(tensor))))
+        self._known[id(tensor)] = _Known(tensor, node, steps)
+
+    def reach(self, node: Node, steps: tuple[Step, ...]) -> Node:
+        """The node for a part of a node's value."""
+        value = node.meta["val"]
+        for function, key in steps:
+            value = function(value, key)
+            node = self.node("call_function", function, (node, key), {}, value)
+        return node
+
+    def attribute(self, name: str) -> torch.Tensor:
+        """The model's tensor with that qualified name."""
+        return next(tensor for tensor, n in self._attributes.values() if n == name)
+
+    def uses_attribute(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is the model's own, and was changed in this recording."""
+        return id(tensor) in self._attributes and id(tensor) in self._known
+
+    def argument(self, value: Any, cut: bool = False) -> Any:
+        """``value`` as an argument of a node; ``cut``: without letting gradients through.
+
+        Raises
+        ------
+        CannotRecord
+            There is a tensor in it that the recording has not seen, or an object of another kind.
+        """
+        if isinstance(value, torch.Tensor):
+            node = self._tensor_node(value)
+            if cut and value.requires_grad:
+                return self.node("call_method", "detach", (node,), {}, value.detach())
+            return node
+        if isinstance(value, tuple):
+            items = [self.argument(x, cut) for x in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if isinstance(value, list):
+            return [self.argument(x, cut) for x in value]
+        if isinstance(value, dict):
+            return {k: self.argument(v, cut) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self.argument(x, cut) for x in (value.start, value.stop, value.step)))
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, (*base_types, enum.Enum, range)) or value is None or value is ...:
+            return value
+        attributes = opened_object(value)
+        if attributes is None:
+            raise CannotRecord(f"hands an object of type {type(value).__name__} to a torch function or layer")
+        names, parts = attributes
+        arguments = tuple(self.argument(part, cut) for part in parts)
+        return self.node("call_function", Rebuild(type(value), names), arguments, {}, value)
+
+    def _tensor_node(self, tensor: torch.Tensor) -> Node:
+        known = self._known.get(id(tensor))
+        if known is not None:
+            if known.steps:
+                self.learn(tensor, self.reach(known.node, known.steps))
+            return self._known[id(tensor)].node
+        if id(tensor) in self._attributes:
+            name = self._attributes[id(tensor)][1]
+        elif id(tensor) in self._world.originals:
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = self._world.originals[id(tensor)]
+            self._attributes[id(tensor)] = (tensor, name)
+        else:
+            raise CannotRecord(
+                "uses a tensor that was made where it cannot be followed "
+                "(TorchScript, a C++ extension, another thread, or an earlier call)"
+            )
+        # A node for each use: parameters are at hand in every stage and need not travel between them.
+        return self.node("get_attr", name, (), {}, tensor)
+
+    # Going back
+
+    def mark(self) -> Mark:
+        """The present point."""
+        return Mark(next(reversed(self.graph.nodes), None), len(self._undo))
+
+    def roll_back(self, mark: Mark) -> None:
+        """Forget all nodes and tensors since ``mark``."""
+        for node in reversed(self.graph.nodes):
+            if node is mark.last:
+                break
+            self.graph.erase_node(node)
+        while len(self._undo) > mark.learned:
+            key, before = self._undo.pop()
+            if before is None:
+                del self._known[key]
+            else:
+                self._known[key] = before
