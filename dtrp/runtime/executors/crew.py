@@ -32,7 +32,7 @@ main(int(sys.argv[1]))
 """
 # A tick allocates and frees the same large tensors again and again. glibc hands each back to the system,
 # which clears its pages anew; kept, a stage runs about a fifth faster with the same peak. Set variables win.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 PATIENCE = 5.0  # seconds that a worker gets to end by itself
 
 Inbox = queue.SimpleQueue[tuple[int, tuple[Any, ...]]]
