@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 from .stats import balance
@@ -15,26 +15,35 @@ PACE = 0.5  # seconds between looks at the stages
 
 
 class Bar:
-    """A tqdm bar over a loader, or nothing."""
+    """A loader with a tqdm bar over it, or just the loader.
+
+    tqdm never sees the loader itself: ``tqdm.auto`` would ask it for an iterator that nobody uses, which
+    moves on the generator that a `DataLoader` shuffles by and starts its worker processes twice.
+    """
 
     def __init__(self, loader: Iterable[Any], title: str, trainer: Trainer) -> None:
-        from tqdm.auto import tqdm
+        self.loader, self.trainer = loader, trainer
+        self.bar: Any = None
+        if trainer.progress:
+            from tqdm.auto import tqdm
 
-        self.trainer = trainer
-        self.bar = tqdm(loader, desc=title, unit="batch", disable=not trainer.progress)
+            self.bar = tqdm(total=_length(loader), desc=title, unit="batch")
         self.looked = time.monotonic()
         self.samples = trainer.samples
 
     def __enter__(self) -> Bar:
         return self
 
-    def __iter__(self) -> Any:
-        return iter(self.bar)
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch
+            if self.bar is not None:
+                self.bar.update()
 
     def show(self, loss: float | None) -> None:
         """The newest loss, and now and then how fast and how even the stages run."""
         now = time.monotonic()
-        if self.bar.disable or now - self.looked < PACE:
+        if self.bar is None or now - self.looked < PACE:
             return
         rate = (self.trainer.samples - self.samples) / (now - self.looked)
         self.looked, self.samples = now, self.trainer.samples
@@ -44,4 +53,13 @@ class Bar:
         self.bar.set_postfix(shown, refresh=False)
 
     def __exit__(self, *exc: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """How many batches, where the loader knows."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an iterable data set has the method, but no answer
+        return None
