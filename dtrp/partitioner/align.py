@@ -1,51 +1,92 @@
 """Lays the eval graph over the train graph's stages.
 
 A model whose code reads ``self.training`` has a graph per mode. The plan is made for the train graph; the
-eval graph gets the same stages, so that each parameter is used where it is trained. Nodes that both graphs
-have (same operation, same place in the model, same occurrence) keep their stage; what only eval has goes to
-the earliest stage that its inputs allow.
+eval graph gets the same stages, so that each parameter is used where it is trained. Where parameters leave a
+choice, a node that both graphs have (same operation, same place in the model, same occurrence) keeps its
+stage if it can, and what only eval has goes to the earliest stage that its inputs allow.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from itertools import chain
 
+import networkx as nx
 from torch import fx
 
 from ..errors import CaptureError
 from .capture.graph import ModeGraph
+from .hazards import Hazards
 
 
-def align(train: ModeGraph, evaluate: ModeGraph, stage_of: Mapping[str, int]) -> dict[str, int]:
-    """Stage of every call node of the eval graph.
+def align(
+    train: ModeGraph, evaluate: ModeGraph, stage_of: Mapping[str, int], n_stages: int, hazards: Hazards
+) -> dict[str, int]:
+    """Stage of every call node of the eval graph; ``hazards`` are the eval graph's.
 
     Raises
     ------
     CaptureError
         A parameter would be used in a stage that does not train it.
     """
-    known = {key: stage_of[node.name] for key, node in _keyed(train)}
+    nodes = {node.name: node for _, node in _keyed(evaluate)}
     owners = _stages_of_state(train, stage_of)
-    found: dict[str, int] = {}
-    for key, node in _keyed(evaluate):
-        before = max((found[a.name] for a in node.all_input_nodes if a.name in found), default=0)
-        state = _state(node)
-        wanted = known.get(key, before)
-        for name in state:
-            if name in owners and wanted not in owners[name]:
-                wanted = min((s for s in owners[name] if s >= before), default=wanted)
-        stage = max(wanted, before)
-        for name in state:
-            if name in owners and stage not in owners[name]:
-                raise CaptureError(
-                    f"in eval mode, {node.format_node()} uses {name!r} after values of stage {before}, but "
-                    f"training holds it in stage(s) {sorted(owners[name])}. Use fewer stages, or pin "
-                    f"module {node.meta.get('module', '')!r} to a later stage."
-                )
-        found[node.name] = stage
-    return found
+    units = _units(nodes, hazards)
+    order = list(nx.topological_sort(units))
+    members: dict[int, frozenset[str]] = {u: frozenset(units.nodes[u]["members"]) for u in order}
+
+    # The latest stage of each unit, given where the parameters of what follows it are: no choice that is
+    # made below can then end in a stage behind a parameter.
+    latest: dict[int, int] = {}
+    allowed: dict[int, set[int]] = {}
+    for unit in reversed(order):
+        end = min((latest[u] for u in units.successors(unit)), default=n_stages - 1)
+        places = [owners[t] for name in members[unit] for t in _state(nodes[name]) if t in owners]
+        held = set(range(n_stages)).intersection(*places)
+        allowed[unit] = {s for s in held if s <= end}
+        if not allowed[unit]:
+            raise _impossible([nodes[n] for n in members[unit]], owners, held, end)
+        latest[unit] = max(allowed[unit])
+
+    known = {key: stage_of[node.name] for key, node in _keyed(train)}
+    wishes = {node.name: known[key] for key, node in _keyed(evaluate) if key in known}
+    found: dict[int, int] = {}
+    for unit in order:
+        start = max((found[u] for u in units.predecessors(unit)), default=0)
+        wish = max((wishes[n] for n in members[unit] if n in wishes), default=start)
+        found[unit] = min((s for s in allowed[unit] if s >= start), key=lambda s: (abs(s - wish), s))
+    return {name: found[unit] for unit in order for name in members[unit]}
+
+
+def _units(nodes: Mapping[str, fx.Node], hazards: Hazards) -> nx.DiGraph:
+    """Nodes that must share a stage as one (``members``), and which unit needs which before it."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(nodes)
+    graph.add_edges_from(
+        (a.name, n.name) for n in nodes.values() for a in n.all_input_nodes if a.name in nodes
+    )
+    graph.add_edges_from((u, v) for u, v in hazards.order if u in nodes and v in nodes)
+    for group in hazards.groups:
+        ring = sorted(group & nodes.keys())
+        graph.add_edges_from(zip(ring, ring[1:] + ring[:1], strict=True))
+    return nx.condensation(graph)
+
+
+def _impossible(
+    nodes: Collection[fx.Node], owners: Mapping[int, set[int]], held: Collection[int], end: int
+) -> CaptureError:
+    used = [(n, name, sorted(owners[t])) for n in nodes for t, name in _state(n).items() if t in owners]
+    node, first, _ = used[0]
+    place = node.meta.get("location") or f"module {node.meta.get('module', '')!r}"
+    stages = ", ".join(f"{name} {where}" for _, name, where in used[:6])
+    why = f"what uses its result is in stage {end} or earlier" if held else "it needs them in one stage"
+    return CaptureError(
+        f"in eval mode, {place} uses {first!r} in another order than in training: the stages that train "
+        f"what it uses are {stages}, but {why}. Use fewer stages, or call the layers in the same order in "
+        "both modes."
+    )
 
 
 def _keyed(graph: ModeGraph) -> Iterator[tuple[Hashable, fx.Node]]:
@@ -57,20 +98,24 @@ def _keyed(graph: ModeGraph) -> Iterator[tuple[Hashable, fx.Node]]:
             seen[key] += 1
 
 
-def _stages_of_state(graph: ModeGraph, stage_of: Mapping[str, int]) -> dict[str, set[int]]:
-    owners: dict[str, set[int]] = defaultdict(set)
+def _stages_of_state(graph: ModeGraph, stage_of: Mapping[str, int]) -> dict[int, set[int]]:
+    owners: dict[int, set[int]] = defaultdict(set)
     for _, node in _keyed(graph):
-        for name in _state(node):
-            owners[name].add(stage_of[node.name])
+        for tensor in _state(node):
+            owners[tensor].add(stage_of[node.name])
     return owners
 
 
-def _state(node: fx.Node) -> set[str]:
-    """Attributes, and modules with parameters or buffers, that a node uses."""
-    names = {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
+def _state(node: fx.Node) -> dict[int, str]:
+    """The parameters and buffers that a node uses: their names, by the tensors' ids (they may be tied)."""
+    root = node.graph.owning_module
+    assert root is not None
+    found: dict[int, str] = {}
+    for a in node.all_input_nodes:
+        if a.op == "get_attr":
+            found[id(operator.attrgetter(str(a.target))(root))] = str(a.target)
     if node.op == "call_module":
-        root = node.graph.owning_module
-        module = root.get_submodule(str(node.target)) if root is not None else None
-        if module is not None and next(chain(module.parameters(), module.buffers()), None) is not None:
-            names.add(str(node.target))
-    return names
+        module = root.get_submodule(str(node.target))
+        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+            found[id(tensor)] = f"{node.target}.{name}"
+    return found
