@@ -19,10 +19,12 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .compiling import compile
     from .partitioner.plan import Plan
-    from .pipeline import Pipeline, Stage, compile
+    from .pipeline import Pipeline
     from .runtime.predictors import Predictor
     from .runtime.trainer import Trainer
+    from .stages import Stage
 
 __all__ = [
     "CaptureError",
@@ -46,9 +48,9 @@ _HOMES = {
     "Pipeline": ".pipeline",
     "Plan": ".partitioner.plan",
     "Predictor": ".runtime.predictors",
-    "Stage": ".pipeline",
+    "Stage": ".stages",
     "Trainer": ".runtime.trainer",
-    "compile": ".pipeline",
+    "compile": ".compiling",
 }
 
 

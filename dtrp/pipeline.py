@@ -1,27 +1,25 @@
-"""``compile()`` and `Pipeline`: what users hold in their hands.
+"""`Pipeline`: what users hold in their hands.
 
-This file and programs.py join the two halves: the compiler (dtrp/partitioner) never runs anything, the
+The files beside this one join the two halves: the compiler (dtrp/partitioner) never runs anything, the
 runtime (dtrp/runtime) never sees a graph.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import networkx as nx
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import DtrpError
 from .loss_check import check_scalar_loss
 from .partitioner.compiler import Compiled, Request, compile_model, device_specs, threads_per_stage
-from .partitioner.example import keep_example
+from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
 from .partitioner.planner import default_limits, memory_limits
 from .partitioner.report import PartitionReport
@@ -32,118 +30,7 @@ from .runtime.predictors import Predictor
 from .runtime.program import StageProgram
 from .runtime.trainer import Trainer
 from .runtime.weights import build_optimizer
-
-log = logging.getLogger("dtrp")
-
-RECOMPUTE = (True, False, "auto")
-COSTS = ("auto", "analytic", "measured")
-
-
-def compile(
-    model: nn.Module,
-    n_gpus: int | None = None,
-    *,
-    example_inputs: Any = None,
-    devices: Sequence[str | torch.device] | None = None,
-    memory_limit: float | str | Sequence[float | str | None] | None = None,
-    recompute: bool | Literal["auto"] = "auto",
-    costs: Literal["auto", "analytic", "measured"] = "auto",
-    bandwidth: float | None = None,
-    plan: str | os.PathLike[str] | Plan | None = None,
-) -> Pipeline:
-    """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Any model. It keeps its parameters: the pipeline shares them.
-    n_gpus : int, optional
-        Number of stages. Default: the CUDA devices that are there, else 2.
-    example_inputs : Tensor, tuple or dict, optional
-        One call's arguments: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        Without them the pipeline plans at its first batch.
-    devices : sequence of str or torch.device, optional
-        One per stage; a device may repeat. Default: the CUDA devices, else CPU (worker processes).
-    memory_limit : int, float, str or sequence, optional
-        Bytes or text such as ``"16GB"``; one for all stages or one per stage.
-    recompute : bool or "auto"
-        Whether stages recompute their forward pass in training; ``"auto"``: per stage, as the plan finds.
-    costs : {"auto", "analytic", "measured"}
-        Where node times come from: FLOPs and bytes through the device's roofline, or timed on it.
-    bandwidth : float, optional
-        Bytes per second between stages. Default: the devices' own.
-    plan : path or Plan, optional
-        A plan to reuse; refused if it does not belong to this graph and these shapes.
-
-    Returns
-    -------
-    Pipeline
-
-    Raises
-    ------
-    TypeError, ValueError
-        Arguments that make no sense.
-    CaptureError
-        The model cannot be turned into a graph.
-    InfeasiblePlanError
-        No plan fits the memory limit.
-    PlanMismatchError
-        ``plan`` is another model's.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if next(model.parameters(), None) is None:
-        raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to train or to place")
-    if isinstance(plan, (str, os.PathLike)):
-        plan = Plan.load(plan)
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a path or a dtrp.Plan, got {type(plan).__name__}")
-    if n_gpus is None and devices is None and plan is not None:
-        n_gpus = plan.n_stages
-    places = _places(n_gpus, devices)
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
-    if costs not in COSTS:
-        raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
-    pipeline = Pipeline(
-        model,
-        Request(places, memory_limit, recompute, costs, bandwidth, plan),
-    )
-    if example_inputs is not None:
-        pipeline.prepare(*_arguments(example_inputs))
-    return pipeline
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a pipeline.
-
-    Attributes
-    ----------
-    index : int
-        From 0.
-    device : torch.device
-    inputs, outputs : tuple of str
-        Names of the values that come in and go out, as in ``module.graph``.
-    submodules : tuple of str
-        The original model's modules that this stage runs, in order of use.
-    """
-
-    index: int
-    device: torch.device
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    submodules: tuple[str, ...]
-    _modules: tuple[fx.GraphModule, fx.GraphModule]  # eval, train
-    _model: nn.Module
-
-    @property
-    def module(self) -> fx.GraphModule:
-        """The stage's graph, of the mode that the model is in; it shares the model's parameters."""
-        return self._modules[self._model.training]
-
-    def __repr__(self) -> str:
-        return f"Stage({self.index}, {self.device}, submodules={list(self.submodules)})"
+from .stages import Stage, submodules_of
 
 
 class Pipeline:
@@ -227,7 +114,7 @@ class Pipeline:
                 device=self._request.devices[k],
                 inputs=tuple(n.name for n in made.train.modules[k].graph.find_nodes(op="placeholder")),
                 outputs=wires.outputs,
-                submodules=_submodules(made.train.modules[k]),
+                submodules=submodules_of(made.train.modules[k]),
                 _modules=(made.eval.modules[k], made.train.modules[k]),
                 _model=self.model,
             )
@@ -437,14 +324,14 @@ class Pipeline:
         from .partitioner.onnx import export_chain
 
         made = self._planned
-        example = self._example if inputs is None else keep_example(self.bind(*_arguments(inputs)))
+        example = self._example if inputs is None else keep_example(self.bind(*call_arguments(inputs)))
         # Cut anew: parameters may have been replaced since the model was captured.
         cut = split(made.captured, made.plan, made.hazards)
         return export_chain(
             made.captured,
             cut.eval,
             Path(directory),
-            submodules=[_submodules(module) for module in cut.eval.modules],
+            submodules=[submodules_of(module) for module in cut.eval.modules],
             example=example,
             opset=opset,
             dynamic_batch=dynamic_batch,
@@ -488,50 +375,3 @@ class Pipeline:
     def programs(self) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""
         return make_programs(self._planned, self.model, self._request.devices)
-
-
-def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
-    """A device per stage."""
-    if n_gpus is not None:
-        if isinstance(n_gpus, bool) or not isinstance(n_gpus, int):
-            raise TypeError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
-        if n_gpus < 1:
-            raise ValueError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
-    if devices is not None:
-        if isinstance(devices, (str, torch.device)):
-            raise TypeError(f"devices={devices!r}: expected a list with one device per stage")
-        places = tuple(torch.device(d) for d in devices)
-        if not places:
-            raise ValueError("devices is empty: expected one device per stage")
-        if n_gpus is not None and len(places) != n_gpus:
-            raise ValueError(f"n_gpus={n_gpus} but {len(places)} devices: give one device per stage")
-        return places
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    n_stages = n_gpus or there or 2
-    if there == 0:
-        log.info("no CUDA device is there: %d stage(s) on CPU worker processes", n_stages)
-        return (torch.device("cpu"),) * n_stages
-    if n_stages > there:
-        log.warning("n_gpus=%d but %d CUDA device(s) are there: stages share devices", n_stages, there)
-    return tuple(torch.device("cuda", k % there) for k in range(n_stages))
-
-
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``example_inputs`` as positional and keyword arguments."""
-    if isinstance(example, tuple):
-        return example, {}
-    if isinstance(example, Mapping):
-        return (), {str(k): v for k, v in example.items()}
-    return (example,), {}
-
-
-def _submodules(module: fx.GraphModule) -> tuple[str, ...]:
-    """Modules that a stage's graph calls or whose tensors it reads, in order of use."""
-    names = []
-    for node in module.graph.nodes:
-        target = str(node.target)
-        if node.op == "call_module" and not target.startswith("_rebuild_"):
-            names.append(target)
-        elif node.op == "get_attr" and "." in target:
-            names.append(target.rpartition(".")[0])
-    return tuple(dict.fromkeys(names))

@@ -1,8 +1,9 @@
-"""A few samples of the call that was planned for: real inputs to try things with later."""
+"""The example call that a model is planned for, and a few samples of it to try things with later."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -10,6 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .capture.sizes import batch_of
 
 SAMPLES = 8
+
+
+def call_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as positional and keyword arguments."""
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, Mapping):
+        return (), {str(k): v for k, v in example.items()}
+    return (example,), {}
 
 
 def keep_example(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

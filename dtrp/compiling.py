@@ -1,0 +1,122 @@
+"""``compile()``: the way in. Bad arguments are refused here, before any work starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .partitioner.compiler import Request
+from .partitioner.example import call_arguments
+from .partitioner.plan import Plan
+from .pipeline import Pipeline
+
+log = logging.getLogger("dtrp")
+
+RECOMPUTE = (True, False, "auto")
+COSTS = ("auto", "analytic", "measured")
+
+
+def compile(
+    model: nn.Module,
+    n_gpus: int | None = None,
+    *,
+    example_inputs: Any = None,
+    devices: Sequence[str | torch.device] | None = None,
+    memory_limit: float | str | Sequence[float | str | None] | None = None,
+    recompute: bool | Literal["auto"] = "auto",
+    costs: Literal["auto", "analytic", "measured"] = "auto",
+    bandwidth: float | None = None,
+    plan: str | os.PathLike[str] | Plan | None = None,
+) -> Pipeline:
+    """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model. It keeps its parameters: the pipeline shares them.
+    n_gpus : int, optional
+        Number of stages. Default: the CUDA devices that are there, else 2.
+    example_inputs : Tensor, tuple or dict, optional
+        One call's arguments: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        Without them the pipeline plans at its first batch.
+    devices : sequence of str or torch.device, optional
+        One per stage; a device may repeat. Default: the CUDA devices, else CPU (worker processes).
+    memory_limit : int, float, str or sequence, optional
+        Bytes or text such as ``"16GB"``; one for all stages or one per stage.
+    recompute : bool or "auto"
+        Whether stages recompute their forward pass in training; ``"auto"``: per stage, as the plan finds.
+    costs : {"auto", "analytic", "measured"}
+        Where node times come from: FLOPs and bytes through the device's roofline, or timed on it.
+    bandwidth : float, optional
+        Bytes per second between stages. Default: the devices' own.
+    plan : path or Plan, optional
+        A plan to reuse; refused if it does not belong to this graph and these shapes.
+
+    Returns
+    -------
+    Pipeline
+
+    Raises
+    ------
+    TypeError, ValueError
+        Arguments that make no sense.
+    CaptureError
+        The model cannot be turned into a graph.
+    InfeasiblePlanError
+        No plan fits the memory limit.
+    PlanMismatchError
+        ``plan`` is another model's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to train or to place")
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a path or a dtrp.Plan, got {type(plan).__name__}")
+    if n_gpus is None and devices is None and plan is not None:
+        n_gpus = plan.n_stages
+    places = _places(n_gpus, devices)
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
+    if costs not in COSTS:
+        raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
+    pipeline = Pipeline(
+        model,
+        Request(places, memory_limit, recompute, costs, bandwidth, plan),
+    )
+    if example_inputs is not None:
+        pipeline.prepare(*call_arguments(example_inputs))
+    return pipeline
+
+
+def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
+    """A device per stage."""
+    if n_gpus is not None:
+        if isinstance(n_gpus, bool) or not isinstance(n_gpus, int):
+            raise TypeError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
+        if n_gpus < 1:
+            raise ValueError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
+    if devices is not None:
+        if isinstance(devices, (str, torch.device)):
+            raise TypeError(f"devices={devices!r}: expected a list with one device per stage")
+        places = tuple(torch.device(d) for d in devices)
+        if not places:
+            raise ValueError("devices is empty: expected one device per stage")
+        if n_gpus is not None and len(places) != n_gpus:
+            raise ValueError(f"n_gpus={n_gpus} but {len(places)} devices: give one device per stage")
+        return places
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_stages = n_gpus or there or 2
+    if there == 0:
+        log.info("no CUDA device is there: %d stage(s) on CPU worker processes", n_stages)
+        return (torch.device("cpu"),) * n_stages
+    if n_stages > there:
+        log.warning("n_gpus=%d but %d CUDA device(s) are there: stages share devices", n_stages, there)
+    return tuple(torch.device("cuda", k % there) for k in range(n_stages))
