@@ -58,7 +58,7 @@ class TestPackage:
     def test_extras_hold_what_the_errors_tell_users_to_install(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = project["optional-dependencies"]
-        assert {"onnx", "vision", "plot", "html", "examples", "test", "dev"} <= set(extras)
+        assert {"onnx", "vision", "plot", "tensorboard", "examples", "test", "dev"} <= set(extras)
         for path in PACKAGE.rglob("*.py"):
             for extra in re.findall(r"dtrp\[(\w+)\]", path.read_text()):
                 assert extra in extras, f"{path} names the extra {extra}"
