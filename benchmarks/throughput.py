@@ -113,8 +113,8 @@ class DefaultPlain:
 
 def _serve(connection: Connection, name: str, batch_size: int) -> None:
     plain = Plain(name, batch_size)
-    while True:
-        connection.send(plain.round(connection.recv()))
+    while (count := connection.recv()) is not None:
+        connection.send(plain.round(count))
 
 
 def pipeline_round(trainer: dtrp.Trainer, batches: list[Batch]) -> float:
@@ -222,6 +222,8 @@ def main() -> None:
                 f"round {number}: plain {default_times[-1] * 1e3:.1f} ms, with the workers' allocator "
                 f"{plain_times[-1] * 1e3:.1f} ms, pipeline {pipeline_times[-1] * 1e3:.1f} ms per batch"
             )
+
+    default.connection.send(None)
 
     # Ratios of neighbours in time, so that what else the machine does falls on both alike.
     ratios = [a / b for a, b in zip(default_times, pipeline_times, strict=True)]
