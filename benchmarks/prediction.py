@@ -7,20 +7,21 @@ with one thread (so that the stages do not disturb each other), and each stage's
 with the prediction for the optimizer that is used.
 
 Times are the thread's own, which stop while others have the core; a loaded machine still disturbs them
-through its caches.
+through its caches. Peak memory is that of every allocation the profiler sees (see allocations.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from allocations import peaks
 from decoder import GPT
 from torch import nn
 from torch.nn import functional as F
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 import dtrp
 from dtrp.partitioner.stage_cost import StageCost, stage_costs
 from dtrp.runtime import meter
+from dtrp.runtime.stage import StageRunner
 
 OPTIMIZER_BYTES = 1.0  # SGD with momentum, below
 BATCHES = 6
@@ -61,8 +63,16 @@ def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
-def run(name: str, n_stages: int, costs: str, recompute: bool | str) -> list[tuple[StageCost, float]]:
-    """Each stage's predicted costs and its measured seconds per tick."""
+class Measured(NamedTuple):
+    """One stage: what was predicted of it, and what it took."""
+
+    predicted: StageCost
+    seconds: float  # computing, per tick
+    peak: int  # bytes
+
+
+def run(name: str, n_stages: int, costs: str, recompute: bool | str) -> list[Measured]:
+    """Each stage's predicted costs, its measured seconds per tick and its measured peak."""
     torch.manual_seed(0)
     model, x, y = MODELS[name]()
     pipe = dtrp.compile(
@@ -76,7 +86,7 @@ def run(name: str, n_stages: int, costs: str, recompute: bool | str) -> list[tup
     # The stages run one after the other in this thread: its own clock leaves out what else the machine does.
     with (
         mock.patch.object(meter.time, "perf_counter", time.thread_time),
-        pipe.trainer(loss, optimizer, executor="inline", record=True) as trainer,
+        pipe.trainer(loss, optimizer, executor="inline", threads=1, record=True) as trainer,
     ):
         for _ in range(2 * n_stages + BATCHES):
             trainer.step(x, y)
@@ -87,7 +97,18 @@ def run(name: str, n_stages: int, costs: str, recompute: bool | str) -> list[tup
                 spent[key] = spent.get(key, 0.0) + event.end - event.start
     # Only ticks with the pipeline full: both a forward and a backward part.
     full = range(2 * n_stages - 2, 2 * n_stages + BATCHES)
-    return [(p, statistics.median(spent[p.stage, t] for t in full)) for p in predicted]
+    seconds = [statistics.median(spent[stage, t] for t in full) for stage in range(n_stages)]
+
+    with pipe.trainer(loss, optimizer, executor="inline", threads=1) as trainer:
+
+        def train() -> Sequence[StageRunner]:
+            for _ in range(2 * n_stages + 1):
+                trainer.step(x, y)
+            trainer.flush()
+            return trainer._executor.runners
+
+        peak = peaks(train)
+    return [Measured(*of_stage) for of_stage in zip(predicted, seconds, peak, strict=True)]
 
 
 def main() -> None:
@@ -102,21 +123,33 @@ def main() -> None:
     args = parser.parse_args()
     recompute = "auto" if args.recompute == "auto" else args.recompute == "yes"
     torch.set_num_threads(1)
-    errors = []
-    print(f"{'model':20} {'K':>2}  {'predicted s':30} {'measured s':30} {'median error':>12} {'balance':>8}")
+    heads = ("ms, predicted", "ms, measured", "error", "balance", "MB, predicted", "MB, measured", "error")
+    print("| model | K | " + " | ".join(heads) + " |\n|---|--:|" + "--:|" * len(heads))
+    errors: dict[str, list[float]] = {"time": [], "memory": []}
     for name in args.models:
         for n_stages in args.stages:
-            pairs = run(name, n_stages, args.costs, recompute)
-            error = [abs(p.compute / measured - 1) for p, measured in pairs]
-            errors += error
-            ticks = [measured for _, measured in pairs]
-            balance = sum(ticks) / len(ticks) / max(ticks)
-            print(
-                f"{name:20} {n_stages:2}  {' '.join(f'{p.compute:.3f}' for p, _ in pairs):30} "
-                f"{' '.join(f'{t:.3f}' for t in ticks):30} {statistics.median(error):12.1%} {balance:8.3f}"
+            stages = run(name, n_stages, args.costs, recompute)
+            time_error = [abs(s.predicted.compute / s.seconds - 1) for s in stages]
+            memory_error = [abs(s.predicted.peak / s.peak - 1) for s in stages]
+            errors["time"] += time_error
+            errors["memory"] += memory_error
+            ticks = [s.seconds for s in stages]
+            cells = (
+                name,
+                str(n_stages),
+                " ".join(f"{s.predicted.compute * 1e3:.0f}" for s in stages),
+                " ".join(f"{t * 1e3:.0f}" for t in ticks),
+                f"{statistics.median(time_error):.1%}",
+                f"{sum(ticks) / len(ticks) / max(ticks):.3f}",
+                " ".join(f"{s.predicted.peak / 1e6:.0f}" for s in stages),
+                " ".join(f"{s.peak / 1e6:.0f}" for s in stages),
+                f"{statistics.median(memory_error):.1%}",
             )
-            sys.stdout.flush()
-    print(f"median error over all stages {statistics.median(errors):.1%}")
+            print(f"| {' | '.join(cells)} |", flush=True)
+    for what, values in errors.items():
+        print(
+            f"\n{what}: median error over all stages {statistics.median(values):.1%}, most {max(values):.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ byte, and K - k stages behind stage k:
 ==========================  =======================================  ======================================
 stage                       time per tick                            memory
 ==========================  =======================================  ======================================
-k < K, recomputing          2F + B + update + predictions            P + G(1+o) + G + (2(K-k)+1) I + A
+k < K, recomputing          2F + B + update + predictions            P + G(1+o) (+ G) + (2(K-k)+1) I + A
 k < K, keeping its graphs   F + B + update + prediction              P + G(1+o) + 2(K-k) P + (2(K-k)+1)(I + A)
 k = K                       F + B + update (+ prediction)            P + G(1+o) (+ G) + I + A
 ==========================  =======================================  ======================================
@@ -17,9 +17,9 @@ computing, receiving and sending. On the CPU the same cores do all three, so tha
 their way back included (`overlaps`).
 
 Planning adds up the memory as in the table; `stage_costs` simulates G + A instead, storage by storage (see
-`pass_peak`).
-The lone G is the copy that predicted weights need. A counts no stage inputs (they are I), so a stage that
-keeps its graphs has both. An update sweeps over the trainable parameters 3 + 2o times (weight, gradient and
+`pass_peak`). The G in brackets is a copy for predicted weights, there if the backward pass is on such: not
+in a recomputing stage whose first forward alone predicts, which is rid of them before. A counts no stage
+inputs (they are I), so a stage that keeps its graphs has both. An update sweeps over the trainable parameters 3 + 2o times (weight, gradient and
 state read, weight and state written), a prediction 2 + o times (weight and state read, prediction written).
 
 Two sides use this: `stage_models` puts it as weights on node attributes, which is what planning needs, and
@@ -57,6 +57,15 @@ def predictions(k: int, n_stages: int, *, recompute: bool, predicts: bool, horiz
     if horizon == "stage":
         return 0 if last else 1
     return 1 if last or not recompute or k == 0 else 2
+
+
+def _copies(passes: int, *, recomputes: bool, is_last: bool) -> int:
+    """How many sets of predicted weights are there at the fullest moment, which is in the backward pass.
+
+    A recomputing stage that predicts for its first forward only is rid of them by then; one that keeps its
+    graphs has stashed them.
+    """
+    return int(passes > (0 if is_last else 1) and (recomputes or is_last))
 
 
 def stage_models(
@@ -118,7 +127,7 @@ def _option(
     passes = predictions(k, n_stages, recompute=recompute, predicts=predicts, horizon=horizon)
     sweeps = 3 + 2 * optimizer_bytes + passes * (2 + optimizer_bytes)
     stashed = 0 if recompute else in_flight  # weight versions that kept graphs hold on to
-    copies = 1 if passes and not stashed else 0
+    copies = _copies(passes, recomputes=recompute, is_last=last)
     graphs = 1 if recompute else in_flight + 1
     return StageOption(
         label=LAST if last else RECOMPUTE if recompute else KEEP,
@@ -328,7 +337,7 @@ def _evaluate(
         weights=params_bytes + total("buffer_bytes"),
         gradients=gradients,
         optimizer=optimizer_bytes * gradients,
-        copies=gradients if passes and not stashed else 0,
+        copies=gradients * _copies(passes, recomputes=recomputes, is_last=k == n_stages - 1),
         stashed_inputs=(in_flight + 1) * input_bytes,
         stashed_weights=stashed * params_bytes,
         activations=activations,

@@ -108,13 +108,14 @@ def make_state(make: Any) -> dict[str, Tensor]:
 
 def test_values_and_inputs_go_straight_to_where_they_are_used() -> None:
     """A skip over stages is not relayed, and a late input does not pass through early stages."""
-    model = SkipsOverStages()
-    pipe = dtrp.compile(
-        model,
-        n_gpus=4,
-        example_inputs={"x": torch.randn(2, 8), "late": torch.randn(2, 8), "scale": torch.ones(2, 1)},
-    )
-    wiring = pipe._planned.split.train.wiring
+    captured = capture(SkipsOverStages(), (torch.randn(2, 8), torch.randn(2, 8)), {"scale": torch.ones(2, 1)})
+    stage_of, stage = {}, 0
+    starts = {"layers.0": 0, "layers.1": 1, "layers.3": 2, "layers.5": 3}
+    for node in captured.train.module.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            stage = stage_of[node.name] = starts.get(str(node.target), stage)
+    plan = Plan(4, stage_of, (True,) * 3 + (False,))
+    wiring = split(captured, plan, find_hazards(captured)).train.wiring
     sources = wiring.stages[3].inputs
     assert any(s.stage == 0 for s in sources), "the first layer's output goes from stage 0 to stage 3"
     assert {s.index for s in sources if s.stage == CALLER} == {1, 2}, "late and scale"
