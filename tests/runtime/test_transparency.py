@@ -152,6 +152,12 @@ TABLE = {
         Case("mlp_without_bias", WithoutBias, MLP.batch, MLP.loss_fn),
         optimizer=partial(torch.optim.Muon, lr=1e-2),
     ),
+    "adafactor": Row(optimizer=partial(torch.optim.Adafactor, lr=1e-2)),
+    "an update of many tensors at once": Row(optimizer=partial(SGD, foreach=True)),
+    "an update in one kernel": Row(optimizer=partial(torch.optim.AdamW, lr=2e-3, fused=True)),
+    "a learning rate that is a tensor": Row(
+        optimizer=partial(torch.optim.AdamW, lr=torch.tensor(2e-3), foreach=False)
+    ),
     # What an update is
     "parameter groups, weight decay by name": Row(
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
@@ -181,6 +187,8 @@ TABLE = {
     # Numbers
     "float32": Row(single(FLAT_CNN), prepare=to_single),
     "autocast": Row(single(FLAT_CNN), prepare=to_single, knobs={"autocast": torch.bfloat16}),
+    "autocast, shortcuts": Row(single(RESNET), prepare=to_single, knobs={"autocast": torch.bfloat16}),
+    "autocast, tied": Row(single(CALM_GPT), prepare=to_single, knobs={"autocast": torch.bfloat16}),
 }
 
 
@@ -268,7 +276,7 @@ def test_the_model_gives_its_own_loss(n_stages: int, kind: type[nn.Module]) -> N
     torch.manual_seed(0)
     model = kind().double()
     twin = copy.deepcopy(model)
-    batches = CALM_MLP.batches(20)
+    batches = CALM_MLP.batches(N_BATCHES)
     example = {"x": batches[0].args[0], "labels": batches[0].target}
     pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=example)
     with pipe.trainer(None, SGD, method="bp", executor="inline", seed=1) as trainer:
