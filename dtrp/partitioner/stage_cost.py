@@ -19,8 +19,9 @@ their way back included (`overlaps`).
 Planning adds up the memory as in the table; `stage_costs` simulates G + A instead, storage by storage (see
 `pass_peak`). The G in brackets is a copy for predicted weights, there if the backward pass is on such: not
 in a recomputing stage whose first forward alone predicts, which is rid of them before. A counts no stage
-inputs (they are I), so a stage that keeps its graphs has both. An update sweeps over the trainable parameters 3 + 2o times (weight, gradient and
-state read, weight and state written), a prediction 2 + o times (weight and state read, prediction written).
+inputs (they are I), so a stage that keeps its graphs has both. An update sweeps over the trainable parameters
+3 + 2o times (weight, gradient and state read, weight and state written), a prediction 2 + o times (weight and
+state read, prediction written).
 
 Two sides use this: `stage_models` puts it as weights on node attributes, which is what planning needs, and
 `stage_costs` evaluates a given assignment exactly (parameters that several stages hold, inputs that several
