@@ -80,8 +80,8 @@ def torchvision_sample(name: str) -> Sample:
         return (pictures, targets), {}
 
     call = {"video": video, "optical_flow": flow, "detection": detection}.get(kind, images)
-    if kind == "detection":
-        size = 96
+    if kind == "detection" and not name.startswith("ssd"):
+        options |= {"min_size": 96, "max_size": 192}  # else it enlarges every image to 800 pixels
     return Sample(name, lambda: torchvision.models.get_model(name, weights=None, **options), call, options)
 
 
