@@ -13,7 +13,8 @@ from dtrp.partitioner.units import count, duration, size
 from dtrp.version import __version__
 
 if TYPE_CHECKING:
-    from dtrp.partitioner.report import PartitionReport, Scaling, StageReport
+    from dtrp.partitioner.report import PartitionReport
+    from dtrp.partitioner.report_parts import Scaling, StageReport
 
 PAYS = 0.05
 """A larger number of stages pays if the tick gets shorter by at least this share."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from dtrp.partitioner.units import duration, size
 
 if TYPE_CHECKING:
-    from dtrp.partitioner.report import PartitionReport, Scaling
+    from dtrp.partitioner.report import PartitionReport
+    from dtrp.partitioner.report_parts import Scaling
 
 TIME_COLOURS = {
     "forward": "#3b7dd8",

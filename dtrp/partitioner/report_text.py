@@ -13,7 +13,8 @@ from rich.text import Text
 from dtrp.partitioner.units import count, duration, size
 
 if TYPE_CHECKING:
-    from dtrp.partitioner.report import PartitionReport, Scaling, StageReport
+    from dtrp.partitioner.report import PartitionReport
+    from dtrp.partitioner.report_parts import Scaling, StageReport
 
 _WIDTH = 120
 

@@ -15,8 +15,9 @@ from dtrp.partitioner.capture import capture
 from dtrp.partitioner.costs import cost_graph
 from dtrp.partitioner.hazards import find_hazards
 from dtrp.partitioner.planner import make_plan
-from dtrp.partitioner.report import PartitionReport, Scaling
+from dtrp.partitioner.report import PartitionReport
 from dtrp.partitioner.report_html import page, stop_paying
+from dtrp.partitioner.report_parts import Scaling
 from dtrp.partitioner.units import count, duration, size
 
 
