@@ -85,7 +85,7 @@ def compare(
         pass_seed=pass_seed,
         **knobs,
     )
-    torch.manual_seed(11)
+    torch.manual_seed(SEED)  # from which a single stage draws, as the plain loop does
     expected = train(reference, [(b.args if handed else b.args[0], b.target) for b in batches])
 
     torch.manual_seed(11)
@@ -105,7 +105,7 @@ def compare(
         losses = list(trainer.losses)
 
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance * 1e-2)
-    close(torch.tensor(losses).double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
+    close(torch.tensor(losses, dtype=torch.double), torch.tensor(expected, dtype=torch.double))
     trained = dict(layers_of(model))
     seen = nn.Sequential(*trained.values()).state_dict()
     reached = nn.Sequential(*[layer for part in parts for layer in part]).state_dict()
@@ -162,7 +162,10 @@ def test_dtrp_with_every_optimizer(n_stages: int, optimizer: str, predictor: str
 @pytest.mark.parametrize("case", [pytest.param(MLP, marks=slow), FLAT_CNN], ids=str)
 @pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg", "adl", "bp"])
 def test_methods(method: str, case: Case, n_stages: int, optimizer: str) -> None:
-    knobs = {"accumulate": 2} if method == "adl" else {}
+    knobs: dict[str, Any] = {"accumulate": 2} if method == "adl" else {}
+    if (case, optimizer) == (FLAT_CNN, "adamw"):
+        # A bias before a BatchNorm has the gradient 0 but for rounding, which Adam divides by its own size.
+        knobs["tolerance"] = 1e-6
     compare(case, n_stages, optimizer, method=method, **knobs)
 
 
