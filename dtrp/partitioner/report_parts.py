@@ -175,7 +175,7 @@ def why_not_faster(cost: StageCost, stage: StageReport, plan: Plan | None) -> st
     if plan is not None and plan.reason and not plan.edited:
         reason = plan.reason
     if what == "computing" and stage.heaviest:
-        reason += f"; the longest in it takes {stage.heaviest}"
+        reason += f"; its heaviest module is {stage.heaviest}"
     return reason[:1].upper() + reason[1:] + "."
 
 
