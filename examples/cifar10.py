@@ -346,15 +346,15 @@ def main() -> None:
                 print(f"going on after epoch {done} from {saved}")
         for epoch in range(done + 1, args.epochs + 1):
             start = time.perf_counter()
-            losses = []
+            first = len(trainer.losses)
             batches = Batches(images, labels, args.batch_size, args.seed, epoch)
             for x, y in (progress := tqdm(batches, desc=f"epoch {epoch}/{args.epochs}", unit="batch")):
                 loss = trainer.step(x, y)
                 if loss is not None:
-                    losses.append(loss)
                     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
             seconds = time.perf_counter() - start
-            result = trainer.evaluate(test_loader)
+            result = trainer.evaluate(test_loader)  # drains first: every batch has its loss now
+            losses = trainer.losses[first:]
             row = {
                 "model": args.model,
                 "method": args.method,
