@@ -294,3 +294,33 @@ def test_a_check_of_values_in_the_root_becomes_a_guard(x):
         captured.graph(True)(x * 1000)
     with pytest.raises(RuntimeError, match="its condition is False"):
         captured.graph(True)(x * float("nan"))
+
+
+def picked_rows(m, x):
+    rows = (x.sum(-1) > 0).nonzero()[:, 0]
+    return x[rows]
+
+
+def test_sizes_that_come_from_values_stay_open(x):
+    """The example's number of rows must not be baked into the code behind."""
+    model = Part(lambda m, x: m.b(m.inner(m.a(x)).reshape(-1, 2, 2).flatten(1)), picked_rows)
+    captured = assert_faithful(model, (x,))
+    assert [k.module for k in captured.kept_whole] == ["inner"]
+    many = torch.randn(64, 4)
+    assert torch.equal(captured.graph(False)(many), model.eval()(many))
+
+
+def by_length(m, x):
+    rows = m.inner(m.a(x))
+    return m.b(rows) if len(rows) > 0 else torch.zeros(0, 4)
+
+
+def test_a_branch_on_a_size_that_comes_from_values_is_refused(x):
+    """Neither course may be frozen into the graph, also where comparing with the model is too dear."""
+    model = Part(by_length, picked_rows)
+    with pytest.raises(CaptureError, match=r"another size, which is computed from values") as error:
+        capture(model, (torch.randn(8, 4),), run=False)
+    assert "test_capture_constructs.py" in str(error.value).split("tried:")[0]
+    outer = nn.Sequential(nn.Linear(4, 4), model)
+    captured = capture(outer, (torch.randn(8, 4),), run=False)
+    assert [k.module for k in captured.kept_whole] == ["1"]

@@ -30,7 +30,7 @@ class Failure:
     @property
     def place(self) -> str:
         """The user's line, ``""`` if unknown."""
-        return raised_at(self.error)
+        return getattr(self.error, "place", "") or raised_at(self.error)
 
     @property
     def module(self) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .snapshot import untouched
-from .structure import map_tensors
+from .structure import map_tensors, tensors_in
+
+# Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
+Sizes = Literal["found", "other", "none"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -31,6 +34,10 @@ class FakeWorld:
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
+        # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
+        # found, which shows whether the code behind them takes another course.
+        self.sized_by_values = False
+        self.sizes: Sizes = "found"
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake tensor that stands for ``tensor``."""
@@ -71,42 +78,50 @@ class FakeWorld:
                 registry[name] = tensor
 
     def really_run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Fake tensors of the shapes that ``module`` gives for real random inputs.
+        """Fake tensors of the shapes that ``module`` gives for real random inputs, the same in each call.
 
         For a module that decides by values, or whose shapes depend on values, and that therefore cannot run
-        on fake tensors. It runs with its real parameters (nothing of it is changed).
+        on fake tensors. It runs with its real parameters (nothing of it is changed), for two random inputs:
+        sizes that differ between the two, or are 0, count as made from values.
 
         Raises
         ------
         RuntimeError
-            The module is on the meta device, or its inputs are.
+            The module is on the meta device, or its inputs are; it changes its inputs; or even the number
+            of tensors that it gives depends on values.
         """
-        given: dict[int, torch.Tensor] = {}
-        back: dict[int, torch.Tensor] = {}  # inputs that come out again, by the real one's id
+        with _disable_current_modes(), self.left_by(module):
+            if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+                raise RuntimeError("a module on the meta device cannot run on real inputs")
+            result, back = _run_on_random(module, args, kwargs, seed=0)
+            other, _ = _run_on_random(module, args, kwargs, seed=1)
+            return self._imagined(result, other, back)
 
-        def real(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor):
-                return x
-            y = _random_like(x)
-            back[id(y)], given[id(y)] = x, y
-            return y
+    def _imagined(self, result: Any, other: Any, back: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        """``result`` on fake tensors; ``other`` is of other inputs, ``back`` as `_run_on_random` says."""
+        tensors, others = list(tensors_in(result)), list(tensors_in(other))
+        if [steps for steps, _ in tensors] != [steps for steps, _ in others]:
+            raise RuntimeError("how many tensors the module gives depends on values")
+        shapes = {id(a): tuple(b.shape) for (_, a), (_, b) in zip(tensors, others, strict=True)}
 
         def fake(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
             if id(x) in back:
-                return back[id(x)]
+                return back[id(x)][1]
+            sizes, sizes_too = tuple(x.shape), shapes[id(x)]
+            if len(sizes) != len(sizes_too):
+                raise RuntimeError("how many dimensions a tensor that the module gives has depends on values")
+            if not all(sizes) or sizes != sizes_too:
+                self.sized_by_values = True
+                valued = [not a or a != b for a, b in zip(sizes, sizes_too, strict=True)]
+                if self.sizes == "other":
+                    x = x.new_empty([size or 1 for size in sizes_too])
+                elif self.sizes == "none":
+                    x = x.new_empty([0 if v else size for size, v in zip(sizes, valued, strict=True)])
             return self.mode.from_tensor(x.detach().clone()).requires_grad_(x.requires_grad)
 
-        with _disable_current_modes(), self.left_by(module), untouched(module, tensors=True):
-            if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-                raise RuntimeError("a module on the meta device cannot run on real inputs")
-            inputs = map_tensors(real, (args, kwargs))
-            versions = {key: _version(tensor) for key, tensor in given.items()}
-            result = module(*inputs[0], **inputs[1])
-            if any(_version(tensor) != versions[key] for key, tensor in given.items()):
-                raise RuntimeError("the module changes its inputs in place")
-            return map_tensors(fake, result)
+        return map_tensors(fake, result)
 
     @contextmanager
     def left_by(self, module: nn.Module) -> Iterator[None]:
@@ -134,6 +149,29 @@ class FakeWorld:
         finally:
             for registry, name, value in (*swapped, *changed):
                 registry[name] = value
+
+
+def _run_on_random(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+) -> tuple[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """The module's real result for random inputs; and these, by their ids, with what they stand for."""
+    given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def real(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        y = _random_like(x)
+        given[id(y)] = (y, x)
+        return y
+
+    with untouched(module, tensors=True):
+        torch.manual_seed(seed)
+        inputs = map_tensors(real, (args, kwargs))
+        versions = [_version(tensor) for tensor, _ in given.values()]
+        result = module(*inputs[0], **inputs[1])
+        if [_version(tensor) for tensor, _ in given.values()] != versions:
+            raise RuntimeError("the module changes its inputs in place")
+    return result, given
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -7,21 +7,24 @@ another batch size too, and numbers that changed are computed from tensors in th
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .decisions import Decisions
-from .fakes import FakeWorld, fake_inputs
+from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
+from .location import raised_at
 from .modes import BothModes, in_mode
 from .patches import ObservedFakeMode, observed
 from .recorder import Recorder
-from .sizes import free_the_batch
+from .sizes import Differs, free_the_batch, unify
 from .snapshot import untouched
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
+from .writer import CannotRecord
 
 
 def record(task: Task) -> BothModes:
@@ -37,6 +40,16 @@ def record(task: Task) -> BothModes:
     return BothModes(freed[True], freed.get(False, freed[True]))
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What one run of the model gave."""
+
+    traced: Traced
+    failures: dict[str, str]  # modules that were given up half-way, and why
+    decisions: Decisions | None
+    sized_by_values: bool
+
+
 class _Recording:
     """Records one mode, with any batch size, and keeps what it learns about the model on the way."""
 
@@ -50,23 +63,48 @@ class _Recording:
         """Record with ``size`` samples in the inputs ``batch``; as the example is if not given."""
         while True:  # each attempt closes at least one module more
             try:
-                traced, failures, decisions = self._once(batch, size)
+                found = self._once(batch, size)
             except DataDependentOutputException:
                 if self._deciding:
                     raise
                 self._deciding = True
                 continue
+            # Some modules may have been given up half-way and replaced by single nodes. Record again with
+            # these closed from the start: their half-run code may have left something behind.
+            failures = found.failures or (
+                self._follow_sizes(found, batch, size) if found.sized_by_values else {}
+            )
             if not failures:
-                self._decisions = self._decisions or decisions
-                return traced
-            # Some modules were given up half-way and replaced by single nodes. Record again with these
-            # closed from the start: their half-run code may have left something behind.
+                self._decisions = self._decisions or found.decisions
+                return found.traced
             self._closed.update(failures)
 
-    def _once(self, batch: tuple[int, ...], size: int) -> tuple[Traced, dict[str, str], Decisions | None]:
+    def _follow_sizes(self, found: _Found, batch: tuple[int, ...], size: int) -> dict[str, str]:
+        """Let the graph follow sizes that a module kept whole makes from values; or close what does not.
+
+        Such sizes are only an example's. The code behind them runs again with others.
+        """
+        text = "takes another course with another size, which is computed from values"
+        try:
+            others = [self._once(batch, size, "other"), self._once(batch, size, "none")]
+            failures = others[0].failures | others[1].failures
+            if not failures:
+                unify([found.traced, *(other.traced for other in others)])
+            return failures
+        except Differs as difference:
+            if difference.module and difference.module not in self._closed:
+                return {difference.module: f"{text} ({difference})"}
+            error, place = CannotRecord(f"{text}: {difference}"), difference.place
+        except Exception as failure:
+            error, place = CannotRecord(f"{text}: {failure}"), raised_at(failure)
+        error.place = place
+        raise error
+
+    def _once(self, batch: tuple[int, ...], size: int, sizes: Sizes = "found") -> _Found:
         model, tensors, closed = self._task.model, self._task.tensors, self._closed
         mode = ObservedFakeMode()
         world = FakeWorld(mode)
+        world.sizes = sizes
         with untouched(model), world.inhabited_by(model), torch.enable_grad():
             decisions = Decisions(model, world, tensors, self._decisions) if self._deciding else None
             recorder = Recorder(model, world, closed, self._task.opened, decisions)
@@ -90,7 +128,7 @@ class _Recording:
             constants=recorder.writer.constants,
             keepers=recorder.keepers,
         )
-        return traced, recorder.failures, decisions
+        return _Found(traced, recorder.failures, decisions, world.sized_by_values)
 
 
 def _inside(name: str, closed: Collection[str]) -> bool:

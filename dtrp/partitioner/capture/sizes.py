@@ -50,12 +50,12 @@ def free_the_batch(example: Traced, run: Run, model: nn.Module, tensors: Sequenc
             continue
         original = example.copy()
         try:
-            _unify([example, other])
+            unify([example, other])
             world = FakeWorld()
             inputs = fake_inputs(world, tensors, batch, third)
             propagate(model, example.graph, world, inputs, example.constants, keep=False)
             return example
-        except _Differs as difference:
+        except Differs as difference:
             problem = str(difference)
         except Exception as error:
             problem = f"with {third} samples instead of {size} its graph fails: {_first_line(error)}"
@@ -78,31 +78,48 @@ def batch_of(tensors: Sequence[torch.Tensor]) -> tuple[int, tuple[int, ...]]:
     return size, tuple(i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == size)
 
 
-class _Differs(Exception):
-    """Two recordings are not the same calls, or a number follows the batch in no known way."""
+class Differs(Exception):
+    """Two recordings are not the same calls, or a number follows the sizes in no known way."""
+
+    def __init__(self, text: str, node: Node | None = None) -> None:
+        self.place = node.meta["location"] if node is not None else ""
+        self.module = "" if node is None else _caller(node)
+        super().__init__(f"{text}, at {self.place}" if self.place else text)
 
 
-def _unify(recordings: Sequence[Traced]) -> None:
-    """Replace, in the first recording, the numbers in which the others differ."""
+def _caller(node: Node) -> str:
+    """The module whose code made the node: of a layer's node, the one that the layer is in."""
+    module = str(node.meta["module"])
+    return module.rpartition(".")[0] if node.op == "call_module" else module
+
+
+def unify(recordings: Sequence[Traced]) -> None:
+    """Replace, in the first recording, the numbers in which the others, of other sizes, differ.
+
+    Raises
+    ------
+    Differs
+        The recordings cannot be one graph; the message says why, and at which line.
+    """
     graph = recordings[0].graph
     columns = list(zip(*(r.graph.nodes for r in recordings), strict=False))
-    if len({len(r.graph.nodes) for r in recordings}) > 1:
-        raise _Differs("it makes other calls with another batch size")
     if any(r.out_spec != recordings[0].out_spec for r in recordings):
-        raise _Differs("its output has another structure with another batch size")
+        raise Differs("its output has another structure with another size")
+    for column in columns:
+        if any(n.op != column[0].op or not _same_target(n.target, column[0].target) for n in column):
+            raise Differs("it makes other calls with another size", column[0])
+    if len({len(r.graph.nodes) for r in recordings}) > 1:
+        raise Differs("it makes more calls with another size", columns[-1][0])
     rank = {n: i for i, column in enumerate(columns) for n in column}
     replacements: list[tuple[Node, Any, Any]] = []
     sizes = _Sizes(graph, columns)
     for i, column in enumerate(columns):
-        first = column[0]
-        if any(n.op != first.op or not _same_target(n.target, first.target) for n in column):
-            raise _Differs(f"it makes other calls with another batch size, at {first.meta['location']}")
         try:
             args = _merge([n.args for n in column], rank, sizes, i)
             kwargs = _merge([n.kwargs for n in column], rank, sizes, i)
-        except _Differs as difference:
-            raise _Differs(f"{difference}, at {first.meta['location']}") from None
-        replacements.append((first, args, kwargs))
+        except Differs as difference:
+            raise Differs(str(difference), column[0]) from None
+        replacements.append((column[0], args, kwargs))
     for node, args, kwargs in replacements:
         node.args, node.kwargs = sizes.written(node, args), sizes.written(node, kwargs)
 
@@ -140,7 +157,7 @@ class _Sizes:
                     fit = form(numbers, sizes)
                     if fit is not None:
                         return _Size(source, dim, *fit)
-        raise _Differs(f"it computes {numbers[0]} from the batch size in an unknown way (else {numbers[1:]})")
+        raise Differs(f"it computes {numbers[0]} from sizes in an unknown way (else {numbers[1:]})")
 
     def _before(self, at: int) -> Iterator[int]:
         seen = 0
@@ -221,19 +238,19 @@ def _merge(values: Sequence[Any], rank: dict[Node, int], sizes: _Sizes, at: int)
 def _merge_in(values: Sequence[Any], rank: dict[Node, int], sizes: _Sizes, at: int, near: list[int]) -> Any:
     first = values[0]
     if any(type(v) is not type(first) for v in values):
-        raise _Differs("it hands other kinds of values on with another batch size")
+        raise Differs("it hands other kinds of values on with another size")
     if isinstance(first, Node):
         if len({rank[v] for v in values}) > 1:
-            raise _Differs("it uses other tensors with another batch size")
+            raise Differs("it uses other tensors with another size")
         return first
     if isinstance(first, (tuple, list)):
         if len({len(v) for v in values}) > 1:
-            raise _Differs("it hands more values on with another batch size")
+            raise Differs("it hands more values on with another size")
         items = [_merge_in(column, rank, sizes, at, near) for column in zip(*values, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if isinstance(first, dict):
         if any(list(v) != list(first) for v in values):
-            raise _Differs("it hands other arguments on with another batch size")
+            raise Differs("it hands other arguments on with another size")
         return {k: _merge_in([v[k] for v in values], rank, sizes, at, near) for k in first}
     if isinstance(first, slice):
         bounds = [(v.start, v.stop, v.step) for v in values]
@@ -242,7 +259,7 @@ def _merge_in(values: Sequence[Any], rank: dict[Node, int], sizes: _Sizes, at: i
         return first
     if type(first) is int:
         return sizes.find(tuple(values), at, near)
-    raise _Differs(f"the value {first!r} changes with the batch size")
+    raise Differs(f"the value {first!r} changes with the size")
 
 
 def _same_target(a: Any, b: Any) -> bool:

@@ -23,6 +23,8 @@ from .structure import Step, opened_object
 class CannotRecord(Exception):
     """The running module does something that a graph cannot hold."""
 
+    place = ""  # the user's line, where the traceback does not lead there
+
 
 @dataclass
 class _Known:
