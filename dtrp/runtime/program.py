@@ -103,6 +103,15 @@ class StageProgram:
     def is_last(self) -> bool:
         return self.stage == self.n_stages - 1
 
+    @property
+    def guests(self) -> dict[str, int]:
+        """Parameters that this stage holds and another one owns: their names here and their owners."""
+        return {
+            name: tie.owner
+            for tie in self.ties
+            if tie.owner != self.stage and (name := tie.name_in(self.stage)) is not None
+        }
+
     def wiring(self, training: bool) -> Wiring:
         return self.train if training else self.evaluate
 

@@ -1,7 +1,6 @@
 """One stage's life: first forward, stash, recompute, backward, step.
 
-Every executor runs this and nothing else; they differ in links only. What a tick does (schedule.py says for
-which batch):
+Every executor runs this and nothing else. What a tick does (schedule.py says for which batch):
 
     any stage but the last                       the last stage
     ----------------------                       --------------
@@ -27,8 +26,8 @@ both until the gradient arrives (weight stashing as in PipeDream).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .batch import Arrivals, Feed, InFlight, Report, Update
+from .clipping import clip, squared_norm
 from .config import TrainConfig
 from .events import Event
 from .links import Links
@@ -91,13 +91,8 @@ class StageRunner:
         self.meter = Meter(self.stage, self.n_stages, program.device, record=record)
         self.ports = Ports(program, links, self.meter)
         self.recomputes = config.recompute(program.recompute) and not program.is_last
-        owner_of = {
-            name: tie.owner
-            for tie in program.ties
-            if (name := tie.name_in(self.stage)) is not None and tie.owner != self.stage
-        }
         shrink = [config.lr_shrink ** (self.n_stages - 1 - k) for k in range(self.n_stages)]
-        self.weights = Weights(self.module, owner_of, config, shrink, self.stage)
+        self.weights = Weights(self.module, program.guests, config, shrink, self.stage)
         # Back-propagation clips by one batch's gradients: no stage steps before the first one has its own.
         self.together = config.one_batch_at_a_time and config.max_grad_norm is not None
         self.tied = TiedGradients(
@@ -156,11 +151,11 @@ class StageRunner:
         """The slot that this stage backwards in this tick."""
         return backward_slot(self.stage, self.tick, self.n_stages)
 
-    def finish(self, squared_norm: float = 0.0) -> None:
+    def finish(self, squared_norm_of_all: float = 0.0) -> None:
         """The step, then the first forward of all stages but the last."""
         if self.update is not None:
             slot = self.postponed_slot if self.together else self._backwarded
-            self._step(slot, squared_norm, self.update)
+            self._step(slot, squared_norm_of_all**0.5, self.update)
         if not self.program.is_last and forward_slot(self.stage, self.tick) in self.feeds:
             self._first_forward(forward_slot(self.stage, self.tick))
         self.tick += 1
@@ -263,7 +258,7 @@ class StageRunner:
         return feed.update
 
     def _loss(self, arrivals: Arrivals, leaves: Leaves, feed: Feed) -> Tensor:
-        with self._context(feed.batch), self._autocast():
+        with self._context(feed.batch):
             outputs = self._call(self.ports.inputs(arrivals), leaves)
             output = self.ports.result(arrivals, outputs, training=True)
             return scalar_loss(self.config.loss_fn, output, self._on_device(feed.target))
@@ -285,7 +280,7 @@ class StageRunner:
     def evaluate(self, slot: int, feed: Feed) -> Any:
         """A forward pass in eval mode on the true weights; the last stage measures (or gives the output)."""
         arrivals = self.ports.arrivals(slot, feed, "evaluate")
-        with torch.no_grad(), self._context(feed.batch), self._autocast():
+        with torch.no_grad(), self._context(feed.batch):
             outputs = self._functional_call(self.ports.inputs(arrivals, training=False), {})
             if self.program.is_last:
                 output = self.ports.result(arrivals, outputs, training=False)
@@ -344,7 +339,7 @@ class StageRunner:
     # ---- what passes are made of -----------------------------------------------------------------------
 
     def _run(self, arrivals: Arrivals, leaves: Leaves, batch: int) -> tuple[Any, ...]:
-        with self._context(batch), self._autocast():
+        with self._context(batch):
             return self._call(self.ports.inputs(arrivals), leaves)
 
     def _functional_call(self, inputs: Sequence[Any], leaves: Leaves) -> tuple[Any, ...]:
@@ -354,14 +349,14 @@ class StageRunner:
             return self.module(*inputs)  # type: ignore[no-any-return]
         return torch.func.functional_call(self.module, leaves, tuple(inputs))  # type: ignore[no-any-return]
 
-    def _context(self, batch: int) -> Any:
+    @contextmanager
+    def _context(self, batch: int) -> Iterator[None]:
+        """A pass's random numbers and number formats."""
         seed = None if self.seed is None else pass_seed(self.seed, batch, self.stage)
-        return seeded(seed, self.program.device)
-
-    def _autocast(self) -> Any:
-        if self.config.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.program.device.type, dtype=self.config.autocast)
+        device, dtype = self.program.device, self.config.autocast
+        formats = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+        with seeded(seed, device), formats:
+            yield
 
     def _on_device(self, target: Any) -> Any:
         if self.program.device.type == "cpu":
@@ -374,11 +369,9 @@ class StageRunner:
         so that a first forward, which comes after the stage's own step, still misses one of them."""
         if not self.config.predicts:
             return {}
-        own = self._horizon(batches)
-        return self.weights.ahead(own, self._horizon(batches + 1) if first else own, update.lr_scale)
-
-    def _horizon(self, batches: int) -> float:
-        return self.config.horizon_scale * float(in_updates(batches, self.config.accumulate))
+        scale, every = self.config.horizon_scale, self.config.accumulate
+        own, guests = (scale * float(in_updates(n, every)) for n in (batches, batches + first))
+        return self.weights.ahead(own, guests, update.lr_scale)
 
     # ---- the step --------------------------------------------------------------------------------------
 
@@ -386,10 +379,9 @@ class StageRunner:
         own = self.weights.own
         if own is None or own.waiting + 1 < self.config.accumulate:
             return 0.0
-        norms = [p.grad.norm().double() for p in own.names.values() if p.grad is not None]
-        return float(torch.stack(norms).square().sum()) if norms else 0.0
+        return squared_norm(own.names.values())
 
-    def _step(self, slot: int, squared_norm: float, update: Update) -> None:
+    def _step(self, slot: int, norm: float, update: Update) -> None:
         own = self.weights.own
         if own is None:
             return
@@ -399,19 +391,9 @@ class StageRunner:
                 self.tied.share(slot, stepped=False)
                 return
             if self.config.max_grad_norm is not None:
-                self._clip(own.names.values(), squared_norm**0.5, self.config.max_grad_norm)
+                clip(own.names.values(), norm, self.config.max_grad_norm, alone=self.n_stages == 1)
             self.tied.share(slot, stepped=True)
             own.step(update.lr_scale)
             if self.config.scheduler_step == "update":
                 for _ in range(update.batches):
                     own.schedule()
-
-    def _clip(self, parameters: Collection[nn.Parameter], norm: float, limit: float) -> None:
-        """Scale gradients by ``min(1, limit / (norm + 1e-6))``; ``norm`` is the one over all stages."""
-        if self.n_stages == 1:  # to the bit what the plain loop does
-            torch.nn.utils.clip_grad_norm_(parameters, limit)
-            return
-        factor = min(1.0, limit / (norm + 1e-6))
-        for p in parameters:
-            if p.grad is not None:
-                p.grad.mul_(factor)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -117,8 +118,7 @@ class Trainer:
         TypeError, ValueError
             The arguments do not fit the model.
         """
-        inputs, named, target = self._taken_apart(args, kwargs)
-        session, tensors = self._ready(inputs, named, target)
+        session, tensors, target = self._ready(args, kwargs)
         with interrupts.held():
             joint = self._joiner.add(tensors, target)
             self._ledger.fed += 1
@@ -218,19 +218,11 @@ class Trainer:
             return {}
 
         def fed() -> Iterator[list[Feed | None]]:
-            number = 0
-            batch = first
-            while batch is not None:
-                args, kwargs = as_call(batch)
-                inputs, named, target = self._taken_apart(args, kwargs)
-                session, tensors = self._ready(inputs, named, target)
+            for number, batch in enumerate(chain([first], batches)):
+                session, tensors, target = self._ready(*as_call(batch))
                 yield feeds(session.evaluation, number, tensors, target)
-                number += 1
-                batch = next(batches, None)
 
-        args, kwargs = as_call(first)
-        inputs, named, target = self._taken_apart(args, kwargs)
-        session, _ = self._ready(inputs, named, target)
+        session, *_ = self._ready(*as_call(first))
         found = combine(session.executor.evaluate(fed(), measure))
         if self._board is not None:
             self._board.evaluation(len(self.losses), found)
@@ -345,24 +337,18 @@ class Trainer:
 
     # ---- how -------------------------------------------------------------------------------------------
 
-    def _taken_apart(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        return take_target(args, kwargs, has_target=self.config.loss_fn is not None)
-
     @property
     def _executor(self) -> Executor | None:
         return None if self._session is None else self._session.executor
 
-    def _ready(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any
-    ) -> tuple[Session, list[Tensor]]:
-        """The running stages, and this call's tensors; everything that can be refused is refused first."""
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Session, list[Tensor], Any]:
+        """The running stages, a batch's tensors and its target; what can be refused is refused first."""
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
+        inputs, named, target = take_target(args, kwargs, has_target=self.config.loss_fn is not None)
         if self._session is None:
-            self._host.prepare(args, kwargs)
-        tensors = self._host.bind(args, kwargs)
+            self._host.prepare(inputs, named)
+        tensors = self._host.bind(inputs, named)
         if self._session is None:
             self._host.check_loss(self.config, tensors, target)
             self._session = Session(
@@ -375,7 +361,7 @@ class Trainer:
                 **self._launch,
             )
             self._resume = None
-        return self._session, tensors
+        return self._session, tensors, target
 
     def _collect(self) -> float | None:
         if self._executor is not None:

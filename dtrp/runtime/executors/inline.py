@@ -128,9 +128,8 @@ class InlineExecutor:
 def _private(program: StageProgram) -> StageProgram:
     """The program with module objects of its own, as a worker process has them: the model's `train` and
     `eval` are not the trainer's. Tensors are shared, but for parameters that belong to another stage."""
-    guests = {tie.name_in(program.stage) for tie in program.ties if tie.owner != program.stage}
     parameters = dict(program.module.named_parameters())
-    held = [parameters[n] for n in guests if n is not None]
+    held = [parameters[name] for name in program.guests]
     shared: dict[int, Any] = {
         id(t): t
         for t in (*program.module.parameters(), *program.module.buffers())
