@@ -7,10 +7,13 @@ byte, and K - k stages behind stage k:
 ==========================  =======================================  ======================================
 stage                       time per tick                            memory
 ==========================  =======================================  ======================================
-k < K, recomputing          2F + B + update + predictions            P + G(1+o) (+ G) + (2(K-k)+1) I + A
-k < K, keeping its graphs   F + B + update + prediction              P + G(1+o) + 2(K-k) P + (2(K-k)+1)(I + A)
+k < K, recomputing          2F + B + update + predictions            P + G(1+o) (+ G) + 2(K-k) I + A
+k < K, keeping its graphs   F + B + update + prediction              P + G(1+o) + 2(K-k) (G + I + A)
 k = K                       F + B + update (+ prediction)            P + G(1+o) (+ G) + I + A
 ==========================  =======================================  ======================================
+
+2(K-k) batches are in flight when stage k begins its backward pass, the one that is passed back included; the
+next one comes when that is done.
 
 Sending and receiving overlap with computing where a device can do that: the tick is then the longest of
 computing, receiving and sending. On the CPU the same cores do all three, so that they add up, gradients on
@@ -129,7 +132,7 @@ def _option(
     sweeps = 3 + 2 * optimizer_bytes + passes * (2 + optimizer_bytes)
     stashed = 0 if recompute else in_flight  # weight versions that kept graphs hold on to
     copies = _copies(passes, recomputes=recompute, is_last=last)
-    graphs = 1 if recompute else in_flight + 1
+    held = float(max(in_flight, 1))  # batches, the one that is passed back included
     return StageOption(
         label=LAST if last else RECOMPUTE if recompute else KEEP,
         time={
@@ -138,13 +141,13 @@ def _option(
             f"sweep_time{suffix}": sweeps,
         },
         memory={
-            "params_bytes": 1.0 + stashed,
+            "params_bytes": 1.0,
             "buffer_bytes": 1.0,
-            "gradient_bytes": 1.0 + optimizer_bytes + copies,
-            "kept_bytes": float(graphs),
-            "first_input_bytes": float(in_flight + 1),
+            "gradient_bytes": 1.0 + optimizer_bytes + copies + stashed,
+            "kept_bytes": 1.0 if recompute else held,
+            "first_input_bytes": held,
         },
-        input_memory=float(in_flight + 1),
+        input_memory=held,
     )
 
 
@@ -322,7 +325,7 @@ def _evaluate(
     stashed = 0 if recomputes else in_flight
     results = {n for n in nodes if n in graph.graph["results"]}
     peak, kept = pass_peak(graph, nodes, leaving | results, is_last=k == n_stages - 1)
-    activations = max(peak - gradients, 0) + kept * stashed
+    activations = max(peak - gradients, 0) + kept * max(stashed - 1, 0)
     return StageCost(
         stage=k,
         nodes=tuple(nodes),
@@ -339,8 +342,8 @@ def _evaluate(
         gradients=gradients,
         optimizer=optimizer_bytes * gradients,
         copies=gradients * _copies(passes, recomputes=recomputes, is_last=k == n_stages - 1),
-        stashed_inputs=(in_flight + 1) * input_bytes,
-        stashed_weights=stashed * params_bytes,
+        stashed_inputs=max(in_flight, 1) * input_bytes,
+        stashed_weights=stashed * gradients,
         activations=activations,
         flops=int(total("flops")),
         backward_flops=int(total("backward_flops")),

@@ -68,8 +68,8 @@ def test_recomputing_stages():
     assert last.compute == pytest.approx(F + B + update + prediction)
     assert not last.recomputes, "the last stage never does"
     assert first.copies == 0, "its recomputation is on the true weights; the predicted ones are gone by then"
-    assert first.peak == (P + 1) + G * (1 + 2) + 5 * X + A + Y
-    assert second.peak == (P + 1) + G * (1 + 2) + G + 3 * Y + A + Y
+    assert first.peak == (P + 1) + G * (1 + 2) + 4 * X + A + Y
+    assert second.peak == (P + 1) + G * (1 + 2) + G + 2 * Y + A + Y
     assert last.peak == (P + 1) + G * (1 + 2) + G + Y + A + Y
     assert (second.time_in, second.time_out) == (0.5, 0.5)
     assert (first.input_bytes, first.output_bytes, last.output_bytes) == (X, Y, 0)
@@ -113,9 +113,17 @@ def test_the_planner_pays_for_what_crosses_a_cut_on_the_cpu():
 def test_stages_that_keep_their_graphs():
     first, second, last = stage_costs(chain(3), per_node(3), (False,) * 3, optimizer_bytes=1.0)
     assert first.compute == pytest.approx(F + B + 5 * S + 3 * S)
-    assert first.peak == (P + 1) + G * (1 + 1) + 4 * P + 5 * (X + A) + Y
-    assert second.peak == (P + 1) + G * (1 + 1) + 2 * P + 3 * (Y + A) + Y
+    assert first.peak == (P + 1) + G * (1 + 1) + 4 * (G + X + A) + Y
+    assert second.peak == (P + 1) + G * (1 + 1) + 2 * (G + Y + A) + Y
     assert last.peak == (P + 1) + G * (1 + 1) + G + Y + A + Y
+
+
+def test_frozen_weights_are_not_stashed():
+    """They do not change, so that batches in flight share them."""
+    graph = chain(2)
+    graph.graph["trainable"] = frozenset({"w1"})
+    first, _ = stage_costs(graph, per_node(2), (False, False))
+    assert (first.weights, first.stashed_weights) == (P + 1, 0)
 
 
 def test_one_stage_is_plain_training():
