@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
 
@@ -265,6 +266,7 @@ def test_layers_as_whole_models(model, shape):
     torch.manual_seed(0)
     args = (torch.randn(shape),) if shape else tuple(torch.randn(2, 3, 4) for _ in range(3))
     assert_faithful(model, args)
+    assert_faithful(model, args, function=dtrp.compile(model, n_gpus=1, example_inputs=args))
 
 
 def test_unsuitable_inputs_are_an_error_with_the_line(x):

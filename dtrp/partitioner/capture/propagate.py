@@ -1,14 +1,16 @@
-"""Fills in each node's value on fake tensors, and folds what is constant on every device and batch."""
+"""Fills in each node's value on fake tensors, and tidies what only these values show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from .fakes import FakeWorld, light
 from .snapshot import untouched
@@ -99,3 +101,50 @@ def _counts_dimensions(node: Node) -> bool:
 def _put_constant(user: Node, node: Node, value: Any) -> None:
     user.args = torch.fx.map_arg(user.args, lambda n: value if n is node else n)
     user.kwargs = torch.fx.map_arg(user.kwargs, lambda n: value if n is node else n)
+
+
+def open_outputs(graph: Graph, spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """Give the output a node for each leaf, where a node's value is a container (an LSTM's state).
+
+    ``spec`` is the structure over the output's present nodes; the result is the one over the leaves.
+    """
+    (output,) = graph.find_nodes(op="output")
+    leaves: list[Any] = []
+    specs: list[pytree.TreeSpec] = []
+    for leaf in output.args[0]:
+        if not isinstance(leaf, Node):
+            leaves.append(leaf)
+            specs.append(pytree.tree_structure(None))
+            continue
+        paths, inner = pytree.tree_flatten_with_path(leaf.meta.get("val"))
+        with graph.inserting_before(output):
+            leaves += [_taken(graph, leaf, path) for path, _ in paths]
+        specs.append(inner)
+    output.args = (tuple(leaves),)
+    output.meta["val"] = tuple(x.meta.get("val") if isinstance(x, Node) else x for x in leaves)
+    return _with_leaves(spec, iter(specs))
+
+
+def _taken(graph: Graph, node: Node, path: tuple[Any, ...]) -> Node:
+    """A node for the part of ``node``'s value at a pytree path."""
+    value = node.meta["val"]
+    for key in path:
+        value = key.get(value)
+        function, index = (
+            (getattr, key.name) if isinstance(key, pytree.GetAttrKey) else (operator.getitem, _index(key))
+        )
+        taken = graph.call_function(function, (node, index))
+        taken.meta = {**node.meta, "val": value}
+        node = taken
+    return node
+
+
+def _index(key: Any) -> Any:
+    return key.idx if isinstance(key, pytree.SequenceKey) else key.key
+
+
+def _with_leaves(spec: pytree.TreeSpec, leaves: Iterator[pytree.TreeSpec]) -> pytree.TreeSpec:
+    """``spec`` with a structure in each leaf's place."""
+    if spec.is_leaf():
+        return next(leaves)
+    return pytree.TreeSpec(spec.type, spec.context, [_with_leaves(c, leaves) for c in spec.children()])

@@ -21,7 +21,7 @@ from .graph import Signature
 from .leaves import is_leaf
 from .location import user_location
 from .modes import BothModes
-from .propagate import fold_constants, propagate
+from .propagate import fold_constants, open_outputs, propagate
 from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
 from .task import Task
@@ -43,7 +43,7 @@ def trace_symbolically(task: Task) -> BothModes:
         world = FakeWorld()
         propagate(model, graph, world, fake_inputs(world, task.tensors))
         fold_constants(graph)
-        return Traced(graph, tracer.out_spec)
+        return Traced(graph, open_outputs(graph, tracer.out_spec))
 
     return BothModes.of(model, trace)
 
