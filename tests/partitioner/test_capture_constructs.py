@@ -197,6 +197,46 @@ def test_hooks_run(x):
     model[1].register_forward_hook(lambda module, inputs, output: output * 2)
     captured = assert_faithful(model, (x,))
     assert [n.target for n in captured.train.module.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    assert [k.module for k in captured.kept_whole] == ["1"]
+    assert "hooks" in captured.kept_whole[0].reason
+    opened = capture(model, (x,), opened=["1"], run=False)
+    assert [n.target for n in opened.train.module.graph.nodes if n.op == "call_module"] == ["0", "1.0", "1.1"]
+    assert_faithful(model, (x,), captured=opened)
+
+
+def test_backward_hooks_run(x):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model[1].register_full_backward_hook(lambda module, inner, outer: (3 * inner[0],))
+    assert_faithful(model, (x,))
+    assert_faithful(model, (x,), captured=capture(model, (x,), opened=["1"], run=False))
+
+
+@pytest.mark.parametrize("run", [True, False], ids=["compared", "not compared"])
+def test_hooks_of_the_model_itself(x, run):
+    model = Part(lambda m, x: m.a(x))
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    model.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert_faithful(model, (x,), captured=capture(model, (x,), run=run))
+    model.register_full_backward_hook(lambda module, inner, outer: None)
+    with pytest.raises(CaptureError, match="backward hooks on the model itself"):
+        capture(model, (x,))
+
+
+def test_layers_without_a_shape_are_refused(x):
+    with pytest.raises(CaptureError, match=r"'0\.weight' \(lazy layers\)\. Call the model once"):
+        capture(nn.Sequential(nn.LazyLinear(3)), (x,))
+
+
+def test_a_mask_of_a_transformer_is_no_branch_on_values():
+    """nn.Transformer asks whether a mask is the causal one; the graph must take any."""
+    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+    a, b, causal = torch.randn(2, 3, 8), torch.randn(2, 5, 8), model.generate_square_subsequent_mask(5)
+    captured = capture(model, (a, b), {"tgt_mask": causal})
+    assert not captured.kept_whole
+    for mask in (causal, torch.randn(5, 5)):
+        for training in (True, False):
+            expected = model.train(training)(a, b, tgt_mask=mask)
+            torch.testing.assert_close(captured.graph(training)(a, b, mask), expected)
 
 
 def test_compiled_submodule(x):

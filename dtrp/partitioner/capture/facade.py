@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from dtrp.errors import CaptureError
 
 from .explain import Failure, capture_error
 from .exported import export_model
-from .graph import Captured, ModeGraph, Signature
+from .graph import Captured, KeptWhole, ModeGraph, Signature
+from .leaves import has_backward_hooks, why_whole
 from .modes import BothModes
 from .record import record
 from .snapshot import untouched
@@ -66,6 +71,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}: {model!r:.80}")
+    _refuse_unsuitable(model)
     kwargs = kwargs or {}
     signature = Signature.of(model, args, kwargs)
     tensors = signature.flatten(args, kwargs)
@@ -80,6 +86,22 @@ def capture(
             continue
         return _accepted(model, signature, both, name, notes)
     raise capture_error(model, failures) from failures[0].error
+
+
+def _refuse_unsuitable(model: nn.Module) -> None:
+    """Refuse what no way could capture."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise CaptureError(
+            f"{type(model).__name__} has tensors without a shape yet, such as {lazy[0]!r} (lazy layers). "
+            "Call the model once on an example, model(*args, **kwargs), then compile it."
+        )
+    if has_backward_hooks(model):
+        raise CaptureError(
+            f"{type(model).__name__} has backward hooks on the model itself: its stages run apart, so "
+            "nothing would call them. Register them on submodules, which are then kept whole."
+        )
 
 
 def _faithful(way: Way, task: Task, run: bool) -> tuple[BothModes, tuple[str, ...]]:
@@ -125,9 +147,18 @@ def _accepted(
     evaluate = train
     if both.eval is not both.train:
         evaluate = ModeGraph(both.eval.graph_module(model), both.eval.out_spec)
-    kept = {k.module: k for k in (*both.train.kept_whole, *both.eval.kept_whole)}
+    kept = {k.module: k for k in (*_closed(model, both), *both.train.kept_whole, *both.eval.kept_whole)}
     notes = (*dict.fromkeys(both.train.notes + both.eval.notes), *notes)
     return Captured(model, signature, train, evaluate, way, tuple(kept.values()), notes)
+
+
+def _closed(model: nn.Module, both: BothModes) -> Iterator[KeptWhole]:
+    """Modules made of others that stand in the graphs as they are, because of what was done to them."""
+    for _, traced in both.each():
+        for node in traced.graph.find_nodes(op="call_module"):
+            reason = why_whole(model.get_submodule(str(node.target)))
+            if reason:
+                yield KeptWhole(str(node.target), reason)
 
 
 @contextmanager

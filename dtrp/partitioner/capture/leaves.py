@@ -36,8 +36,10 @@ def is_leaf(
     opened : collection of str
         Names that must not be leaves.
     """
-    if name == "" or name in opened:
+    if name == "":
         return False
+    if name in opened:
+        return has_backward_hooks(module)  # which only autograd's own call would run
     if name in closed or has_hooks(module) or is_compiled(module):
         return True
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(
@@ -53,6 +55,20 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether gradients that pass ``module`` run hooks."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def why_whole(module: nn.Module) -> str:
+    """Why a module made of others is a leaf by itself, ``""`` if it is a layer of torch.nn."""
+    if next(module.children(), None) is None:
+        return ""
+    if is_compiled(module):
+        return "it is compiled (torch.compile or TorchScript), and runs as such"
+    return "it has hooks, which run when it is called as a whole" if has_hooks(module) else ""
 
 
 def is_compiled(module: nn.Module) -> bool:

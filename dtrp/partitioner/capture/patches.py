@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import transformer
 
 
 class Observer(Protocol):
@@ -71,13 +72,22 @@ def observed(observer: Observer) -> Iterator[None]:
             observer.on_autocast()
         return enter(region)  # type: ignore[no-untyped-call]
 
+    detect = transformer._detect_is_causal_mask
+
+    def given(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        # nn.Transformer looks whether the values of a mask are those of a causal one, to choose a faster
+        # kernel. A graph for all masks applies the mask as it is.
+        return bool(is_causal)
+
     try:
+        transformer._detect_is_causal_mask = given
         torch.autocast.__enter__ = patched_enter  # type: ignore[method-assign]
         nn.Module.__call__ = patched_call  # type: ignore[method-assign]
         nn.Module.__setattr__ = patched_write  # type: ignore[method-assign,assignment]
         function.apply = classmethod(patched_apply)
         yield
     finally:
+        transformer._detect_is_causal_mask = detect
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__setattr__ = write  # type: ignore[method-assign]

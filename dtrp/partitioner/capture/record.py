@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from .decisions import Decisions
 from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
+from .leaves import has_hooks
 from .location import raised_at
 from .modes import BothModes, in_mode
 from .patches import ObservedFakeMode, observed
@@ -114,7 +115,7 @@ class _Recording:
             args, kwargs = self._task.signature.unflatten(inputs)
             mode.observer = recorder
             with torch.compiler.set_stance("force_eager"), observed(recorder), recorder:
-                output = model.forward(*args, **kwargs)
+                output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
             mode.observer = None
             leaves, out_spec = flatten_output(output)
             recorder.finish(leaves)

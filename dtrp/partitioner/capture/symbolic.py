@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .fakes import FakeWorld, fake_inputs
 from .graph import Signature
-from .leaves import is_leaf
+from .leaves import has_hooks, is_leaf
 from .location import user_location
 from .modes import BothModes
 from .propagate import fold_constants, open_outputs, propagate
@@ -31,6 +31,9 @@ from .traced import Traced
 def trace_symbolically(task: Task) -> BothModes:
     """Trace the model in both modes with proxies in place of the tensors."""
     model = task.model
+
+    if has_hooks(model):
+        raise TraceError("the model itself has hooks")
 
     def trace() -> Traced:
         tracer = _ModuleTracer(task.signature, task.opened, task.closed)
