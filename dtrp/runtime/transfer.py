@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .links import canonical, dense_order, flat_bytes
 
@@ -26,6 +27,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 data = pickle.PickleBuffer(flat_bytes(plain).numpy().data)
                 shape = tuple(plain.shape)
                 return _rebuild, (data, plain.dtype, shape, order, obj.requires_grad)
+        if isinstance(obj, pytree.TreeSpec) and obj.is_leaf():
+            return pytree.tree_structure, (None,)  # torch 2.11 warns whoever unpickles its class of leaves
         return super().reducer_override(obj)
 
 

@@ -88,6 +88,13 @@ def test_tensors_survive_the_private_channel(tensor: Tensor) -> None:
     assert torch.equal(arrived, tensor)
 
 
+def test_structures_survive_the_private_channel() -> None:
+    """Without a warning: torch 2.11 gives one to whoever unpickles a leaf as it pickles it."""
+    for value in (1, {"a": 1, "b": (2, [3, None])}):
+        structure = pytree.tree_structure(value)
+        assert loads(dumps(structure)) == structure
+
+
 @has_mailboxes
 @settings(max_examples=100, deadline=None)
 @given(st.lists(tensors(), max_size=3))
