@@ -42,9 +42,10 @@ def torchvision_sample(name: str) -> Sample:
     kind = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")[0]
     if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
         options["weights_backbone"] = None
-    if name in ("inception_v3", "googlenet"):
+    plain = name.removeprefix("quantized_")
+    if plain in ("inception_v3", "googlenet"):
         options["init_weights"] = False  # the initialisation takes longer than everything else
-    size = {"inception_v3": 299, "alexnet": 96, "squeezenet1_0": 96, "squeezenet1_1": 96}.get(name, 64)
+    size = {"inception_v3": 299, "alexnet": 96, "squeezenet1_0": 96, "squeezenet1_1": 96}.get(plain, 64)
     if name.startswith("vit_"):
         options["image_size"] = size = 4 * int(name.split("_")[2])
     if name.startswith("maxvit"):
@@ -54,9 +55,7 @@ def torchvision_sample(name: str) -> Sample:
         return (torch.randn(batch, 3, size, size),), {}
 
     def video(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if name.startswith("mvit"):
-            return (torch.randn(batch, 3, 16, 224, 224),), {}
-        if name.startswith("s3d"):
+        if name.startswith(("mvit", "s3d")):  # built for no other size
             return (torch.randn(batch, 3, 16, 224, 224),), {}
         return (torch.randn(batch, 3, 8, 64, 64),), {}
 
