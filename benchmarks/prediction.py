@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--costs", choices=("analytic", "measured"), default="measured")
-    parser.add_argument("--recompute", choices=("auto", "yes", "no"), default="yes")
+    parser.add_argument("--recompute", choices=("auto", "yes", "no"), default="auto")
     args = parser.parse_args()
     recompute = "auto" if args.recompute == "auto" else args.recompute == "yes"
     torch.set_num_threads(1)

@@ -168,6 +168,8 @@ class PartitionReport:
     def compare(self, ks: Iterable[int], *, time_limit: float = 1.0) -> list[Scaling]:
         """What other numbers of stages would give, on the first device's kind and link.
 
+        Where all stages of this plan recompute, so do all of those; else each does if that is faster.
+
         Parameters
         ----------
         ks
@@ -176,13 +178,20 @@ class PartitionReport:
             Seconds of planning for each.
         """
         points = []
+        before_last = self._plan.recompute[:-1]
+        recompute: bool | str = True if before_last and all(before_last) else "auto"
         for k in ks:
             if k == self.n_stages:
                 points.append(Scaling(k, self.tick_time, self.speedup, self.balance))
                 continue
             try:
                 result = solve(
-                    self._graph, k, groups=self._plan.groups, order=self._plan.edges, time_limit=time_limit
+                    self._graph,
+                    k,
+                    groups=self._plan.groups,
+                    order=self._plan.edges,
+                    recompute=recompute,
+                    time_limit=time_limit,
                 )
             except (ValueError, InfeasiblePlanError):
                 continue

@@ -201,6 +201,12 @@ def test_compare(report):
     assert points[1].tick_time <= points[0].tick_time
 
 
+def test_compare_recomputes_where_the_plan_does(device):
+    """Otherwise the curve has a kink at the plan's own number of stages."""
+    recomputing, keeping = (reported(3, device, recompute=r).compare([2])[0] for r in (True, False))
+    assert recomputing.tick_time > keeping.tick_time
+
+
 def test_where_more_stages_stop_paying():
     points = [Scaling(1, 10.0, 1, 1), Scaling(2, 6.0, 1, 1), Scaling(4, 5.9, 1, 1), Scaling(8, 5.9, 1, 1)]
     assert stop_paying(points).startswith("More than 2 stages stop paying: 4 would shorten the tick by 1.7 %")
