@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .snapshot import untouched
+from .real import RealRun, RealRuns
 from .structure import map_tensors, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
@@ -28,12 +28,13 @@ class FakeWorld:
     on the CPU: code that makes tensors without naming a device then sees no mixture of devices.
     """
 
-    def __init__(self, mode: FakeTensorMode | None = None) -> None:
+    def __init__(self, mode: FakeTensorMode | None = None, runs: RealRuns | None = None) -> None:
         # Tensors that no module registers (attributes, globals) may meet fake ones in the model's code.
         self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
+        self._runs = runs if runs is not None else RealRuns()
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
         self.sized_by_values = False
@@ -93,13 +94,14 @@ class FakeWorld:
         with _disable_current_modes(), self.left_by(module):
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
-            result, back = _run_on_random(module, args, kwargs, seed=0)
-            other, _ = _run_on_random(module, args, kwargs, seed=1)
-            return self._imagined(result, other, back)
+            run = self._runs.of(module, args, kwargs)
+            inputs: list[torch.Tensor] = []
+            map_tensors(inputs.append, (args, kwargs))
+            return self._imagined(run, {id(y): x for y, x in zip(run.inputs, inputs, strict=True)})
 
-    def _imagined(self, result: Any, other: Any, back: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
-        """``result`` on fake tensors; ``other`` is of other inputs, ``back`` as `_run_on_random` says."""
-        tensors, others = list(tensors_in(result)), list(tensors_in(other))
+    def _imagined(self, run: RealRun, back: dict[int, torch.Tensor]) -> Any:
+        """The result of ``run`` on fake tensors; ``back`` has the module's inputs by the real ones' ids."""
+        tensors, others = list(tensors_in(run.result)), list(tensors_in(run.other))
         if [steps for steps, _ in tensors] != [steps for steps, _ in others]:
             raise RuntimeError("how many tensors the module gives depends on values")
         shapes = {id(a): tuple(b.shape) for (_, a), (_, b) in zip(tensors, others, strict=True)}
@@ -108,7 +110,7 @@ class FakeWorld:
             if not isinstance(x, torch.Tensor):
                 return x
             if id(x) in back:
-                return back[id(x)][1]
+                return back[id(x)]
             sizes, sizes_too = tuple(x.shape), shapes[id(x)]
             if len(sizes) != len(sizes_too):
                 raise RuntimeError("how many dimensions a tensor that the module gives has depends on values")
@@ -121,7 +123,7 @@ class FakeWorld:
                     x = x.new_empty([0 if v else size for size, v in zip(sizes, valued, strict=True)])
             return self.mode.from_tensor(x.detach().clone()).requires_grad_(x.requires_grad)
 
-        return map_tensors(fake, result)
+        return map_tensors(fake, run.result)
 
     @contextmanager
     def left_by(self, module: nn.Module) -> Iterator[None]:
@@ -149,43 +151,6 @@ class FakeWorld:
         finally:
             for registry, name, value in (*swapped, *changed):
                 registry[name] = value
-
-
-def _run_on_random(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
-) -> tuple[Any, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """The module's real result for random inputs; and these, by their ids, with what they stand for."""
-    given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def real(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        y = _random_like(x)
-        given[id(y)] = (y, x)
-        return y
-
-    with untouched(module, tensors=True):
-        torch.manual_seed(seed)
-        inputs = map_tensors(real, (args, kwargs))
-        versions = [_version(tensor) for tensor, _ in given.values()]
-        result = module(*inputs[0], **inputs[1])
-        if [_version(tensor) for tensor, _ in given.values()] != versions:
-            raise RuntimeError("the module changes its inputs in place")
-    return result, given
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return int(tensor._version)
-
-
-def _random_like(fake: torch.Tensor) -> torch.Tensor:
-    """A real tensor such as a model might meet: normal, or zeros where it may be an index, or all true."""
-    shape, dtype, device = tuple(fake.shape), fake.dtype, fake.device
-    if dtype == torch.bool:
-        return torch.ones(shape, dtype=dtype, device=device)
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.randn(shape, device=device).to(dtype).requires_grad_(fake.requires_grad)
 
 
 def fake_inputs(

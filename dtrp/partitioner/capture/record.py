@@ -104,7 +104,7 @@ class _Recording:
     def _once(self, batch: tuple[int, ...], size: int, sizes: Sizes = "found") -> _Found:
         model, tensors, closed = self._task.model, self._task.tensors, self._closed
         mode = ObservedFakeMode()
-        world = FakeWorld(mode)
+        world = FakeWorld(mode, self._task.runs)
         world.sizes = sizes
         with untouched(model), world.inhabited_by(model), torch.enable_grad():
             decisions = Decisions(model, world, tensors, self._decisions) if self._deciding else None

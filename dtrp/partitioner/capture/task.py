@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .graph import Signature
+from .real import RealRuns
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,4 @@ class Task:
     tensors: Sequence[torch.Tensor]  # of the example call, one for each placeholder
     opened: Collection[str] = ()  # qualified names of modules that must not be one node
     closed: Mapping[str, str] = field(default_factory=dict)  # of those that must be, and why
+    runs: RealRuns = field(default_factory=RealRuns)  # shared by all that is tried
