@@ -22,11 +22,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrp
-from tests.reference.models import FLAT_CNN, RESNET, TWO_HEADS, UNET, Batch, Case
+from tests.reference.models import FLAT_CNN, MLP, RESNET, TWO_HEADS, UNET, Batch, Case, mlp
 
 EPOCHS = 5
 PER_EPOCH = 10
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-3)
+
+CALM_MLP = Case("mlp", partial(mlp, dropout=0.0), MLP.batch, MLP.loss_fn)
 
 Loader = Iterable[tuple[Any, ...]]
 
@@ -98,10 +100,10 @@ TABLE = {
     "metrics on dicts": Row(TWO_HEADS, metrics={"gap": gap}, tolerance=1e-8, why=SUMS),
     "joined batches": Row(joined=3),
     "joined batches of dicts": Row(TWO_HEADS, metrics={"gap": gap}, joined=2, tolerance=1e-8, why=SUMS),
-    "compiled stages": Row(knobs={"compile_stages": True}, tolerance=1e-6, why=FUSED),
+    "compiled stages": Row(CALM_MLP, knobs={"compile_stages": True}, tolerance=1e-6, why=FUSED),
 }
 HEAVY = {
-    "compiled stages": [pytest.mark.slow, pytest.mark.filterwarnings("ignore")],
+    "compiled stages": [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)],
     "a loader with worker processes": [pytest.mark.slow],
 }
 FEATURES = [pytest.param(name, marks=HEAVY.get(name, [])) for name in TABLE]
