@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import dtrp
 
@@ -286,6 +286,22 @@ def test_a_data_loader_with_processes_of_its_own() -> None:
         t.fit(loader, 1)
         assert t.losses == plain(twin, DataLoader(dataset, batch_size=8))
         assert t.samples == 20
+
+
+class Stream(IterableDataset):
+    """Batches of which nobody knows how many there are."""
+
+    def __iter__(self) -> Any:
+        return iter(batches(3))
+
+
+def test_a_loader_without_length_under_a_progress_bar() -> None:
+    loader = DataLoader(Stream(), batch_size=None)
+    with pytest.raises(TypeError, match="has no len"):
+        len(loader)
+    with trainer(compiled(), progress=True) as t:
+        t.fit(loader, 2)
+        assert len(t.losses) == 6
 
 
 @pytest.mark.parametrize("seed", [None, 3])
