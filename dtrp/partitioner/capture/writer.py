@@ -159,7 +159,7 @@ class GraphWriter:
 
     def mark(self) -> Mark:
         """The present point."""
-        return Mark(next(reversed(self.graph.nodes), None), len(self._undo))
+        return Mark(next(iter(reversed(self.graph.nodes)), None), len(self._undo))
 
     def roll_back(self, mark: Mark) -> None:
         """Forget all nodes and tensors since ``mark``."""
