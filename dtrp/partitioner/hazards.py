@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .capture.fakes import FakeWorld
 from .capture.graph import Captured, ModeGraph
+from .capture.modes import in_mode
 from .capture.snapshot import untouched
 
 TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
@@ -64,7 +65,8 @@ class Hazards:
 def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
     """The rules for cutting ``graph`` (default: the train graph). Nothing is computed."""
     gm = (graph or captured.train).module
-    accesses, state = _watch(gm)
+    with in_mode(captured.model, gm is captured.train.module):
+        accesses, state = _watch(gm)
     groups, order, written = _storage_rules(accesses, state)
     groups += _untransferable(gm)
     random = [a.node.name for a in accesses if a.random]
