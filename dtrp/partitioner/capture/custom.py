@@ -55,9 +55,9 @@ class GradientFunction:
 
     def __init__(self, function: type[torch.autograd.Function]) -> None:
         self.function = function
-        # fx names nodes and their code after these two.
+        # fx names nodes and their code after these; what has a name in torch it takes from there.
         self.__name__ = self.__qualname__ = function.__name__
-        self.__module__ = function.__module__
+        self.__module__ = __name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it: forward now, its own backward later."""
