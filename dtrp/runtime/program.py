@@ -46,6 +46,14 @@ class StageModule(nn.Module):
         """Outputs of the stage, in the order of its wires."""
         return self._forward[self.training](self, *inputs)
 
+    def compile_training(self) -> None:
+        """Have torch.compile compile what runs in training mode.
+
+        It gets this module's own function: torch keeps what it compiled, and counts how often it had to,
+        by code object, and code that all stages share would soon have used up the tries.
+        """
+        self._forward[True] = torch.compile(self._forward[True])
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_forward"}
 

@@ -110,9 +110,8 @@ class StageRunner:
         self.update: Update | None = None  # the update that this tick brings, if it does
         self.postponed: Update | None = None  # the update that waits for all stages' gradients
         self.postponed_slot = -1
-        self._call = self._functional_call
         if config.compile_stages:
-            self._call = torch.compile(self._functional_call)
+            program.module.compile_training()
 
     # ---- a tick, in two halves: the gradient norm over all stages lies between them --------------------
 
@@ -259,7 +258,7 @@ class StageRunner:
 
     def _loss(self, arrivals: Arrivals, leaves: Leaves, feed: Feed) -> Tensor:
         with self._context(feed.batch):
-            outputs = self._call(self.ports.inputs(arrivals), leaves)
+            outputs = self._functional_call(self.ports.inputs(arrivals), leaves)
             output = self.ports.result(arrivals, outputs, training=True)
             return scalar_loss(self.config.loss_fn, output, self._on_device(feed.target))
 
@@ -340,7 +339,7 @@ class StageRunner:
 
     def _run(self, arrivals: Arrivals, leaves: Leaves, batch: int) -> tuple[Any, ...]:
         with self._context(batch):
-            return self._call(self.ports.inputs(arrivals), leaves)
+            return self._functional_call(self.ports.inputs(arrivals), leaves)
 
     def _functional_call(self, inputs: Sequence[Any], leaves: Leaves) -> tuple[Any, ...]:
         if self.program.writes_inputs:

@@ -222,6 +222,7 @@ def test_epochs_are_those_of_the_plain_loop(feature: str, n_stages: int) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of compiling
 @pytest.mark.parametrize("method", ["bp", "dtrp"])
 @pytest.mark.parametrize("feature", list(TABLE))
