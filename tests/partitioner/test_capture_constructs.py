@@ -366,3 +366,67 @@ def test_a_branch_on_a_size_that_comes_from_values_is_refused(x):
     outer = nn.Sequential(nn.Linear(4, 4), model)
     captured = capture(outer, (torch.randn(8, 4),), run=False)
     assert [k.module for k in captured.kept_whole] == ["1"]
+
+
+class Detector(nn.Module):
+    """Picks rows by their values in methods of its own, as detection models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.threshold = 0.1
+
+    def pick(self, scores):
+        kept = (scores.sum(-1) > self.threshold).nonzero()[:, 0]
+        return {"rows": scores[kept], "count": len(scores)}
+
+    def postprocess(self, scores):
+        return [self.pick(scores), self.pick(-scores)]
+
+    def weigh(self, scores):
+        return self.b.weight.sum() * scores[scores > 0]
+
+    def forward(self, x):
+        scores = self.b(torch.relu(self.a(x)))
+        return scores if self.training else self.postprocess(scores)
+
+
+def test_a_method_of_the_root_is_kept_whole(x):
+    captured = assert_faithful(Detector(), (x,))
+    assert [k.module for k in captured.kept_whole] == ["pick"]
+    assert "DynamicOutputShape" in captured.kept_whole[0].reason
+    assert not [n for n, _ in captured.eval.module.named_parameters() if n[:2] not in ("a.", "b.")]
+    pipe = dtrp.compile(Detector(), n_gpus=2, example_inputs=(x,))
+    assert_faithful(pipe.model, (x,), function=pipe)
+
+
+def test_a_method_that_uses_parameters_is_refused(x):
+    """They belong to a module: in a node of its own they would not be trained."""
+    model = Detector()
+    model.postprocess = model.weigh
+    with pytest.raises(CaptureError, match=r"where: Detector\.forward, .*test_capture_constructs\.py:\d+"):
+        capture(model, (x,))
+
+
+def test_python_values_made_from_tensors_are_refused(x):
+    """A number that a module kept whole gives is only an example's."""
+    model = Part(lambda m, x: m.b(x) * m.inner(m.a(x))[1], lambda m, x: (x, float(x.sum())))
+    with pytest.raises(CaptureError, match=r"test_capture_constructs\.py:\d+"):
+        capture(model, (x,), run=False)
+
+
+def test_random_numbers_from_python_in_the_root_are_refused(x):
+    """They would be drawn once and stand in the graph for ever."""
+    with pytest.raises(CaptureError, match="draws random numbers from Python's or numpy's generator"):
+        capture(Part(lambda m, x: m.a(x) * random.random()), (x,), run=False)
+    outer = Part(inner_then_b, inner_then_b)
+    outer.inner.inner = Part(python_randomness)
+    captured = assert_faithful(outer, (x,))
+    assert [k.module for k in captured.kept_whole] == ["inner.inner"], "and no module around it"
+
+
+def test_a_refusal_prints_nothing(x, capfd):
+    """torch.export prints its graph so far; users see our error alone."""
+    with pytest.raises(CaptureError):
+        capture(Part(by_values), (x,))
+    assert capfd.readouterr() == ("", "")

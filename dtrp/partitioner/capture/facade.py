@@ -156,7 +156,7 @@ def _closed(model: nn.Module, both: BothModes) -> Iterator[KeptWhole]:
     """Modules made of others that stand in the graphs as they are, because of what was done to them."""
     for _, traced in both.each():
         for node in traced.graph.find_nodes(op="call_module"):
-            reason = why_whole(model.get_submodule(str(node.target)))
+            reason = why_whole(traced.module(model, str(node.target)))
             if reason:
                 yield KeptWhole(str(node.target), reason)
 

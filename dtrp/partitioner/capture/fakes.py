@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .real import RealRun, RealRuns
+from .real import RealRun, RealRuns, plain_values
 from .structure import map_tensors, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
@@ -32,7 +32,7 @@ class FakeWorld:
         # Tensors that no module registers (attributes, globals) may meet fake ones in the model's code.
         self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
+        self.attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
@@ -65,7 +65,7 @@ class FakeWorld:
         swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         try:
             for module in model.modules():
-                self._attributes[id(module)] = dict(module.__dict__)
+                self.attributes[id(module)] = dict(module.__dict__)
                 registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
                 for registry in registries:
                     for name, tensor in registry.items():
@@ -104,6 +104,8 @@ class FakeWorld:
         tensors, others = list(tensors_in(run.result)), list(tensors_in(run.other))
         if [steps for steps, _ in tensors] != [steps for steps, _ in others]:
             raise RuntimeError("how many tensors the module gives depends on values")
+        if not tensors or plain_values(run.result) != plain_values(run.other):
+            raise RuntimeError("it gives numbers or other Python values that it makes from tensors")
         shapes = {id(a): tuple(b.shape) for (_, a), (_, b) in zip(tensors, others, strict=True)}
 
         def fake(x: Any) -> Any:
@@ -132,7 +134,9 @@ class FakeWorld:
         changed: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for m in module.modules():
-                before = self._attributes.get(id(m), {})
+                before = self.attributes.get(id(m))
+                if before is None:  # no part of the model
+                    continue
                 for name, value in list(m.__dict__.items()):
                     # Whatever forward has stored so far, such as a cache, is fake.
                     if name not in _REGISTRIES and value is not before.get(name):

@@ -26,7 +26,7 @@ class _Propagator(Interpreter):
         model: nn.Module,
         graph: Graph,
         world: FakeWorld,
-        constants: Mapping[str, torch.Tensor],
+        constants: Mapping[str, Any],
         keep: bool,
     ) -> None:
         super().__init__(model, garbage_collect_values=True, graph=graph)
@@ -40,6 +40,9 @@ class _Propagator(Interpreter):
         if self._keep:
             n.meta["val"] = light(value)
         return value
+
+    def fetch_attr(self, target: str) -> Any:
+        return self._constants[target] if target in self._constants else super().fetch_attr(target)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -62,7 +65,7 @@ def propagate(
     graph: Graph,
     world: FakeWorld,
     inputs: Sequence[torch.Tensor],
-    constants: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    constants: Mapping[str, Any] = MappingProxyType({}),
     keep: bool = True,
 ) -> Any:
     """Run ``graph`` on fake ``inputs``, fill each ``meta["val"]`` (if ``keep``), and give the flat output.

@@ -19,6 +19,7 @@ _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device
 class RealRun:
     """What a module gave for two random inputs of the same shapes."""
 
+    module: nn.Module  # held so that its id is not given to another
     inputs: tuple[torch.Tensor, ...]  # the first ones, in order; they may come out again in the result
     result: Any
     other: Any
@@ -43,10 +44,15 @@ class RealRuns:
             return self._made[key]
         result, inputs = _run(module, args, kwargs, seed=0)
         other, _ = _run(module, args, kwargs, seed=1)
-        run = RealRun(inputs, result, other)
+        run = RealRun(module, inputs, result, other)
         if key is not None:
             self._made[key] = run
         return run
+
+
+def plain_values(result: Any) -> list[Any]:
+    """Numbers, texts and the like in a result."""
+    return [leaf for leaf in flatten_output(result)[0] if isinstance(leaf, _SIMPLE)]
 
 
 def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:

@@ -19,9 +19,9 @@ from .leaves import has_hooks
 from .location import raised_at
 from .modes import BothModes, in_mode
 from .patches import ObservedFakeMode, observed
-from .recorder import Recorder
+from .recorder import VALUE_DEPENDENT, Recorder
 from .sizes import Differs, free_the_batch, unify
-from .snapshot import untouched
+from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
@@ -58,6 +58,7 @@ class _Recording:
         self._task = task
         self._closed = dict(task.closed)
         self._deciding = False  # the root itself decides by values
+        self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
 
     def __call__(self, batch: tuple[int, ...] = (), size: int = 0) -> Traced:
@@ -65,25 +66,33 @@ class _Recording:
         while True:  # each attempt closes at least one module more
             try:
                 found = self._once(batch, size)
-            except DataDependentOutputException:
-                if self._deciding:
+            except VALUE_DEPENDENT as error:
+                # The root itself decides by values: it may be a mere check, or stand in a method.
+                if isinstance(error, DataDependentOutputException) and not self._deciding:
+                    self._deciding = True
+                elif not self._by_methods:
+                    self._by_methods = True
+                else:
                     raise
-                self._deciding = True
                 continue
             # Some modules may have been given up half-way and replaced by single nodes. Record again with
             # these closed from the start: their half-run code may have left something behind.
             failures = found.failures or (
                 self._follow_sizes(found, batch, size) if found.sized_by_values else {}
             )
-            if not failures:
+            if failures is None:
+                self._by_methods = True
+            elif not failures:
                 self._decisions = self._decisions or found.decisions
                 return found.traced
-            self._closed.update(failures)
+            else:
+                self._closed.update(failures)
 
-    def _follow_sizes(self, found: _Found, batch: tuple[int, ...], size: int) -> dict[str, str]:
-        """Let the graph follow sizes that a module kept whole makes from values; or close what does not.
+    def _follow_sizes(self, found: _Found, batch: tuple[int, ...], size: int) -> dict[str, str] | None:
+        """Let the graph follow sizes that a module kept whole makes from values; or name what does not.
 
-        Such sizes are only an example's. The code behind them runs again with others.
+        Such sizes are only an example's. The code behind them runs again with others. None: what does not
+        follow may be a method.
         """
         text = "takes another course with another size, which is computed from values"
         try:
@@ -95,8 +104,12 @@ class _Recording:
         except Differs as difference:
             if difference.module and difference.module not in self._closed:
                 return {difference.module: f"{text} ({difference})"}
+            if not self._by_methods:
+                return None
             error, place = CannotRecord(f"{text}: {difference}"), difference.place
         except Exception as failure:
+            if isinstance(failure, VALUE_DEPENDENT) and not self._by_methods:
+                return None
             error, place = CannotRecord(f"{text}: {failure}"), raised_at(failure)
         error.place = place
         raise error
@@ -114,8 +127,13 @@ class _Recording:
                 recorder.placeholder(f"input_{i}", tensor)
             args, kwargs = self._task.signature.unflatten(inputs)
             mode.observer = recorder
+            if self._by_methods:
+                recorder.watch_methods(model)
             with torch.compiler.set_stance("force_eager"), observed(recorder), recorder:
+                states = foreign_randomness()
                 output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
+                if foreign_randomness() != states:
+                    raise CannotRecord("draws random numbers from Python's or numpy's generator")
             mode.observer = None
             leaves, out_spec = flatten_output(output)
             recorder.finish(leaves)
@@ -127,6 +145,7 @@ class _Recording:
             kept,
             tuple(f"the model's check at {place} became a guard in the graph" for place in places),
             constants=recorder.writer.constants,
+            methods=recorder.writer.methods,
             keepers=recorder.keepers,
         )
         return _Found(traced, recorder.failures, decisions, world.sized_by_values)

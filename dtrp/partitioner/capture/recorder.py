@@ -15,13 +15,18 @@ passed through) stops the recording of the module in question, rather than being
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +35,8 @@ from .decisions import Decisions, Undecided
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
-from .snapshot import foreign_randomness
+from .methods import KeptMethod, own_methods
+from .snapshot import foreign_randomness, preserved_randomness
 from .structure import Step, replace_tensors, tensors_in
 from .targets import node_form, property_name
 from .writer import CannotRecord, GraphWriter
@@ -43,6 +49,10 @@ _REFUSED = {
     "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
     "retain_grad": "asks a tensor to retain its gradient",
 }
+
+
+# What stops code that decides by values, or whose shapes depend on values, on fake tensors.
+VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class Recorder(TorchFunctionMode):
@@ -113,6 +123,8 @@ class Recorder(TorchFunctionMode):
             return args[0](*args[2:], **kwargs)
         target = GradientFunction(function)
         with self._pause():
+            if function.__module__ == "torch.utils.checkpoint":  # what it keeps for itself (torch 2.11)
+                return proceed(*args, **kwargs)
             return self._call(proceed, lambda _, a, k: ("call_function", target, a, k), args, kwargs)
 
     def on_module(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -126,9 +138,10 @@ class Recorder(TorchFunctionMode):
         self.writer.module = name
         states = foreign_randomness()
         try:
-            result = proceed(module, *args, **kwargs)
-            if foreign_randomness() != states:
-                raise CannotRecord("draws random numbers from Python's or numpy's generator")
+            with preserved_randomness():
+                result = proceed(module, *args, **kwargs)
+                if foreign_randomness() != states:
+                    raise CannotRecord("draws random numbers from Python's or numpy's generator")
             return result
         except Exception as error:
             if name in self._opened:
@@ -143,6 +156,44 @@ class Recorder(TorchFunctionMode):
             return result
         finally:
             self.writer.module = outer
+
+    def watch_methods(self, model: nn.Module) -> None:
+        """From now on keep methods whole, as low as possible, that the root calls and cannot be recorded."""
+        for path, module, name, method in own_methods(model):
+            call = functools.partial(self._on_method, f"{path}.{name}".removeprefix("."), module, method)
+            module.__dict__[name] = call  # the model's attributes are put back after the recording
+
+    def _on_method(
+        self, key: str, owner: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.paused or self.writer.module:
+            return method(*args, **kwargs)
+        kept = KeptMethod(owner, method.__name__, self._world.attributes)
+        if key in self._closed:
+            return self._method_leaf(key, kept, args, kwargs)
+        mark, outer = self.writer.mark(), self.writer.method
+        self.writer.method = key
+        try:
+            return method(*args, **kwargs)
+        except VALUE_DEPENDENT as error:
+            self.writer.roll_back(mark)
+            self.writer.module = ""
+            try:
+                result = self._method_leaf(key, kept, args, kwargs)
+            except Exception:
+                raise error from None
+            self.failures[key] = reason(error)
+            return result
+        finally:
+            self.writer.method = outer
+
+    def _method_leaf(self, key: str, kept: KeptMethod, args: Any, kwargs: Any) -> Any:
+        target = self.writer.hold(key, kept)
+        with self._pause():
+            form = ("call_module", target, args, kwargs)
+            return self._call(
+                lambda *a, **k: self._run(kept, nn.Module.__call__, a, k), lambda *_: form, args, kwargs
+            )
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """An assignment to a module's attribute."""
@@ -206,7 +257,7 @@ class Recorder(TorchFunctionMode):
         self.writer.learn(tensor, node)
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with self._pause():
+        with self._pause(), preserved_randomness():  # what it draws is its own affair
             outer, self.writer.module = self.writer.module, name
             try:
                 form = ("call_module", name, args, kwargs)

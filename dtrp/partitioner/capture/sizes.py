@@ -53,7 +53,9 @@ def free_the_batch(example: Traced, run: Run, model: nn.Module, tensors: Sequenc
             unify([example, other])
             world = FakeWorld()
             inputs = fake_inputs(world, tensors, batch, third)
-            propagate(model, example.graph, world, inputs, example.constants, keep=False)
+            propagate(
+                model, example.graph, world, inputs, {**example.constants, **example.methods}, keep=False
+            )
             return example
         except Differs as difference:
             problem = str(difference)
@@ -88,8 +90,10 @@ class Differs(Exception):
 
 
 def _caller(node: Node) -> str:
-    """The module whose code made the node: of a layer's node, the one that the layer is in."""
+    """What made the node: a module (of a layer's node, the one that the layer is in), or a method."""
     module = str(node.meta["module"])
+    if not module or (node.op == "call_module" and "." not in module):
+        return str(node.meta.get("method", ""))
     return module.rpartition(".")[0] if node.op == "call_module" else module
 
 

@@ -27,6 +27,8 @@ class Traced:
     keepers: dict[str, str] = field(default_factory=dict)
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # Methods that are kept whole, by the names that ``call_module`` nodes give them.
+    methods: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def copy(self) -> Traced:
         """The same with a graph of its own, to be changed."""
@@ -35,17 +37,21 @@ class Traced:
         graph.output_node().meta.update(self.graph.output_node().meta)
         return replace(self, graph=graph)
 
+    def module(self, model: nn.Module, name: str) -> nn.Module:
+        """The module that a ``call_module`` node calls."""
+        return self.methods[name] if name in self.methods else model.get_submodule(name)
+
     def graph_module(self, model: nn.Module) -> GraphModule:
         """The graph with the model's own modules, parameters and buffers."""
         held = {
-            str(n.target): _resolve(model, str(n.target), self.constants)
+            str(n.target): _resolve(model, str(n.target), {**self.constants, **self.methods})
             for n in self.graph.nodes
             if n.op in ("call_module", "get_attr")
         }
         return GraphModule(held, self.graph, type(model).__name__)
 
 
-def _resolve(model: nn.Module, name: str, constants: Mapping[str, torch.Tensor]) -> Any:
+def _resolve(model: nn.Module, name: str, constants: Mapping[str, Any]) -> Any:
     if name in constants:
         return constants[name]
     value: Any = model

@@ -55,7 +55,7 @@ def estimate_flops(model: nn.Module, traced: Traced) -> float:
         if not isinstance(output, torch.Tensor):
             continue
         if node.op == "call_module":
-            module = model.get_submodule(str(node.target))
+            module = traced.module(model, str(node.target))
             weights: list[torch.Tensor] = [
                 p for p in module.parameters() if p.dim() > 1 and not isinstance(module, nn.Embedding)
             ]

@@ -49,7 +49,10 @@ class GraphWriter:
     def __init__(self, model: nn.Module, world: FakeWorld) -> None:
         self.graph = Graph()
         self.module = ""  # qualified name of the module whose code is running
+        self.method = ""  # the root's or a submodule's, of which the root's code is running
         self.constants: dict[str, torch.Tensor] = {}
+        self.methods: dict[str, nn.Module] = {}  # that are kept whole, by the names that nodes give them
+        self._mode = "train" if model.training else "eval"
         self._world = world
         self._known: dict[int, _Known] = {}
         self._undo: list[tuple[int, _Known | None]] = []
@@ -69,6 +72,12 @@ class GraphWriter:
         self._describe(node, value)
         return node
 
+    def hold(self, key: str, method: nn.Module) -> str:
+        """The name under which nodes may call a method that is kept whole; another one in each mode."""
+        name = f"_{self._mode}_{key.replace('.', '_')}"
+        self.methods.setdefault(name, method)
+        return name
+
     def output(self, leaves: Sequence[Any]) -> None:
         """End the graph with the flat output."""
         node = self.graph.output(tuple(self.argument(leaf) for leaf in leaves))
@@ -77,6 +86,7 @@ class GraphWriter:
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = light(value)
         node.meta["module"] = self.module
+        node.meta["method"] = self.method
         node.meta["location"] = user_location() if node.op.startswith("call") else ""
 
     # Tensors
