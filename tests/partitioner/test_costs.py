@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.costs import cost_graph
@@ -121,6 +121,8 @@ def test_saved_bytes_are_those_that_autograd_keeps(name, device):
 
 @pytest.mark.parametrize("name", ["attention", "masked"])
 def test_flops_are_those_that_torch_counts(name, device):
+    if name == "attention" and torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
+        pytest.skip("this torch's own counter leaves out attention on the CPU, which dtrp counts")
     make, inputs = MODELS[name]
     model, args = make().train(), inputs()
     counter = FlopCounterMode(display=False)
