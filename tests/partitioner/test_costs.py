@@ -121,7 +121,10 @@ def test_saved_bytes_are_those_that_autograd_keeps(name, device):
 
 @pytest.mark.parametrize("name", ["attention", "masked"])
 def test_flops_are_those_that_torch_counts(name, device):
-    if name == "attention" and torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
+    if (
+        name == "attention"
+        and torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry
+    ):
         pytest.skip("this torch's own counter leaves out attention on the CPU, which dtrp counts")
     make, inputs = MODELS[name]
     model, args = make().train(), inputs()
