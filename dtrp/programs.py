@@ -56,7 +56,8 @@ def _positions(model: nn.Module) -> dict[str, int]:
     names: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         names.append(path)
-        names += [f"{path}.{own}" if path else own for own in (*module._parameters.keys(), *module._buffers.keys())]
+        own = (*module._parameters, *module._buffers)
+        names += [f"{path}.{name}" if path else name for name in own]
     return {name: i for i, name in enumerate(dict.fromkeys(names))}
 
 
