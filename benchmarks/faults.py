@@ -258,7 +258,10 @@ KINDS: dict[str, tuple[str, Callable[[int], tuple[float, bool, str]]]] = {
     "skip": ("NaN loss, on_nonfinite='skip'", skipped),
     "loader": ("exception in the user's loader", loader_fails),
     "orphan": ("caller killed (SIGKILL)", partial(caller, signal.SIGKILL)),
-    "interrupt": ("Ctrl-C (SIGINT to the caller)", partial(caller, signal.SIGINT)),
+    "interrupt": (
+        "Ctrl-C (SIGINT to the caller), to the end of its interpreter",
+        partial(caller, signal.SIGINT),
+    ),
 }
 
 
