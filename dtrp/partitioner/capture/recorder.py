@@ -188,11 +188,10 @@ class Recorder(TorchFunctionMode):
             self.writer.method = outer
 
     def _method_leaf(self, key: str, kept: KeptMethod, args: Any, kwargs: Any) -> Any:
-        target = self.writer.hold(key, kept)
+        form = ("call_module", self.writer.hold(key, kept), args, kwargs)
         with self._pause():
-            form = ("call_module", target, args, kwargs)
             return self._call(
-                lambda *a, **k: self._run(kept, nn.Module.__call__, a, k), lambda *_: form, args, kwargs
+                lambda *a, **k: self._world.really_run(kept, a, k), lambda *_: form, args, kwargs
             )
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
