@@ -257,6 +257,12 @@ class Pipeline:
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("no parameter of the model requires gradient: there is nothing to train")
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"the module {path or 'itself'!r} is TorchScript, whose parameters cannot be handed to a "
+                    "stage's optimizer: train the module that it was made from, and script it afterwards"
+                )
         build_optimizer(trainable, config)  # complains now rather than in a worker
         return Trainer(
             self,

@@ -325,6 +325,18 @@ def test_nothing_to_train() -> None:
         compiled(model).trainer(F.cross_entropy, SGD)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_torchscript_is_not_trained(no_workers: None) -> None:
+    """Its parameters are copies at each look: an optimizer would move what nobody computes with."""
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    pipe = dtrp.compile(model, n_gpus=2, example_inputs=x)
+    assert torch.equal(pipe(x), model(x))
+    with pytest.raises(TypeError, match="the module '1' is TorchScript"):
+        pipe.trainer(F.cross_entropy, partial(torch.optim.SGD, lr=0.1))
+
+
 def test_what_cannot_be_sent_to_a_worker(pipe: dtrp.Pipeline, no_workers: None) -> None:
     import threading
 
