@@ -100,7 +100,7 @@ def timm_sample(name: str) -> Sample:
     size: tuple[int, ...] = (3, 224, 224)
     if config is not None:
         size = tuple(config.min_input_size or config.input_size)
-        if max(config.input_size[1:]) <= 128:
+        if config.fixed_input_size or max(config.input_size[1:]) <= 128:
             size = tuple(config.input_size)
 
     def build() -> nn.Module:
