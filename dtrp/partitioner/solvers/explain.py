@@ -63,22 +63,22 @@ def infeasible(problem: Problem, solution: Solution) -> InfeasiblePlanError:
     mine = np.flatnonzero(fit.stage == stage)
     heaviest = int(mine[np.argmax(held[mine])])
     where = (
-        f"stage {stage} would then hold {need.memory[stage]:,.10g} bytes, the largest part of it "
-        f"{describe_group(problem, heaviest)} with {held[heaviest]:,.10g}"
+        f"stage {stage} would then hold {need.memory[stage]:,.15g} bytes, the largest part of it "
+        f"{describe_group(problem, heaviest)} with {held[heaviest]:,.15g}"
     )
     limits = problem.limits
     if np.all(limits == limits[0]):
         least = _round_up(fit.load * float(limits[0]))
-        proven = "" if fit.optimal else f" (proven: not below {fit.bound.value * limits[0]:,.10g})"
+        proven = "" if fit.optimal else f" (proven: not below {fit.bound.value * limits[0]:,.15g})"
         return InfeasiblePlanError(
-            f"no partition into {k} stages fits {limits[0]:,.10g} bytes per stage; the smallest limit that "
-            f"can be met is {least:,.10g} bytes{proven}: {where}. Raise the limit or use more stages.",
+            f"no partition into {k} stages fits {limits[0]:,.15g} bytes per stage; the smallest limit that "
+            f"can be met is {least:,.15g} bytes{proven}: {where}. Raise the limit or use more stages.",
             smallest_limit=least,
         )
     proven = "" if fit.optimal else f" (proven: not less than {fit.bound.value:.6g} times)"
     return InfeasiblePlanError(
         f"no partition into {k} stages fits the stages' memory limits; they would have to be {fit.load:.6g} "
-        f"times as large{proven}: {where}, and its limit is {limits[stage]:,.10g}. "
+        f"times as large{proven}: {where}, and its limit is {limits[stage]:,.15g}. "
         f"Raise the limits or use more stages."
     )
 
