@@ -38,20 +38,27 @@ def op_cost(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
     if not written:
         return None
     dtype = next((t.dtype for t in read if t.is_floating_point()), written[0].dtype)
-    flops = 0
-    packet = func._overloadpacket
-    count = _EXTRA.get(packet)
-    if packet is _aten.convolution_backward and args[9] > 1:
-        flops = _grouped_backward(args)
-    elif packet in flop_registry:
-        flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-    elif count is not None:
-        flops = int(count(args, kwargs, out))
+    flops = op_flops(func, args, kwargs, out)
     if func._schema.name in _GATHERS:  # reads as much of its table as it gives, not all of it
         moved = 2 * sum(map(_size, written))
     else:
         moved = sum(map(_size, read)) + sum(map(_size, written))
     return OpCost(flops, moved, dtype)
+
+
+def has_flops(func: Any) -> bool:
+    """Whether calls of an operator count FLOPs at all."""
+    return func._overloadpacket in flop_registry or func._overloadpacket in _EXTRA
+
+
+def op_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """The FLOPs of one call; only the shapes of its tensors matter."""
+    packet = func._overloadpacket
+    if packet is _aten.convolution_backward and args[9] > 1:
+        return _grouped_backward(args)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    return int(_EXTRA[packet](args, kwargs, out)) if packet in _EXTRA else 0
 
 
 _GATHERS = {"aten::embedding", "aten::index_select", "aten::gather", "aten::index"}

@@ -239,6 +239,8 @@ def test_a_mask_of_a_transformer_is_no_branch_on_values():
             torch.testing.assert_close(captured.graph(training)(a, b, mask), expected)
 
 
+# torch.compile itself looks at .grad of its inputs; with warnings as errors the plain model fails as well.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_submodule(x):
     model = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager"))
     captured = capture(model, (x,))
@@ -413,6 +415,60 @@ def test_python_values_made_from_tensors_are_refused(x):
     model = Part(lambda m, x: m.b(x) * m.inner(m.a(x))[1], lambda m, x: (x, float(x.sum())))
     with pytest.raises(CaptureError, match=r"test_capture_constructs\.py:\d+"):
         capture(model, (x,), run=False)
+
+
+def intervals(m, x):
+    rows = x[(x.sum(-1) > 0).nonzero()[:, 0]]
+    return torch.stack([rows.amin(-1), rows.amax(-1) + 1], -1)
+
+
+def lengths(m, rows):
+    for low, high in rows.tolist():
+        assert low < high, "an interval ends before it begins"
+    return (rows[:, 1] - rows[:, 0])[(rows.sum(-1) != 0).nonzero()[:, 0]]
+
+
+def test_what_a_module_kept_whole_gives_is_what_the_next_one_gets(x):
+    """Random numbers would not do for code that expects the corners of boxes in order."""
+    captured = assert_faithful(nn.Sequential(nn.Linear(4, 4), Part(intervals), Part(lengths)), (x,))
+    assert [k.module for k in captured.kept_whole] == ["1", "2"]
+
+
+def fill_in(m, found):
+    """Into the caller's own list and dict, as torchvision's postprocessing does."""
+    found[0]["norm"] = torch.full((3,), float(found[0]["row"].norm()))
+    found.append(found[0]["row"] * (1 if found[0]["row"].sum() > 0 else 2))
+    return found
+
+
+@pytest.mark.parametrize("way", ["its result", "the caller's objects"])
+def test_objects_that_a_module_changes(way, x):
+    """A list and a dict that a module kept whole fills: their contents are known by its result."""
+
+    def use(m, x):
+        found = [{"row": m.a(x)}]
+        result = m.inner(found)
+        if way == "the caller's objects":
+            result = found
+        return m.b(result[1] + result[0]["row"]) * result[0]["norm"].sum()
+
+    captured = assert_faithful(Part(use, fill_in), (x,))
+    assert [k.module for k in captured.kept_whole] == ["inner"]
+
+
+def test_objects_that_a_module_changes_unseen_are_refused(x):
+    """What it puts into the caller's dict must not be lost, or stay as it was in the example."""
+
+    def hidden(m, found):
+        fill_in(m, found)
+        return found[0]["row"]
+
+    def use(m, x):
+        found = [{"row": m.a(x)}]
+        return m.inner(found) * found[0]["norm"].sum()
+
+    with pytest.raises(CaptureError, match="a branch on|decides something by the values"):
+        capture(Part(use, hidden), (x,), run=False)
 
 
 def test_random_numbers_from_python_in_the_root_are_refused(x):

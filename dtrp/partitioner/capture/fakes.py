@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .real import RealRun, RealRuns, plain_values
-from .structure import map_tensors, tensors_in
+from .structure import map_tensors, mirror, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
 Sizes = Literal["found", "other", "none"]
@@ -35,6 +35,8 @@ class FakeWorld:
         self.attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
+        self._met: dict[int, torch.Tensor] = {}  # what modules really gave, by the id of the fake for it
+        self._held: list[torch.Tensor] = []  # these fakes, so that their ids are not given to others
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
         self.sized_by_values = False
@@ -94,36 +96,44 @@ class FakeWorld:
         with _disable_current_modes(), self.left_by(module):
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
-            run = self._runs.of(module, args, kwargs)
+            run = self._runs.of(module, args, kwargs, self._met)
             inputs: list[torch.Tensor] = []
             map_tensors(inputs.append, (args, kwargs))
-            return self._imagined(run, {id(y): x for y, x in zip(run.inputs, inputs, strict=True)})
+            back = {id(y): x for y, x in zip(run.inputs, inputs, strict=True)}
+            result = self._imagined(run, back)
+            if run.changed is not None:
+                mirror((args, kwargs), run.changed, lambda x: map_tensors(lambda t: _known(t, back), x))
+            return result
 
     def _imagined(self, run: RealRun, back: dict[int, torch.Tensor]) -> Any:
-        """The result of ``run`` on fake tensors; ``back`` has the module's inputs by the real ones' ids."""
+        """The result of ``run`` on fake tensors; ``back``: fake ones by the real ones' ids, added to."""
         tensors, others = list(tensors_in(run.result)), list(tensors_in(run.other))
         if [steps for steps, _ in tensors] != [steps for steps, _ in others]:
             raise RuntimeError("how many tensors the module gives depends on values")
         if not tensors or plain_values(run.result) != plain_values(run.other):
             raise RuntimeError("it gives numbers or other Python values that it makes from tensors")
-        shapes = {id(a): tuple(b.shape) for (_, a), (_, b) in zip(tensors, others, strict=True)}
+        second = {id(a): b for (_, a), (_, b) in zip(tensors, others, strict=True)}
 
         def fake(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
             if id(x) in back:
                 return back[id(x)]
-            sizes, sizes_too = tuple(x.shape), shapes[id(x)]
+            key, sizes, sizes_too = id(x), tuple(x.shape), tuple(second[id(x)].shape)
             if len(sizes) != len(sizes_too):
                 raise RuntimeError("how many dimensions a tensor that the module gives has depends on values")
             if not all(sizes) or sizes != sizes_too:
                 self.sized_by_values = True
                 valued = [not a or a != b for a, b in zip(sizes, sizes_too, strict=True)]
                 if self.sizes == "other":
-                    x = x.new_empty([size or 1 for size in sizes_too])
+                    x = second[id(x)] if all(sizes_too) else x.new_zeros([size or 1 for size in sizes_too])
                 elif self.sizes == "none":
-                    x = x.new_empty([0 if v else size for size, v in zip(sizes, valued, strict=True)])
-            return self.mode.from_tensor(x.detach().clone()).requires_grad_(x.requires_grad)
+                    x = x.new_zeros([0 if v else size for size, v in zip(sizes, valued, strict=True)])
+            made = self.mode.from_tensor(x.detach().clone()).requires_grad_(x.requires_grad)
+            self._met[id(made)] = x
+            self._held.append(made)
+            back[key] = made
+            return made
 
         return map_tensors(fake, run.result)
 
@@ -155,6 +165,12 @@ class FakeWorld:
         finally:
             for registry, name, value in (*swapped, *changed):
                 registry[name] = value
+
+
+def _known(tensor: torch.Tensor, fakes: dict[int, torch.Tensor]) -> torch.Tensor:
+    if id(tensor) not in fakes:
+        raise RuntimeError("the module puts a tensor into an object that it is given, and does not return it")
+    return fakes[id(tensor)]
 
 
 def fake_inputs(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from dtrp.partitioner.sketch import Sketch
+
 from .snapshot import untouched
-from .structure import flatten_output, map_tensors
+from .structure import flatten_output, map_tensors, mutable, tensors_in
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -23,6 +25,16 @@ class RealRun:
     inputs: tuple[torch.Tensor, ...]  # the first ones, in order; they may come out again in the result
     result: Any
     other: Any
+    flops: int  # of a run
+    changed: Any  # the arguments after the first run, if it put other tensors into lists and dicts among them
+
+
+@dataclass(frozen=True)
+class _Run:
+    inputs: tuple[torch.Tensor, ...]
+    result: Any
+    changed: Any
+    flops: int
 
 
 class RealRuns:
@@ -31,8 +43,29 @@ class RealRuns:
     def __init__(self) -> None:
         self._made: dict[Hashable, RealRun] = {}
 
-    def of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RealRun:
+    def flops_of(self, module: nn.Module) -> int:
+        """FLOPs of the first run of ``module`` (as the example has it), 0 if there was none."""
+        return next((run.flops for run in self._made.values() if run.module is module), 0)
+
+    def of(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        met: Mapping[int, torch.Tensor],
+    ) -> RealRun:
         """Run ``module`` with its present parameters on tensors like those given. Nothing of it is changed.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The module.
+        args, kwargs
+            Its arguments, with fake tensors.
+        met : mapping
+            By a fake tensor's id, the real one that a module before this one gave. The first run takes
+            these, which code with expectations can do with (boxes have their corners in order); the second
+            takes them, halved, only where random numbers will not do.
 
         Raises
         ------
@@ -42,9 +75,12 @@ class RealRuns:
         key = _key(module, args, kwargs)
         if key in self._made:
             return self._made[key]
-        result, inputs = _run(module, args, kwargs, seed=0)
-        other, _ = _run(module, args, kwargs, seed=1)
-        run = RealRun(module, inputs, result, other)
+        first = _run(module, args, kwargs, 0, lambda t: _met(t, met))
+        try:
+            second = _run(module, args, kwargs, 1, _random_like)
+        except Exception:
+            second = _run(module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
+        run = RealRun(module, first.inputs, first.result, second.result, first.flops, first.changed)
         if key is not None:
             self._made[key] = run
         return run
@@ -73,29 +109,52 @@ def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ha
 
 
 def _run(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
-) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seed: int,
+    make: Callable[[torch.Tensor], torch.Tensor],
+) -> _Run:
+    """Run with the inputs that ``make`` makes."""
     given: list[torch.Tensor] = []
+    cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: a tensor, and the same without history
 
     def real(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
-            given.append(_random_like(x))
+            given.append(make(x))
             return given[-1]
         return x
 
     def without_history(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or any(x is y for y in given):
             return x
-        return x.detach().requires_grad_(x.requires_grad)
+        if id(x) not in cut:
+            cut[id(x)] = x, x.detach().requires_grad_(x.requires_grad)
+        return cut[id(x)][1]
 
     with untouched(module, tensors=True):
         torch.manual_seed(seed)
-        inputs = map_tensors(real, (args, kwargs))
+        inputs = map_tensors(real, mutable((args, kwargs)))
+        before = [id(t) for _, t in tensors_in(inputs)]
         versions = [int(tensor._version) for tensor in given]
-        result = module(*inputs[0], **inputs[1])
+        with Sketch() as sketch:
+            result = module(*inputs[0], **inputs[1])
         if [int(tensor._version) for tensor in given] != versions:
             raise RuntimeError("the module changes its inputs in place")
-        return map_tensors(without_history, result), tuple(given)
+        result, after = map_tensors(without_history, result), map_tensors(without_history, inputs)
+    changed = [id(t) for _, t in tensors_in(after)] != before
+    return _Run(tuple(given), result, after if changed else None, sketch.flops)
+
+
+def _met(fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
+    """The real tensor behind ``fake`` if it is known, else a random one."""
+    real = met.get(id(fake))
+    if real is None or real.shape != fake.shape:
+        return _random_like(fake)
+    real = real.detach().clone()
+    if real.is_floating_point() or real.is_complex():
+        real *= scale
+    return real.requires_grad_(fake.requires_grad)
 
 
 def _random_like(fake: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ from .leaves import is_leaf
 from .location import raised_at, user_location
 from .methods import KeptMethod, own_methods
 from .snapshot import foreign_randomness, preserved_randomness
-from .structure import Step, replace_tensors, tensors_in
+from .structure import Step, mirror, replace_tensors, tensors_in
 from .targets import node_form, property_name
 from .writer import CannotRecord, GraphWriter
 
@@ -136,6 +136,7 @@ class Recorder(TorchFunctionMode):
             return self._leaf(name, module, proceed, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.module
         self.writer.module = name
+        found = self._fake((args, kwargs))
         states = foreign_randomness()
         try:
             with preserved_randomness():
@@ -148,6 +149,7 @@ class Recorder(TorchFunctionMode):
                 raise
             self.writer.roll_back(mark)
             self.writer.module = outer
+            mirror((args, kwargs), found, lambda x: x)  # what it has put in so far is known no more
             try:
                 result = self._leaf(name, module, proceed, args, kwargs)
             except Exception:
@@ -173,11 +175,13 @@ class Recorder(TorchFunctionMode):
             return self._method_leaf(key, kept, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.method
         self.writer.method = key
+        found = self._fake((args, kwargs))
         try:
             return method(*args, **kwargs)
         except VALUE_DEPENDENT as error:
             self.writer.roll_back(mark)
             self.writer.module = ""
+            mirror((args, kwargs), found, lambda x: x)
             try:
                 result = self._method_leaf(key, kept, args, kwargs)
             except Exception:
@@ -188,10 +192,13 @@ class Recorder(TorchFunctionMode):
             self.writer.method = outer
 
     def _method_leaf(self, key: str, kept: KeptMethod, args: Any, kwargs: Any) -> Any:
-        form = ("call_module", self.writer.hold(key, kept), args, kwargs)
+        name = self.writer.hold(key, kept)
         with self._pause():
             return self._call(
-                lambda *a, **k: self._world.really_run(kept, a, k), lambda *_: form, args, kwargs
+                lambda *a, **k: self._world.really_run(kept, a, k),
+                lambda _, a, k: ("call_module", name, a, k),
+                args,
+                kwargs,
             )
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
@@ -223,14 +230,21 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, function: Callable[..., Any], form: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run ``function`` on fakes and, if it gives or changes a tensor, make it a node."""
-        args, kwargs = self._fake(args), self._fake(kwargs)
-        inputs = [t for _, t in tensors_in((args, kwargs))]
+        given = args, kwargs
+        args, kwargs = self._fake(given)
+        before = self._fake(given)
+        inputs = [t for _, t in tensors_in(before)]
         versions = [_version(t) for t in inputs]
         result = function(*args, **kwargs)
-        if [id(t) for _, t in tensors_in((args, kwargs))] != [id(t) for t in inputs]:
-            raise CannotRecord("changes an object that it is given")
-        changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
         outputs = list(tensors_in(result))
+        held = [t for _, t in tensors_in((args, kwargs))]
+        if [id(t) for t in held] != [id(t) for t in inputs]:
+            # Only what the node gives can be known by it; the caller's objects follow.
+            if not {id(t) for t in held} <= {id(t) for t in inputs} | {id(t) for _, t in outputs}:
+                raise CannotRecord("puts a tensor into an object that it is given, and does not return it")
+            mirror(given, (args, kwargs), lambda x: x)
+        args, kwargs = before
+        changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
         if not outputs and not changed:
             return result  # a question, answered
         node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
@@ -259,9 +273,11 @@ class Recorder(TorchFunctionMode):
         with self._pause(), preserved_randomness():  # what it draws is its own affair
             outer, self.writer.module = self.writer.module, name
             try:
-                form = ("call_module", name, args, kwargs)
                 return self._call(
-                    lambda *a, **k: self._run(module, proceed, a, k), lambda *_: form, args, kwargs
+                    lambda *a, **k: self._run(module, proceed, a, k),
+                    lambda _, a, k: ("call_module", name, a, k),
+                    args,
+                    kwargs,
                 )
             finally:
                 self.writer.module = outer

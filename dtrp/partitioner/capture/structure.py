@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.fx import Proxy
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 # One step into a value, as the fx function that makes it: (operator.getitem, key) or (getattr, name).
@@ -111,6 +112,36 @@ def replace_tensors(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
     if type(value) is dict:
         return {k: replace_tensors(v, by_id) for k, v in value.items()}
     return value
+
+
+def mutable(value: Any) -> Any:
+    """``value`` with lists and dicts in place of the immutable ones that fx hands to what a node calls."""
+    if isinstance(value, immutable_list) or type(value) is list:
+        return [mutable(x) for x in value]
+    if isinstance(value, immutable_dict) or type(value) is dict:
+        return {k: mutable(v) for k, v in value.items()}
+    return tuple(mutable(x) for x in value) if type(value) is tuple else value
+
+
+def mirror(ours: Any, theirs: Any, convert: Callable[[Any], Any]) -> Any:
+    """Change lists and dicts in ``ours`` as their counterparts in ``theirs`` were; the result is ``ours``.
+
+    What has no counterpart is taken from ``theirs``, converted.
+    """
+    if type(ours) is dict and isinstance(theirs, dict):
+        items = {k: mirror(ours.get(k), v, convert) for k, v in theirs.items()}
+        ours.clear()
+        ours.update(items)
+        return ours
+    if type(ours) is list and isinstance(theirs, list):
+        beside = ours + [None] * (len(theirs) - len(ours))
+        ours[:] = [mirror(a, b, convert) for a, b in zip(beside, theirs, strict=False)]
+        return ours
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        for a, b in zip(ours, theirs, strict=True):
+            mirror(a, b, convert)
+        return ours
+    return convert(theirs)
 
 
 def _holds_tensors(value: Any, depth: int) -> bool:

@@ -44,18 +44,21 @@ def cost_of_running(task: Task, traced: Traced) -> float:
         return float("inf")
     size, batch = batch_of(tensors)
     share = min(1.0, _SAMPLES / size) if batch and size and not traced.batch_fixed else 1.0
-    return share * estimate_flops(model, traced)
+    return share * _estimate_flops(task, traced)
 
 
-def estimate_flops(model: nn.Module, traced: Traced) -> float:
+def _estimate_flops(task: Task, traced: Traced) -> float:
     """Roughly the FLOPs of a forward pass: those of matrix products and convolutions with a weight."""
     total = 0.0
     for node in traced.graph.nodes:
         output = node.meta.get("val")
+        module = traced.module(task.model, str(node.target)) if node.op == "call_module" else None
+        if module is not None and task.runs.flops_of(module):
+            total += task.runs.flops_of(module)
+            continue
         if not isinstance(output, torch.Tensor):
             continue
-        if node.op == "call_module":
-            module = traced.module(model, str(node.target))
+        if module is not None:
             weights: list[torch.Tensor] = [
                 p for p in module.parameters() if p.dim() > 1 and not isinstance(module, nn.Embedding)
             ]
