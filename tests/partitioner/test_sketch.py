@@ -46,7 +46,8 @@ def test_heavy_ones_give_random_numbers_of_the_same_kind(model, shape):
         drawn = model(*given)
     true, drawn = (v[0] if isinstance(v, tuple) else v for v in (true, drawn))
     assert (drawn.shape, drawn.dtype, drawn.stride()) == (true.shape, true.dtype, true.stride())
-    assert drawn.requires_grad and drawn.isfinite().all()
+    assert drawn.requires_grad
+    assert drawn.isfinite().all()
     assert drawn.std() > 0
     if not isinstance(model, nn.LSTM):  # one operator of many small ones, of which torch has no count
         assert not torch.equal(drawn, true)
@@ -71,7 +72,8 @@ def test_modules_that_really_run_are_sketched():
     runs, x = RealRuns(), torch.randn(256, 64)
     run = runs.of(Picked(), (x,), {}, {})
     assert run.flops == counted(Picked(), x) == 2 * 2 * 256 * 64 * 4096
-    assert run.result.shape[1] == 64 and 0 < len(run.result) < 256
+    assert run.result.shape[1] == 64
+    assert 0 < len(run.result) < 256
     assert runs.flops_of(run.module) == run.flops
 
 

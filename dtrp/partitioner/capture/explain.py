@@ -33,6 +33,11 @@ class Failure:
         return getattr(self.error, "place", "") or raised_at(self.error)
 
     @property
+    def whole(self) -> str:
+        """Why `module` could not be kept whole instead, ``""`` if that was not tried."""
+        return str(getattr(self.error, "dtrp_whole", ""))
+
+    @property
     def module(self) -> str | None:
         """Qualified name of the module that was running, if known."""
         found = getattr(self.error, "dtrp_module", None)
@@ -50,14 +55,12 @@ _KNOWN = (
             "is_nonzero",
         ),
         "Python code decides something by the values in a tensor (if, while, int(), .item(), bool())",
-        "Compute both sides and choose with torch.where, or move this code into a submodule of its own: it "
-        "is then kept whole, as one node.",
+        "Compute both sides and choose with torch.where, or {whole}.",
     ),
     (
         ("DynamicOutputShape", "nonzero", "masked_select", "unique"),
         "the shape of a tensor depends on the values in another (nonzero, boolean indexing, unique)",
-        "Use torch.where or a mask of fixed shape, or move this code into a submodule of its own: it is then "
-        "kept whole, as one node.",
+        "Use torch.where or a mask of fixed shape, or {whole}.",
     ),
     (
         ("differs from the model", "gives"),
@@ -67,8 +70,8 @@ _KNOWN = (
     ),
     (
         ("CannotRecord",),
-        "the root module itself does something that a graph cannot hold",
-        "Move this code into a submodule of its own: it is then kept whole, as one node.",
+        "the model does something that a graph cannot hold",
+        "Rewrite this line without it, or {whole}.",
     ),
 )
 
@@ -81,11 +84,14 @@ def capture_error(model: nn.Module, failures: Sequence[Failure]) -> CaptureError
     module = next((f.module for f in (chief, *failures) if f.module), "")
     where = f"module {module!r}" if module else f"{type(model).__name__}.forward"
     construct, remedy = _construct(failures, chief)
+    whole = "move this code into a submodule of its own: it is then kept whole, as one node"
+    if chief.whole:
+        whole = f"see to it that module {chief.module!r} can be kept whole: now it cannot ({chief.whole})"
     lines = [
         f"{type(model).__name__} could not be turned into a graph.",
         f"  where: {where}{', ' + place if place else ''}",
         f"  what:  {construct}",
-        f"  to do: {remedy}",
+        f"  to do: {remedy.replace('{whole}', whole)}",
         "  tried:",
     ]
     lines += [f"    {f.way}: {f.text}{' (' + f.place + ')' if f.place else ''}" for f in failures]
@@ -99,6 +105,5 @@ def _construct(failures: Sequence[Failure], chief: Failure) -> tuple[str, str]:
                 return construct, remedy
     return (
         f"running it on tensors of the example's shapes failed: {chief.text}",
-        "Check that model(*args, **kwargs) itself runs with the example inputs; if it does, move the code at "
-        "this line into a submodule of its own: it is then kept whole, as one node.",
+        "Check that model(*args, **kwargs) itself runs with the example inputs; if it does, {whole}.",
     )

@@ -152,8 +152,11 @@ class Recorder(TorchFunctionMode):
             mirror((args, kwargs), found, lambda x: x)  # what it has put in so far is known no more
             try:
                 result = self._leaf(name, module, proceed, args, kwargs)
-            except Exception:
-                raise error from None  # what is wrong inside says more than what is wrong with the leaf
+            except Exception as whole:
+                # What is wrong inside says more than what is wrong with the leaf, which is told beside it.
+                if not hasattr(error, "dtrp_module"):
+                    error.__dict__.update(dtrp_module=name, dtrp_whole=reason(whole))
+                raise error from None
             self.failures[name] = reason(error)
             return result
         finally:
@@ -288,7 +291,8 @@ class Recorder(TorchFunctionMode):
         except Exception as error:
             try:
                 return self._world.really_run(module, args, kwargs)
-            except Exception:
+            except Exception as real:
+                error.__dict__.setdefault("dtrp_real", reason(real))
                 raise error from None
 
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
@@ -363,6 +367,8 @@ class Recorder(TorchFunctionMode):
 
 def reason(error: BaseException) -> str:
     """One line that says why a module could not be recorded, with the user's line."""
+    if hasattr(error, "dtrp_real"):  # it could not even run on real tensors
+        return str(error.dtrp_real)
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     place = raised_at(error)
     if not isinstance(error, CannotRecord):
