@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--max-params", type=float, default=100e6, help="larger models are not run")
     parser.add_argument("--names", nargs="+", help="these models only")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
+    parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for one model")
     parser.add_argument("--json", help="write all rows to this file")
     options = parser.parse_args(argv)
     rows = []

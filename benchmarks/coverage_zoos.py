@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 import warnings
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 Tensor = torch.Tensor
+
+_LARGE = 256  # pixels
 
 
 @dataclass
@@ -93,7 +96,7 @@ def timm_names(sample: int | None, seed: int) -> list[str]:
 
 
 def timm_sample(name: str) -> Sample:
-    """A timm model at the resolution that it is registered with (256 pixels at most if it can)."""
+    """A timm model at the resolution that it is registered with, or at 256 pixels if it takes less."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -103,13 +106,22 @@ def timm_sample(name: str) -> Sample:
         if config.fixed_input_size or max(config.input_size[1:]) <= 128:
             size = tuple(config.input_size)
 
-    def build() -> nn.Module:
+    def build(**options: Any) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: nn.Module = timm.create_model(name, pretrained=False)
+            model: nn.Module = timm.create_model(name, pretrained=False, **options)
         return model
+
+    options: dict[str, Any] = {}
+    if max(size[1:]) > _LARGE:
+        for candidate in ({}, {"img_size": _LARGE}):
+            smaller = (size[0], _LARGE, _LARGE)
+            with contextlib.suppress(Exception), torch.device("meta"):
+                build(**candidate)(torch.empty(2, *smaller))
+                size, options = smaller, candidate
+                break
 
     def images(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (torch.randn(batch, *size),), {}
 
-    return Sample(name, build, images, {"size": size})
+    return Sample(name, lambda: build(**options), images, {"size": size, **options})

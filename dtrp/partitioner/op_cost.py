@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _aten = torch.ops.aten
@@ -59,6 +60,21 @@ def op_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     return int(_EXTRA[packet](args, kwargs, out)) if packet in _EXTRA else 0
+
+
+class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the FLOPs of all operators that run under it, on fake tensors as on real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.flops += op_flops(func, args, kwargs or {}, out)
+        return out
 
 
 _GATHERS = {"aten::embedding", "aten::index_select", "aten::gather", "aten::index"}

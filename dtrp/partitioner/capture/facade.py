@@ -23,7 +23,7 @@ from .record import record
 from .snapshot import untouched
 from .symbolic import trace_symbolically
 from .task import Task
-from .verify import MAX_FLOPS, Unfaithful, cost_of_running, verify
+from .verify import MAX_FLOPS, MAX_FLOPS_BACKWARD, Unfaithful, cost_of_running, verify
 
 Way = Callable[[Task], BothModes]
 
@@ -137,6 +137,11 @@ def _check(task: Task, both: BothModes, run: bool) -> tuple[str, ...]:
         )
     verify(task, both.train, True, flops)
     verify(task, both.eval, False, flops)
+    if flops > MAX_FLOPS_BACKWARD:
+        return (
+            "the graph's outputs were compared with the model's, its gradients were not: a forward pass of "
+            f"two samples takes about {flops:.1e} FLOPs, more than {MAX_FLOPS_BACKWARD:.1e}",
+        )
     return ()
 
 

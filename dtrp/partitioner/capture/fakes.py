@@ -40,6 +40,7 @@ class FakeWorld:
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
         self.sized_by_values = False
+        self.flops = 0  # of what `really_run` ran
         self.sizes: Sizes = "found"
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -97,6 +98,7 @@ class FakeWorld:
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
             run = self._runs.of(module, args, kwargs, self._met)
+            self.flops += run.flops
             inputs: list[torch.Tensor] = []
             map_tensors(inputs.append, (args, kwargs))
             back = {id(y): x for y, x in zip(run.inputs, inputs, strict=True)}

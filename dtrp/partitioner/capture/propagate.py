@@ -12,6 +12,8 @@ from torch import nn
 from torch.fx import Graph, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from dtrp.partitioner.op_cost import FlopCount
+
 from .fakes import FakeWorld, light
 from .snapshot import untouched
 
@@ -28,10 +30,12 @@ class _Propagator(Interpreter):
         world: FakeWorld,
         constants: Mapping[str, Any],
         keep: bool,
+        count: FlopCount,
     ) -> None:
         super().__init__(model, garbage_collect_values=True, graph=graph)
         self._world = world
         self._keep = keep
+        self._count = count
         self._constants = constants
         self.extra_traceback = False
 
@@ -45,9 +49,11 @@ class _Propagator(Interpreter):
         return self._constants[target] if target in self._constants else super().fetch_attr(target)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        counted = self._count.flops
         try:
             return super().call_module(target, args, kwargs)
         except Exception as error:
+            self._count.flops = counted  # it stopped half-way
             try:
                 return self._world.really_run(self.fetch_attr(target), args, kwargs)
             except Exception:
@@ -67,13 +73,17 @@ def propagate(
     inputs: Sequence[torch.Tensor],
     constants: Mapping[str, Any] = MappingProxyType({}),
     keep: bool = True,
+    count: FlopCount | None = None,
 ) -> Any:
     """Run ``graph`` on fake ``inputs``, fill each ``meta["val"]`` (if ``keep``), and give the flat output.
 
+    ``count`` gets the FLOPs of what runs on fake tensors; ``world`` counts what really runs.
+
     Nothing is computed, and the model's parameters and buffers are not touched.
     """
-    with untouched(model), world.inhabited_by(model), torch.enable_grad():
-        return _Propagator(model, graph, world, constants, keep).run(*inputs)
+    count = count or FlopCount()
+    with untouched(model), world.inhabited_by(model), torch.enable_grad(), count:
+        return _Propagator(model, graph, world, constants, keep, count).run(*inputs)
 
 
 def fold_constants(graph: Graph) -> None:

@@ -43,10 +43,6 @@ class RealRuns:
     def __init__(self) -> None:
         self._made: dict[Hashable, RealRun] = {}
 
-    def flops_of(self, module: nn.Module) -> int:
-        """FLOPs of the first run of ``module`` (as the example has it), 0 if there was none."""
-        return next((run.flops for run in self._made.values() if run.module is module), 0)
-
     def of(
         self,
         module: nn.Module,

@@ -5,7 +5,8 @@ updated buffers and (in training) all gradients are compared; over two calls in 
 that what one call leaves behind for the next is seen too. Afterwards the model and all random states are as
 they were.
 
-Large models are not run: the budget is `MAX_FLOPS` for a forward pass of two samples.
+How much of this is done depends on what a forward pass of two samples costs: above `MAX_FLOPS_BACKWARD`
+gradients are left out, above `MAX_FLOPS` everything.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from dtrp.partitioner.op_cost import FlopCount
+
+from .fakes import FakeWorld, fake_inputs
 from .modes import in_mode
+from .propagate import propagate
 from .sizes import batch_of
 from .snapshot import preserved_randomness, untouched
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
 
-MAX_FLOPS = 1e10
+MAX_FLOPS = 5e10
+MAX_FLOPS_BACKWARD = 1e10
 _MAX_FLOPS_TWICE = 1e9  # up to here, two calls in a row
 _SAMPLES = 2
 _TOLERANCE = 1e-3  # relative to the largest element; most graphs are equal bit for bit
@@ -43,33 +49,12 @@ def cost_of_running(task: Task, traced: Traced) -> float:
     if any(t.is_meta for t in state):
         return float("inf")
     size, batch = batch_of(tensors)
-    share = min(1.0, _SAMPLES / size) if batch and size and not traced.batch_fixed else 1.0
-    return share * _estimate_flops(task, traced)
-
-
-def _estimate_flops(task: Task, traced: Traced) -> float:
-    """Roughly the FLOPs of a forward pass: those of matrix products and convolutions with a weight."""
-    total = 0.0
-    for node in traced.graph.nodes:
-        output = node.meta.get("val")
-        module = traced.module(task.model, str(node.target)) if node.op == "call_module" else None
-        if module is not None and task.runs.flops_of(module):
-            total += task.runs.flops_of(module)
-            continue
-        if not isinstance(output, torch.Tensor):
-            continue
-        if module is not None:
-            weights: list[torch.Tensor] = [
-                p for p in module.parameters() if p.dim() > 1 and not isinstance(module, nn.Embedding)
-            ]
-        elif node.op == "call_function":
-            inputs = [n.meta.get("val") for n in node.all_input_nodes if n.op == "get_attr"]
-            weights = [v for v in inputs if isinstance(v, torch.Tensor) and v.dim() > 1]
-        else:
-            continue
-        # Each weight is used once for every position of the output.
-        total += sum(2.0 * output.numel() * w.numel() / max(w.shape[0], 1) for w in weights)
-    return total
+    samples = size if traced.batch_fixed else min(size, _SAMPLES)
+    world, count = FakeWorld(runs=task.runs), FlopCount()
+    inputs = fake_inputs(world, tensors, batch, samples)
+    held = {**traced.constants, **traced.methods}
+    propagate(model, traced.graph, world, inputs, held, keep=False, count=count)
+    return float(count.flops + world.flops)
 
 
 def verify(task: Task, traced: Traced, training: bool, flops: float) -> None:
@@ -84,6 +69,7 @@ def verify(task: Task, traced: Traced, training: bool, flops: float) -> None:
     module = traced.graph_module(model)
     inputs = list(tensors) if traced.batch_fixed else _fewer(tensors)
     calls = ("", " of the second call") if flops <= _MAX_FLOPS_TWICE else ("",)
+    backward = training and flops <= MAX_FLOPS_BACKWARD
 
     def plain(given: list[torch.Tensor]) -> Any:
         args, kwargs = task.signature.unflatten(given)
@@ -93,13 +79,13 @@ def verify(task: Task, traced: Traced, training: bool, flops: float) -> None:
         return pytree.tree_unflatten(list(module(*given)), traced.out_spec)
 
     try:
-        expected = _behaviour(model, plain, inputs, training, calls)
+        expected = _behaviour(model, plain, inputs, training, calls, backward)
     except Exception:
         if traced.batch_fixed:
             raise
         inputs = list(tensors)  # the model does not take fewer samples
-        expected = _behaviour(model, plain, inputs, training, calls)
-    found = _behaviour(model, graph, inputs, training, calls)
+        expected = _behaviour(model, plain, inputs, training, calls, backward)
+    found = _behaviour(model, graph, inputs, training, calls, backward)
     for (name, a), (other, b) in zip(expected, found, strict=False):
         if name != other:
             raise Unfaithful(f"its graph gives {other} where the model gives {name}")
@@ -116,6 +102,7 @@ def _behaviour(
     tensors: list[torch.Tensor],
     training: bool,
     calls: tuple[str, ...],
+    backward: bool,
 ) -> list[tuple[str, Any]]:
     """All that can be seen of calls in a row."""
     seen: list[tuple[str, Any]] = []
@@ -136,7 +123,7 @@ def _behaviour(
             leaves, spec = flatten_output(output)
             seen.append((f"the output's structure{call}", spec))
             seen += [(f"output {i}{call}", _held(x)) for i, x in enumerate(leaves)]
-            if training:
+            if backward:
                 _backward(leaves)
                 for name, p in model.named_parameters():
                     seen.append((f"the gradient of {name}{call}", _held(p.grad)))
