@@ -5,6 +5,7 @@ Values are `TensorSpec`: shapes that know their storage, so that views and in-pl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +71,7 @@ class CostWalk:
             else:
                 cost = self.runner.function(node.target, args, kwargs)  # type: ignore[arg-type]
         except Exception as e:  # whatever the user's code raises on fakes: planning goes on without its cost
-            self.failed.append((node, e))
-            cost = self._unknown(node, args, kwargs)
+            cost = self._on_samples(node, args, kwargs, e)
         leaves = pytree.tree_leaves((args, kwargs))
         first = len(self.maker)
         for size in cost.fresh:
@@ -102,6 +102,16 @@ class CostWalk:
 
         for node, value in self.values.items():
             self.values[node] = pytree.tree_map_only(TensorSpec, mark, value)
+
+    def _on_samples(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> NodeCost:
+        """The cost of a node that does not run on fake tensors."""
+        given = self._unknown(node, args, kwargs)
+        if node.op == "call_module":
+            with contextlib.suppress(Exception):
+                module = self.module.get_submodule(str(node.target))
+                return self.runner.module_on_samples(module, args, kwargs, given)
+        self.failed.append((node, error))
+        return given
 
     def _unknown(self, node: fx.Node, args: Any, kwargs: Any) -> NodeCost:
         grad = any(isinstance(t, TensorSpec) and t.requires_grad for t in pytree.tree_leaves((args, kwargs)))

@@ -68,7 +68,8 @@ def cost_graph(
           ``first_input_bytes``: of those that no node before it reads.
         - ``kind`` (as in fx), ``op``, ``module``, ``location``: what it is, and where in the user's code.
         - ``memory``: a `NodeMemory`, from which peaks are simulated.
-        - ``exact``: False if it could not be run alone (see `NodeCost`).
+        - ``exact``: False if it could not be run alone, ``sampled``: whether it ran on random numbers (see
+          `NodeCost`).
         - ``stage``: ``None`` until planned.
 
         ``graph.graph`` holds ``specs`` (the devices), ``mode``, ``params`` (elements and bytes by name),
@@ -169,6 +170,7 @@ def _assemble(walk: CostWalk, specs: Sequence[DeviceSpec]) -> nx.DiGraph:
             model_inputs=inputs,
             first_input_bytes=sum(size for name, size in inputs.items() if name not in read),
             exact=cost.exact,
+            sampled=cost.sampled,
             memory=walk.memory(node, cost),
             stage=None,
         )

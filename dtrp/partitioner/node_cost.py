@@ -6,6 +6,9 @@ to, and torch's saved-tensor hooks see what autograd keeps in between. Two nodes
 settings and input shapes cost the same, so each such kind runs once: a model of thousands of nodes takes
 seconds.
 
+A module that decides by values cannot run on fake tensors. It runs on random real ones, without its heavy
+products (`Sketch`); what it costs is what these numbers make it cost.
+
 The fake tensors pretend to be on the CPU whatever the model's device is (also meta). There, attention takes
 the fused kernel, as it does on GPUs, while on meta it would be spelled out with its quadratic intermediate
 result."""
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +25,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from dtrp.partitioner.capture.snapshot import untouched
+from dtrp.partitioner.capture.structure import mutable
 from dtrp.partitioner.live_bytes import LiveBytes, storage_of
 from dtrp.partitioner.op_cost import OpCost, op_cost
+from dtrp.partitioner.sketch import Sketch
 
 _DEVICE = torch.device("cpu")
 
@@ -87,6 +93,8 @@ class NodeCost:
         what is left of ``saved_inside``.
     exact : bool
         False if the node could not be run alone: then only its outputs' sizes are known.
+    sampled : bool
+        Whether it ran on random real tensors.
     """
 
     forward: tuple[OpCost, ...]
@@ -100,6 +108,7 @@ class NodeCost:
     forward_peak: int = 0
     backward_peak: int = 0
     exact: bool = True
+    sampled: bool = False
 
 
 class NodeRunner:
@@ -135,9 +144,35 @@ class NodeRunner:
 
         def target(*a: Any, **k: Any) -> Any:
             with _untouched(module):
-                return torch.func.functional_call(module, self._fakes, a, k, tie_weights=True)
+                return torch.func.functional_call(module, self._state, a, k, tie_weights=True)
 
         return self._remember(key, lambda: self._run(target, args, kwargs, state))
+
+    def module_on_samples(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: NodeCost
+    ) -> NodeCost:
+        """The cost of a module that cannot run on fake tensors, on random ones, with its own parameters.
+
+        ``made`` says what it gives: its sizes in this run depend on the numbers.
+        """
+        state = dict([*module.named_parameters(), *module.named_buffers()])
+        if any(t.is_meta for t in state.values()):
+            raise RuntimeError("a module on the meta device cannot run on real tensors")
+        with untouched(module, tensors=True):
+            torch.manual_seed(0)
+            ran = self._run(module, args, kwargs, state, sample=True)
+        inside = ran.saved_inside + sum(ran.fresh[i] for i in ran.saved_fresh)
+        return replace(
+            made,
+            forward=ran.forward,
+            backward=ran.backward,
+            saved_inputs=ran.saved_inputs,
+            saved_inside=inside,
+            forward_peak=ran.forward_peak,
+            backward_peak=ran.backward_peak,
+            exact=True,
+            sampled=True,
+        )
 
     def _remember(self, key: Hashable, run: Callable[[], NodeCost]) -> NodeCost:
         if key is None:
@@ -151,8 +186,10 @@ class NodeRunner:
         target: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        state: Mapping[str, TensorSpec],
+        state: Mapping[str, TensorSpec | torch.Tensor],
+        sample: bool = False,
     ) -> NodeCost:
+        """Run on fake tensors, or on a ``sample`` of real ones; a module's ``state`` may be real tensors."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
         saved: list[torch.Tensor] = []
 
@@ -161,13 +198,14 @@ class NodeRunner:
             return tensor
 
         autocast = nullcontext() if self._dtype is None else torch.autocast(_DEVICE.type, dtype=self._dtype)
-        with self._mode, torch.enable_grad():
-            self._fakes = {name: _fake(spec) for name, spec in state.items()}
+        make = _sample if sample else _fake
+        with nullcontext() if sample else self._mode, torch.enable_grad():
+            self._state = {n: t if isinstance(t, torch.Tensor) else make(t) for n, t in state.items()}
             # One value passed twice is one tensor: attention modules ask whether key *is* query.
             made: dict[int, torch.Tensor] = {}
             for leaf in leaves:
                 if isinstance(leaf, TensorSpec) and id(leaf) not in made:
-                    made[id(leaf)] = _fake(leaf)
+                    made[id(leaf)] = make(leaf)
             # A node may work in place, which autograd forbids on leaves: it gets a copy that is not one.
             copies = {i: root.clone() for i, root in made.items()}
             roots = [made.get(id(leaf)) for leaf in leaves]
@@ -176,9 +214,10 @@ class NodeRunner:
                 inp.requires_grad if root is not None else False
                 for root, inp in zip(roots, inputs, strict=True)
             ]
-            call_args, call_kwargs = pytree.tree_unflatten(inputs, structure)
-            forward = _Operators(inputs, self._fakes)
-            with forward, torch.autograd.graph.saved_tensors_hooks(pack, _unpack), autocast:
+            call_args, call_kwargs = mutable(pytree.tree_unflatten(inputs, structure))
+            forward = _Operators(inputs, self._state)
+            sketch = Sketch() if sample else nullcontext()
+            with sketch, forward, torch.autograd.graph.saved_tensors_hooks(pack, _unpack), autocast:
                 value = target(*call_args, **call_kwargs)
             out_leaves, out_structure = pytree.tree_flatten(value)
             tensors = [leaf for leaf in out_leaves if isinstance(leaf, torch.Tensor)]
@@ -189,16 +228,16 @@ class NodeRunner:
                 if isinstance(t, torch.Tensor) and t.requires_grad and not before
             ]
             sources = [r for r in made.values() if r.requires_grad]
-            sources += [t for t in self._fakes.values() if t.requires_grad]
-            gradients = [torch.empty_like(t) for t in results]
-            backward = _Operators(inputs, self._fakes, value, gradients)
+            sources += [t for t in self._state.values() if t.requires_grad]
+            gradients = [torch.ones_like(t) for t in results]
+            backward = _Operators(inputs, self._state, value, gradients)
             backward.note(saved)  # what is kept inside goes away while gradients come
             kept = [(storage_of(t), t.untyped_storage().nbytes()) for t in saved]
             saved.clear()  # from here on autograd alone holds it
             if results and sources:
-                with backward:
+                with sketch, backward:
                     torch.autograd.grad(results, sources, gradients, allow_unused=True)
-        return _summary(forward, backward, inputs, wanted, self._fakes, kept, out_leaves, out_structure)
+        return _summary(forward, backward, inputs, wanted, self._state, kept, out_leaves, out_structure)
 
 
 def _summary(
@@ -278,6 +317,18 @@ def _fake(spec: TensorSpec) -> torch.Tensor:
     return torch.empty_strided(
         spec.shape, spec.stride, dtype=spec.dtype, device=_DEVICE, requires_grad=spec.requires_grad
     )
+
+
+def _sample(spec: TensorSpec) -> torch.Tensor:
+    """Real numbers, normal; zeros where they may be an index, or all true."""
+    made = _fake(replace(spec, requires_grad=False))
+    if spec.dtype == torch.bool:
+        made.fill_(True)
+    elif spec.dtype.is_floating_point or spec.dtype.is_complex:
+        made.normal_()
+    else:
+        made.zero_()
+    return made.requires_grad_(spec.requires_grad)
 
 
 def _unpack(tensor: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,10 @@ def why_not_faster(cost: StageCost, stage: StageReport, plan: Plan | None) -> st
     return reason[:1].upper() + reason[1:] + "."
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan) -> list[str]:
     """What else is to be known: assumptions, limits that are exceeded, edits."""
     found = [
@@ -188,8 +192,12 @@ def notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan) -> list[
     unknown = [n for n, exact in graph.nodes(data="exact") if not exact]
     if unknown:
         found.append(
-            f"{len(unknown)} of {len(graph)} nodes could not be costed and count as free: "
-            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}."
+            f"{len(unknown)} of {len(graph)} nodes could not be costed and count as free: {_some(unknown)}."
+        )
+    sampled = [n for n, is_sampled in graph.nodes(data="sampled") if is_sampled]
+    if sampled:
+        found.append(
+            f"The costs of {_some(sampled)} depend on values; they are those of one run on random numbers."
         )
     for stage in stages:
         if stage.memory_limit is not None and stage.peak_bytes > stage.memory_limit:

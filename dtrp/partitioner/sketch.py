@@ -50,9 +50,11 @@ class Sketch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _random_like(shape: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Random numbers with the sizes and strides of a meta tensor; they repeat, as drawing all takes long."""
-    drawn = torch.randn(min(_DRAWN, max(shape.numel(), 1)), dtype=shape.dtype, device=device)
-    repeated = drawn.repeat(shape.numel() // len(drawn) + 1)
-    return repeated.as_strided(shape.shape, shape.stride())
+    made = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=device)
+    drawn = torch.randn(min(_DRAWN, made.numel()), dtype=made.dtype, device=device)
+    for part in torch.split(made.as_strided((made.numel(),), (1,)), _DRAWN):
+        part.copy_(drawn[: len(part)])
+    return made
 
 
 def _is_real_number(leaf: Any) -> bool:

@@ -1,5 +1,7 @@
 """The cost graph: FLOPs against hand counts and torch's counter, saved bytes against what autograd keeps."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,14 +282,42 @@ def test_bandwidth_and_several_devices(device):
 def test_a_node_that_cannot_be_run_alone_is_named_and_counts_as_free(device, monkeypatch, caplog):
     from dtrp.partitioner.node_cost import NodeRunner
 
-    def fails(self, module, args, kwargs):
+    def fails(self, module, *args):
         raise RuntimeError("no fake kernel")
 
     monkeypatch.setattr(NodeRunner, "module", fails)
+    monkeypatch.setattr(NodeRunner, "module_on_samples", fails)
     graph = costs(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4), device=device)
     data = next(iter(graph.nodes.values()))
     assert (data["exact"], data["flops"], data["output_bytes"]) == (False, 0, 2 * 3 * 4)
     assert "no fake kernel" in caplog.text
+
+
+class Picking(nn.Module):
+    """Cannot run on fake tensors: the size of what it gives depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.back = nn.Linear(64, 4096), nn.Linear(4096, 64)
+
+    def forward(self, x):
+        y = self.back(torch.relu(self.wide(x)))
+        return y[(y.sum(-1) > 0).nonzero()[:, 0]]
+
+
+def test_a_module_that_decides_by_values_is_costed_on_random_ones(device):
+    """As a free node a detector's heads would join any stage, and the plan be balanced on paper only."""
+    model, x = nn.Sequential(nn.Linear(64, 64), Picking()), torch.randn(256, 64)
+    before = copy.deepcopy(model.state_dict())
+    graph = costs(model, x, device=device)
+    data = graph.nodes["_1"]
+    assert (data["exact"], data["sampled"]) == (True, True)
+    assert data["flops"] == 2 * 2 * 256 * 64 * 4096
+    assert data["backward_flops"] == 2 * data["flops"]
+    hidden = 256 * 4096 * 4
+    assert hidden <= data["activation_bytes"] < 2 * hidden, "relu's output, and little besides"
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
