@@ -170,6 +170,26 @@ def test_opening_what_cannot_be_opened_is_refused(inner, x):
         capture(Part(inner_then_b, inner), (x,), opened=["inner"])
 
 
+@pytest.mark.parametrize("way", ["fx", "record", "export"])
+def test_a_counter_of_the_root_is_refused(way, x):
+    """No way may freeze it: the comparison cannot call the model often enough to see a change."""
+
+    def rarely(m, x):
+        m.calls += 1
+        return m.a(x) * (1 if m.calls < 1000 else 2)
+
+    with pytest.raises(CaptureError, match=r"(changes|sets the attribute) 'calls'"):
+        capture(Part(rarely), (x,), ways=[way])
+
+
+def test_a_region_of_autocast_in_the_root_is_noted(x):
+    captured = assert_faithful(Part(autocast), (x,))
+    assert captured.method == "export"
+    (note,) = captured.notes
+    assert "wrap_with_autocast" in note
+    assert "test_capture_constructs.py" in note
+
+
 def test_opened_modules_are_not_leaves(x):
     captured = capture(Part(inner_then_b, autocast), (x,), opened=["inner"])
     assert captured.method == "export"

@@ -29,6 +29,7 @@ from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
+from .writer import CannotRecord
 
 _ROOT = "model"
 # Checks that export adds; the sizes that they check are known to be right, or fail in the operators.
@@ -39,6 +40,7 @@ class _Found:
     """Takes a value out of an exported forward: export undoes assignments to the module itself."""
 
     out_spec: pytree.TreeSpec | None = None
+    counted: str = ""  # what forward does to a number that the model keeps; export would forget it
 
 
 class _Flat(nn.Module):
@@ -54,8 +56,20 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Run the model."""
         args, kwargs = self._signature.unflatten(tensors)
+        before = dict(_numbers(self.model))
         leaves, self.found.out_spec = flatten_output(self.model(*args, **kwargs))
+        for name, value in _numbers(self.model):
+            if before.get(name, value) != value:
+                self.found.counted = f"changes {name!r} from {before[name]!r} to {value!r} while it runs"
         return tuple(leaves)
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Plain numbers among the attributes of a model's modules."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if type(value) in (int, float):
+                yield f"{path}.{name}".removeprefix("."), value
 
 
 def export_model(task: Task) -> BothModes:
@@ -83,7 +97,9 @@ def _export(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tens
             program = export(flat, tuple(tensors), strict=False)
         drew = foreign_randomness() != states
     if drew:
-        raise RuntimeError("draws random numbers from Python's or numpy's generator")
+        raise CannotRecord("draws random numbers from Python's or numpy's generator")
+    if flat.found.counted:
+        raise CannotRecord(flat.found.counted)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     assert flat.found.out_spec is not None
@@ -97,7 +113,7 @@ def _export(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tens
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         note = f"the batch size {size} of the example is fixed in the graph ({line})"
-        return dataclasses.replace(traced, notes=(note,), batch_fixed=True)
+        return dataclasses.replace(traced, notes=(*traced.notes, note), batch_fixed=True)
     return traced
 
 
@@ -127,7 +143,17 @@ def _translate(model: nn.Module, module: GraphModule, out_spec: pytree.TreeSpec)
         copy.meta = {"module": _module_of(node), "location": next(_lines_of(node), "")}
         copies[node] = copy
     graph.eliminate_dead_code()
-    return Traced(graph, out_spec, constants=constants)
+    return Traced(graph, out_spec, notes=tuple(_regions(module)), constants=constants)
+
+
+def _regions(module: GraphModule) -> Iterator[str]:
+    """A note for each node that holds a graph of its own."""
+    for node in module.graph.nodes:
+        held = [getattr(module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
+        inner = [n for graph in held if isinstance(graph, GraphModule) for n in graph.graph.nodes]
+        if inner:
+            place = next((line for n in inner for line in _lines_of(n)), "")
+            yield f"one node holds a whole region ({node.target}{place and ' from ' + place}): it is not cut"
 
 
 def _original_name(model: nn.Module, module: GraphModule, name: str, constants: dict[str, Any]) -> str:
