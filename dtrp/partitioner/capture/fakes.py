@@ -98,21 +98,22 @@ class FakeWorld:
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
             run = self._runs.of(module, args, kwargs, self._met)
-            self.flops += run.flops
+            self.flops += run.first.flops
             inputs: list[torch.Tensor] = []
             map_tensors(inputs.append, (args, kwargs))
-            back = {id(y): x for y, x in zip(run.inputs, inputs, strict=True)}
+            back = {id(y): x for y, x in zip(run.first.inputs, inputs, strict=True)}
             result = self._imagined(run, back)
-            if run.changed is not None:
-                mirror((args, kwargs), run.changed, lambda x: map_tensors(lambda t: _known(t, back), x))
+            if run.first.changed is not None:
+                mirror((args, kwargs), run.first.changed, lambda x: map_tensors(lambda t: _known(t, back), x))
             return result
 
     def _imagined(self, run: RealRun, back: dict[int, torch.Tensor]) -> Any:
         """The result of ``run`` on fake tensors; ``back``: fake ones by the real ones' ids, added to."""
-        tensors, others = list(tensors_in(run.result)), list(tensors_in(run.other))
+        result, other = run.first.result, run.second.result
+        tensors, others = list(tensors_in(result)), list(tensors_in(other))
         if [steps for steps, _ in tensors] != [steps for steps, _ in others]:
             raise RuntimeError("how many tensors the module gives depends on values")
-        if not tensors or plain_values(run.result) != plain_values(run.other):
+        if not tensors or plain_values(result) != plain_values(other):
             raise RuntimeError("it gives numbers or other Python values that it makes from tensors")
         second = {id(a): b for (_, a), (_, b) in zip(tensors, others, strict=True)}
 
@@ -137,7 +138,7 @@ class FakeWorld:
             back[key] = made
             return made
 
-        return map_tensors(fake, run.result)
+        return map_tensors(fake, result)
 
     @contextmanager
     def left_by(self, module: nn.Module) -> Iterator[None]:

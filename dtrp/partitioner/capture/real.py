@@ -18,23 +18,22 @@ _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device
 
 
 @dataclass(frozen=True)
-class RealRun:
-    """What a module gave for two random inputs of the same shapes."""
+class Run:
+    """One run of a module on real tensors."""
 
-    module: nn.Module  # held so that its id is not given to another
-    inputs: tuple[torch.Tensor, ...]  # the first ones, in order; they may come out again in the result
+    inputs: tuple[torch.Tensor, ...]  # in order; they may come out again in the result
     result: Any
-    other: Any
-    flops: int  # of a run
-    changed: Any  # the arguments after the first run, if it put other tensors into lists and dicts among them
+    changed: Any  # the arguments afterwards, if it put other tensors into lists and dicts among them
+    flops: int
 
 
 @dataclass(frozen=True)
-class _Run:
-    inputs: tuple[torch.Tensor, ...]
-    result: Any
-    changed: Any
-    flops: int
+class RealRun:
+    """What a module did with two random inputs of the same shapes."""
+
+    module: nn.Module  # held so that its id is not given to another
+    first: Run
+    second: Run
 
 
 class RealRuns:
@@ -76,7 +75,7 @@ class RealRuns:
             second = _run(module, args, kwargs, 1, _random_like)
         except Exception:
             second = _run(module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
-        run = RealRun(module, first.inputs, first.result, second.result, first.flops, first.changed)
+        run = RealRun(module, first, second)
         if key is not None:
             self._made[key] = run
         return run
@@ -110,7 +109,7 @@ def _run(
     kwargs: dict[str, Any],
     seed: int,
     make: Callable[[torch.Tensor], torch.Tensor],
-) -> _Run:
+) -> Run:
     """Run with the inputs that ``make`` makes."""
     given: list[torch.Tensor] = []
     cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: a tensor, and the same without history
@@ -139,7 +138,7 @@ def _run(
             raise RuntimeError("the module changes its inputs in place")
         result, after = map_tensors(without_history, result), map_tensors(without_history, inputs)
     changed = [id(t) for _, t in tensors_in(after)] != before
-    return _Run(tuple(given), result, after if changed else None, sketch.flops)
+    return Run(tuple(given), result, after if changed else None, sketch.flops)
 
 
 def _met(fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:

@@ -37,7 +37,7 @@ from .leaves import is_leaf
 from .location import raised_at, user_location
 from .methods import KeptMethod, own_methods
 from .snapshot import foreign_randomness, preserved_randomness
-from .structure import Step, mirror, replace_tensors, tensors_in
+from .structure import Step, mirror, mutable, replace_tensors, tensors_in
 from .targets import node_form, property_name
 from .writer import CannotRecord, GraphWriter
 
@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
             return self._leaf(name, module, proceed, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.module
         self.writer.module = name
-        found = self._fake((args, kwargs))
+        found = mutable((args, kwargs))
         states = foreign_randomness()
         try:
             with preserved_randomness():
@@ -178,7 +178,7 @@ class Recorder(TorchFunctionMode):
             return self._method_leaf(key, kept, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.method
         self.writer.method = key
-        found = self._fake((args, kwargs))
+        found = mutable((args, kwargs))
         try:
             return method(*args, **kwargs)
         except VALUE_DEPENDENT as error:

@@ -115,7 +115,7 @@ def replace_tensors(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
 
 
 def mutable(value: Any) -> Any:
-    """``value`` with lists and dicts in place of the immutable ones that fx hands to what a node calls."""
+    """``value`` with new lists and dicts, also in place of the immutable ones that fx hands to nodes."""
     if isinstance(value, immutable_list) or type(value) is list:
         return [mutable(x) for x in value]
     if isinstance(value, immutable_dict) or type(value) is dict:

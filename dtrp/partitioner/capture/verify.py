@@ -11,6 +11,7 @@ gradients are left out, above `MAX_FLOPS` everything.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,11 +50,17 @@ def cost_of_running(task: Task, traced: Traced) -> float:
     if any(t.is_meta for t in state):
         return float("inf")
     size, batch = batch_of(tensors)
-    samples = size if traced.batch_fixed else min(size, _SAMPLES)
+    if not traced.batch_fixed and size > _SAMPLES:
+        with contextlib.suppress(Exception):  # it may not take fewer samples than the example has
+            return _flops(task, traced, batch, _SAMPLES)
+    return _flops(task, traced, batch, size)
+
+
+def _flops(task: Task, traced: Traced, batch: tuple[int, ...], samples: int) -> float:
     world, count = FakeWorld(runs=task.runs), FlopCount()
-    inputs = fake_inputs(world, tensors, batch, samples)
+    inputs = fake_inputs(world, task.tensors, batch, samples)
     held = {**traced.constants, **traced.methods}
-    propagate(model, traced.graph, world, inputs, held, keep=False, count=count)
+    propagate(task.model, traced.graph, world, inputs, held, keep=False, count=count)
     return float(count.flops + world.flops)
 
 
