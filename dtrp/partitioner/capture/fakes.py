@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .real import RealRun, RealRuns, plain_values
+from .real import Need, RealRun, RealRuns, plain_values
 from .structure import map_tensors, mirror, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
@@ -42,6 +42,7 @@ class FakeWorld:
         self.sized_by_values = False
         self.flops = 0  # of what `really_run` ran
         self.sizes: Sizes = "found"
+        self.compares = True  # whether sizes that depend on values are to be told from others
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake tensor that stands for ``tensor``."""
@@ -97,7 +98,8 @@ class FakeWorld:
         with _disable_current_modes(), self.left_by(module):
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
-            run = self._runs.of(module, args, kwargs, self._met)
+            need: Need = "second" if self.sizes == "other" else "both" if self.compares else "first"
+            run = self._runs.of(module, args, kwargs, self._met, need)
             self.flops += run.first.flops
             inputs: list[torch.Tensor] = []
             map_tensors(inputs.append, (args, kwargs))
@@ -109,7 +111,7 @@ class FakeWorld:
 
     def _imagined(self, run: RealRun, back: dict[int, torch.Tensor]) -> Any:
         """The result of ``run`` on fake tensors; ``back``: fake ones by the real ones' ids, added to."""
-        result, other = run.first.result, run.second.result
+        result, other = run.first.result, (run.second or run.first).result
         tensors, others = list(tensors_in(result)), list(tensors_in(other))
         if [steps for steps, _ in tensors] != [steps for steps, _ in others]:
             raise RuntimeError("how many tensors the module gives depends on values")

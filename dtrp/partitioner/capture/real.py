@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from dtrp.partitioner.sketch import Sketch
 
 from .snapshot import untouched
 from .structure import flatten_output, map_tensors, mutable, tensors_in
+
+Need = Literal["both", "first", "second"]
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -29,18 +31,18 @@ class Run:
 
 @dataclass(frozen=True)
 class RealRun:
-    """What a module did with two random inputs of the same shapes."""
+    """What a module did with one or two random inputs of the same shapes."""
 
     module: nn.Module  # held so that its id is not given to another
     first: Run
-    second: Run
+    second: Run | None = None
 
 
 class RealRuns:
     """Runs modules, and remembers it: each recording of a model asks for the same runs again."""
 
     def __init__(self) -> None:
-        self._made: dict[Hashable, RealRun] = {}
+        self._made: dict[Hashable | None, RealRun] = {}
 
     def of(
         self,
@@ -48,6 +50,7 @@ class RealRuns:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         met: Mapping[int, torch.Tensor],
+        need: Need = "both",
     ) -> RealRun:
         """Run ``module`` with its present parameters on tensors like those given. Nothing of it is changed.
 
@@ -61,21 +64,26 @@ class RealRuns:
             By a fake tensor's id, the real one that a module before this one gave. The first run takes
             these, which code with expectations can do with (boxes have their corners in order); the second
             takes them, halved, only where random numbers will not do.
+        need
+            Which runs are asked for. ``"second"``: another than one already made, or any.
 
         Raises
         ------
         RuntimeError
             It changes its inputs.
         """
+        args, kwargs = mutable((args, kwargs))
         key = _key(module, args, kwargs)
-        if key in self._made:
-            return self._made[key]
-        first = _run(module, args, kwargs, 0, lambda t: _met(t, met))
-        try:
-            second = _run(module, args, kwargs, 1, _random_like)
-        except Exception:
-            second = _run(module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
-        run = RealRun(module, first, second)
+        run = self._made.get(key)
+        again = need == "both" or run is not None or key is None
+        if run is None:
+            run = RealRun(module, _run(module, args, kwargs, 0, lambda t: _met(t, met)))
+        if run.second is None and need != "first" and again:
+            try:
+                second = _run(module, args, kwargs, 1, _random_like)
+            except Exception:
+                second = _run(module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
+            run = replace(run, second=second)
         if key is not None:
             self._made[key] = run
         return run
@@ -129,7 +137,7 @@ def _run(
 
     with untouched(module, tensors=True):
         torch.manual_seed(seed)
-        inputs = map_tensors(real, mutable((args, kwargs)))
+        inputs = map_tensors(real, (args, kwargs))
         before = [id(t) for _, t in tensors_in(inputs)]
         versions = [int(tensor._version) for tensor in given]
         with Sketch() as sketch:

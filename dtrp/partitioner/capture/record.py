@@ -60,6 +60,7 @@ class _Recording:
         self._deciding = False  # the root itself decides by values
         self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
+        self._sized = False  # by values, as the example showed
 
     def __call__(self, batch: tuple[int, ...] = (), size: int = 0) -> Traced:
         """Record with ``size`` samples in the inputs ``batch``; as the example is if not given."""
@@ -77,9 +78,8 @@ class _Recording:
                 continue
             # Some modules may have been given up half-way and replaced by single nodes. Record again with
             # these closed from the start: their half-run code may have left something behind.
-            failures = found.failures or (
-                self._follow_sizes(found, batch, size) if found.sized_by_values else {}
-            )
+            self._sized |= found.sized_by_values
+            failures = found.failures or (self._follow_sizes(found, batch, size) if self._sized else {})
             if failures is None:
                 self._by_methods = True
             elif not failures:
@@ -118,7 +118,7 @@ class _Recording:
         model, tensors, closed = self._task.model, self._task.tensors, self._closed
         mode = ObservedFakeMode()
         world = FakeWorld(mode, self._task.runs)
-        world.sizes = sizes
+        world.sizes, world.compares = sizes, not batch
         with untouched(model), world.inhabited_by(model), torch.enable_grad():
             decisions = Decisions(model, world, tensors, self._decisions) if self._deciding else None
             recorder = Recorder(model, world, closed, self._task.opened, decisions)

@@ -58,6 +58,7 @@ def cost_of_running(task: Task, traced: Traced) -> float:
 
 def _flops(task: Task, traced: Traced, batch: tuple[int, ...], samples: int) -> float:
     world, count = FakeWorld(runs=task.runs), FlopCount()
+    world.compares = False
     inputs = fake_inputs(world, task.tensors, batch, samples)
     held = {**traced.constants, **traced.methods}
     propagate(task.model, traced.graph, world, inputs, held, keep=False, count=count)
