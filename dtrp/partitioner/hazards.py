@@ -116,7 +116,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     access.writes |= storages
         result = func(*args, **kwargs)
-        self.seen.append(result)
+        self.seen.append((args, kwargs, result))
         return result
 
 

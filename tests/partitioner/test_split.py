@@ -101,6 +101,26 @@ def test_every_legal_cut_is_right(name: str) -> None:
     assert tried > 0
 
 
+def test_tensors_made_on_the_way_are_not_taken_for_each_other() -> None:
+    """Memory given back by one comes again as another's: layers far apart seemed to share a tensor."""
+
+    class Constants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(40))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i, layer in enumerate(self.layers):
+                x = layer(x) * torch.as_tensor([float(i)]) + torch.tensor(0.5)
+                torch.relu_(x)
+                x = torch.where(x > torch.as_tensor(1.0), x + torch.full((8,), 2.0), torch.tensor([1.0]))
+            return x
+
+    groups = find_hazards(capture(Constants(), (torch.randn(4, 8),))).groups
+    assert all(len(group) == 2 for group in groups), "relu_ and what made its input"
+    assert len(groups) == 40
+
+
 def make_state(make: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     return dict(make().state_dict())
