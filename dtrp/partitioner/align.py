@@ -8,16 +8,15 @@ stage if it can, and what only eval has goes to the earliest stage that its inpu
 
 from __future__ import annotations
 
-import operator
-from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 import networkx as nx
 from torch import fx
 
 from ..errors import CaptureError
 from .capture.graph import ModeGraph
+from .eval_rules import keyed, state_of, units
 from .hazards import Hazards
 
 
@@ -31,53 +30,39 @@ def align(
     CaptureError
         A parameter would be used in a stage that does not train it.
     """
-    nodes = {node.name: node for _, node in _keyed(evaluate)}
+    nodes = {node.name: node for _, node in keyed(evaluate)}
     owners = _stages_of_state(train, stage_of)
-    units = _units(nodes, hazards)
-    order = list(nx.topological_sort(units))
-    members: dict[int, frozenset[str]] = {u: frozenset(units.nodes[u]["members"]) for u in order}
+    needs = units(evaluate, hazards.groups, hazards.order)
+    order = list(nx.topological_sort(needs))
+    members: dict[int, frozenset[str]] = {u: frozenset(needs.nodes[u]["members"]) for u in order}
 
     # The latest stage of each unit, given where the parameters of what follows it are: no choice that is
     # made below can then end in a stage behind a parameter.
     latest: dict[int, int] = {}
     allowed: dict[int, set[int]] = {}
     for unit in reversed(order):
-        end = min((latest[u] for u in units.successors(unit)), default=n_stages - 1)
-        places = [owners[t] for name in members[unit] for t in _state(nodes[name]) if t in owners]
+        end = min((latest[u] for u in needs.successors(unit)), default=n_stages - 1)
+        places = [owners[t] for name in members[unit] for t in state_of(nodes[name]) if t in owners]
         held = set(range(n_stages)).intersection(*places)
         allowed[unit] = {s for s in held if s <= end}
         if not allowed[unit]:
             raise _impossible([nodes[n] for n in members[unit]], owners, held, end)
         latest[unit] = max(allowed[unit])
 
-    known = {key: stage_of[node.name] for key, node in _keyed(train)}
-    wishes = {node.name: known[key] for key, node in _keyed(evaluate) if key in known}
+    known = {key: stage_of[node.name] for key, node in keyed(train)}
+    wishes = {node.name: known[key] for key, node in keyed(evaluate) if key in known}
     found: dict[int, int] = {}
     for unit in order:
-        start = max((found[u] for u in units.predecessors(unit)), default=0)
+        start = max((found[u] for u in needs.predecessors(unit)), default=0)
         wish = max((wishes[n] for n in members[unit] if n in wishes), default=start)
         found[unit] = min((s for s in allowed[unit] if s >= start), key=lambda s: (abs(s - wish), s))
     return {name: found[unit] for unit in order for name in members[unit]}
 
 
-def _units(nodes: Mapping[str, fx.Node], hazards: Hazards) -> nx.DiGraph:
-    """Nodes that must share a stage as one (``members``), and which unit needs which before it."""
-    graph = nx.DiGraph()
-    graph.add_nodes_from(nodes)
-    graph.add_edges_from(
-        (a.name, n.name) for n in nodes.values() for a in n.all_input_nodes if a.name in nodes
-    )
-    graph.add_edges_from((u, v) for u, v in hazards.order if u in nodes and v in nodes)
-    for group in hazards.groups:
-        ring = sorted(group & nodes.keys())
-        graph.add_edges_from(zip(ring, ring[1:] + ring[:1], strict=True))
-    return nx.condensation(graph)
-
-
 def _impossible(
     nodes: Collection[fx.Node], owners: Mapping[int, set[int]], held: Collection[int], end: int
 ) -> CaptureError:
-    used = [(n, name, sorted(owners[t])) for n in nodes for t, name in _state(n).items() if t in owners]
+    used = [(n, name, sorted(owners[t])) for n in nodes for t, name in state_of(n).items() if t in owners]
     node, first, _ = used[0]
     place = node.meta.get("location") or f"module {node.meta.get('module', '')!r}"
     stages = ", ".join(f"{name} {where}" for _, name, where in used[:6])
@@ -89,33 +74,9 @@ def _impossible(
     )
 
 
-def _keyed(graph: ModeGraph) -> Iterator[tuple[Hashable, fx.Node]]:
-    seen: Counter[Hashable] = Counter()
-    for node in graph.module.graph.nodes:
-        if node.op in ("call_function", "call_module", "call_method"):
-            key = (node.op, str(node.target), node.meta.get("module", ""))
-            yield (*key, seen[key]), node
-            seen[key] += 1
-
-
 def _stages_of_state(graph: ModeGraph, stage_of: Mapping[str, int]) -> dict[int, set[int]]:
     owners: dict[int, set[int]] = defaultdict(set)
-    for _, node in _keyed(graph):
-        for tensor in _state(node):
+    for _, node in keyed(graph):
+        for tensor in state_of(node):
             owners[tensor].add(stage_of[node.name])
     return owners
-
-
-def _state(node: fx.Node) -> dict[int, str]:
-    """The parameters and buffers that a node uses: their names, by the tensors' ids (they may be tied)."""
-    root = node.graph.owning_module
-    assert root is not None
-    found: dict[int, str] = {}
-    for a in node.all_input_nodes:
-        if a.op == "get_attr":
-            found[id(operator.attrgetter(str(a.target))(root))] = str(a.target)
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-            found[id(tensor)] = f"{node.target}.{name}"
-    return found

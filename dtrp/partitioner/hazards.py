@@ -12,6 +12,7 @@ it reads, makes and writes, and whether it draws random numbers. From that follo
   run one after the other, draw the same numbers as the model; and so do the users of one value through
   which gradient flows, since autograd adds up their gradients in the reverse of that order, and sums in
   another order differ in the last bit.
+- what the eval graph needs, where it is another one (`eval_rules`), as groups and order.
 - **differentiable**: the nodes through which gradient flows when every parameter is trainable.
 """
 
@@ -35,6 +36,7 @@ from .capture.fakes import FakeWorld
 from .capture.graph import Captured, ModeGraph
 from .capture.modes import in_mode
 from .capture.snapshot import untouched
+from .eval_rules import rules_of_eval, units, without_cycles
 
 TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
 """Leaves that a link can carry from stage to stage."""
@@ -54,12 +56,15 @@ class Hazards:
         Nodes whose value requires gradient when all floating-point parameters do.
     written_inputs : frozenset of int
         Model inputs that the graph writes to in place.
+    evaluate : Hazards, optional
+        Of the eval graph, if there is one of its own; what it asks of a cut is part of the rules above.
     """
 
     groups: tuple[frozenset[str], ...]
     order: tuple[tuple[str, str], ...]
     differentiable: frozenset[str]
     written_inputs: frozenset[int]
+    evaluate: Hazards | None = None
 
 
 def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
@@ -72,11 +77,20 @@ def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
     random = [a.node.name for a in accesses if a.random]
     order += list(itertools.pairwise(random))
     order += _summing_order(accesses)
+    order = [(u, v) for u, v in dict.fromkeys(order) if u != v]
+    merged = _merge(groups)
+    evaluate = None
+    if gm is captured.train.module and not captured.one_graph:
+        evaluate = find_hazards(captured, captured.eval)
+        needs = units(captured.eval, evaluate.groups, evaluate.order)
+        more, also = rules_of_eval(captured.train, captured.eval, needs)
+        merged, order = without_cycles(captured.train, [*merged, *more], [*order, *also])
     return Hazards(
-        groups=tuple(_merge(groups)),
-        order=tuple(dict.fromkeys((u, v) for u, v in order if u != v)),
+        groups=tuple(merged),
+        order=tuple(order),
         differentiable=frozenset(a.node.name for a in accesses if a.differentiable),
         written_inputs=frozenset(written),
+        evaluate=evaluate,
     )
 
 

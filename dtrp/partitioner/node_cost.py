@@ -15,8 +15,8 @@ result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,7 +143,7 @@ class NodeRunner:
         key = None if config is None else _key(config, args, kwargs)
 
         def target(*a: Any, **k: Any) -> Any:
-            with _untouched(module):
+            with untouched(module):
                 return torch.func.functional_call(module, self._state, a, k, tie_weights=True)
 
         return self._remember(key, lambda: self._run(target, args, kwargs, state))
@@ -333,20 +333,6 @@ def _sample(spec: TensorSpec) -> torch.Tensor:
 
 def _unpack(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-@contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Whatever the module notes on itself while it runs on fakes is gone afterwards."""
-    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
-    try:
-        yield
-    finally:
-        for m, attributes, buffers in before:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-            m._buffers.clear()
-            m._buffers.update(buffers)
 
 
 def _on_cpu(arguments: Any) -> Any:

@@ -74,7 +74,7 @@ def split(captured: Captured, plan: Plan, hazards: Hazards) -> Split:
     train = split_graph(captured.train, stage_of, plan.n_stages, flows)
     if captured.one_graph:
         return Split(train, train)
-    eval_hazards = find_hazards(captured, captured.eval)
+    eval_hazards = hazards.evaluate or find_hazards(captured, captured.eval)
     eval_stage_of = align(captured.train, captured.eval, stage_of, plan.n_stages, eval_hazards)
     return Split(train, split_graph(captured.eval, eval_stage_of, plan.n_stages, frozenset(), "eval"))
 
@@ -297,7 +297,8 @@ def _check(graph: ModeGraph, stage_of: Mapping[str, int], n_stages: int, hazards
         if len(by_stage) > 1:
             raise PlanMismatchError(
                 f"nodes {_list(sorted(group & names))} must share a stage (one writes to the other's memory, "
-                f"or their value cannot travel); the plan puts them in stages {sorted(by_stage)}"
+                f"their value cannot travel, or evaluation uses them in another order); the plan puts them "
+                f"in stages {sorted(by_stage)}"
             )
 
 

@@ -56,7 +56,7 @@ class FakeWorld:
 
     def _make(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
-            return self.mode.from_tensor(tensor)
+            return _unread(self.mode.from_tensor(tensor))
         with self.mode:
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         if isinstance(tensor, nn.Parameter):
@@ -134,7 +134,10 @@ class FakeWorld:
                     x = second[id(x)] if all(sizes_too) else x.new_zeros([size or 1 for size in sizes_too])
                 elif self.sizes == "none":
                     x = x.new_zeros([0 if v else size for size, v in zip(sizes, valued, strict=True)])
-            made = self.mode.from_tensor(x.detach().clone()).requires_grad_(x.requires_grad)
+            made = _unread(self.mode.from_tensor(x.detach().clone()))
+            if x.requires_grad:
+                with self.mode, torch.enable_grad():  # the result of an operation: it may be written to
+                    made = made.requires_grad_().clone()
             self._met[id(made)] = x
             self._held.append(made)
             back[key] = made
@@ -170,6 +173,12 @@ class FakeWorld:
         finally:
             for registry, name, value in (*swapped, *changed):
                 registry[name] = value
+
+
+def _unread(fake: torch.Tensor) -> torch.Tensor:
+    """The same without the number that torch remembers of a 0-dim one: the next call may find another."""
+    fake.item_memo = None  # type: ignore[attr-defined]
+    return fake
 
 
 def _known(tensor: torch.Tensor, fakes: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dtrp.partitioner.op_cost import FlopCount
 from dtrp.partitioner.sketch import Sketch
 
 from .snapshot import untouched
@@ -118,13 +119,29 @@ def _run(
     seed: int,
     make: Callable[[torch.Tensor], torch.Tensor],
 ) -> Run:
-    """Run with the inputs that ``make`` makes."""
+    """Run with the inputs that ``make`` makes: without heavy products, or with them if it fails without."""
+    try:
+        return _run_once(module, args, kwargs, seed, make, Sketch())
+    except Exception:  # such as a factorization of what should be a product
+        return _run_once(module, args, kwargs, seed, make, FlopCount())
+
+
+def _run_once(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seed: int,
+    make: Callable[[torch.Tensor], torch.Tensor],
+    under: Sketch | FlopCount,
+) -> Run:
     given: list[torch.Tensor] = []
     cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: a tensor, and the same without history
 
     def real(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
-            given.append(make(x))
+            made = make(x)
+            # The result of an operation: it may be written to, of which the versions tell.
+            given.append(made.clone() if made.requires_grad and torch.is_grad_enabled() else made)
             return given[-1]
         return x
 
@@ -140,13 +157,13 @@ def _run(
         inputs = map_tensors(real, (args, kwargs))
         before = [id(t) for _, t in tensors_in(inputs)]
         versions = [int(tensor._version) for tensor in given]
-        with Sketch() as sketch:
+        with under:
             result = module(*inputs[0], **inputs[1])
         if [int(tensor._version) for tensor in given] != versions:
             raise RuntimeError("the module changes its inputs in place")
         result, after = map_tensors(without_history, result), map_tensors(without_history, inputs)
     changed = [id(t) for _, t in tensors_in(after)] != before
-    return Run(tuple(given), result, after if changed else None, sketch.flops)
+    return Run(tuple(given), result, after if changed else None, under.flops)
 
 
 def _met(fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:

@@ -16,6 +16,7 @@ passed through) stops the recording of the module in question, rather than being
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -314,7 +315,7 @@ class Recorder(TorchFunctionMode):
             # The layer's own parameters would still let gradients in: cut them off behind it.
             fresh = {id(t): t for _, t in outputs if not any(t is x for x in inputs)}
             for steps, tensor in outputs:
-                if id(tensor) in fresh and tensor.is_floating_point():
+                if id(tensor) in fresh and (tensor.is_floating_point() or tensor.is_complex()):
                     cut = self.writer.node(
                         "call_method", "detach", (self.writer.reach(node, steps),), {}, tensor
                     )
@@ -345,8 +346,8 @@ class Recorder(TorchFunctionMode):
             return value if isinstance(value, FakeTensor) else self._world.twin(value)
         if type(value) in (tuple, list):
             return type(value)(self._fake(x) for x in value)
-        if type(value) is dict:
-            return {k: self._fake(v) for k, v in value.items()}
+        if type(value) in (dict, OrderedDict):
+            return type(value)((k, self._fake(v)) for k, v in value.items())
         return value
 
     def _refuse(self, function: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,8 +119,9 @@ def mutable(value: Any) -> Any:
     """``value`` with new lists and dicts, also in place of the immutable ones that fx hands to nodes."""
     if isinstance(value, immutable_list) or type(value) is list:
         return [mutable(x) for x in value]
-    if isinstance(value, immutable_dict) or type(value) is dict:
-        return {k: mutable(v) for k, v in value.items()}
+    if isinstance(value, immutable_dict) or type(value) in (dict, OrderedDict):
+        kind = OrderedDict if type(value) is OrderedDict else dict
+        return kind((k, mutable(v)) for k, v in value.items())
     return tuple(mutable(x) for x in value) if type(value) is tuple else value
 
 
@@ -128,7 +130,7 @@ def mirror(ours: Any, theirs: Any, convert: Callable[[Any], Any]) -> Any:
 
     What has no counterpart is taken from ``theirs``, converted.
     """
-    if type(ours) is dict and isinstance(theirs, dict):
+    if type(ours) in (dict, OrderedDict) and isinstance(theirs, dict):
         items = {k: mirror(ours.get(k), v, convert) for k, v in theirs.items()}
         ours.clear()
         ours.update(items)

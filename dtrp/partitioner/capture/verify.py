@@ -44,7 +44,7 @@ class Unfaithful(Exception):
 
 
 def cost_of_running(task: Task, traced: Traced) -> float:
-    """FLOPs of a forward pass for comparison; infinite if the model cannot run."""
+    """FLOPs of a forward pass in training, for comparison; infinite if the model cannot run."""
     model, tensors = task.model, task.tensors
     state: list[torch.Tensor] = [*model.parameters(), *model.buffers(), *tensors]
     if any(t.is_meta for t in state):
@@ -61,7 +61,8 @@ def _flops(task: Task, traced: Traced, batch: tuple[int, ...], samples: int) -> 
     world.compares = False
     inputs = fake_inputs(world, task.tensors, batch, samples)
     held = {**traced.constants, **traced.methods}
-    propagate(task.model, traced.graph, world, inputs, held, keep=False, count=count)
+    with in_mode(task.model, True):
+        propagate(task.model, traced.graph, world, inputs, held, keep=False, count=count)
     return float(count.flops + world.flops)
 
 
