@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .errors import DtrpError
 from .loss_check import check_scalar_loss
+from .partitioner.capture.fits import Fits
 from .partitioner.compiler import Compiled, Request, compile_model, device_specs, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
@@ -43,6 +44,7 @@ class Pipeline:
         self.model = model
         self._request = request
         self._compiled: Compiled | None = None
+        self._fits: Fits | None = None
         self._example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
 
     # ---- the model's own interface ---------------------------------------------------------------------
@@ -361,7 +363,11 @@ class Pipeline:
         TypeError, ValueError
             They do not fit the example that was compiled for.
         """
-        return self._planned.captured.signature.flatten(args, kwargs)
+        tensors = self._planned.captured.signature.flatten(args, kwargs)
+        if self._fits is None:
+            self._fits = Fits(self._planned.captured)
+        self._fits.check(tensors, args, kwargs, self.model.training)
+        return tensors
 
     def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
         """Refuse a loss that is no scalar, on fake tensors."""

@@ -16,7 +16,7 @@ from dtrp.errors import CaptureError
 
 from .explain import Failure, capture_error
 from .exported import export_model
-from .graph import Captured, KeptWhole, ModeGraph, Signature
+from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
 from .modes import BothModes
 from .record import record
@@ -84,7 +84,7 @@ def capture(
         except Exception as error:
             failures.append(Failure(name, error))
             continue
-        return _accepted(model, signature, both, name, notes)
+        return _accepted(task, both, name, notes)
     raise capture_error(model, failures) from failures[0].error
 
 
@@ -145,16 +145,15 @@ def _check(task: Task, both: BothModes, run: bool) -> tuple[str, ...]:
     return ()
 
 
-def _accepted(
-    model: nn.Module, signature: Signature, both: BothModes, way: str, notes: tuple[str, ...]
-) -> Captured:
-    train = ModeGraph(both.train.graph_module(model), both.train.out_spec)
-    evaluate = train
-    if both.eval is not both.train:
-        evaluate = ModeGraph(both.eval.graph_module(model), both.eval.out_spec)
+def _accepted(task: Task, both: BothModes, way: str, notes: tuple[str, ...]) -> Captured:
+    model = task.model
+    train = both.train.mode_graph(model)
+    evaluate = train if both.eval is both.train else both.eval.mode_graph(model)
     kept = {k.module: k for k in (*_closed(model, both), *both.train.kept_whole, *both.eval.kept_whole)}
     notes = (*dict.fromkeys(both.train.notes + both.eval.notes), *notes)
-    return Captured(model, signature, train, evaluate, way, tuple(kept.values()), notes)
+    return Captured(
+        model, task.signature, train, evaluate, way, tuple(kept.values()), notes, tuple(task.opened)
+    )
 
 
 def _closed(model: nn.Module, both: BothModes) -> Iterator[KeptWhole]:

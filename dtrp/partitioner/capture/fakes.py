@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .real import Need, RealRun, RealRuns, plain_values
+from .snapshot import containers_in, copied, refill
 from .structure import map_tensors, mirror, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
@@ -33,6 +34,7 @@ class FakeWorld:
         self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
+        self._contents: dict[int, dict[str, Any]] = {}  # of the dicts, lists and sets among these
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
         self._met: dict[int, torch.Tensor] = {}  # what modules really gave, by the id of the fake for it
@@ -69,7 +71,10 @@ class FakeWorld:
         swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         try:
             for module in model.modules():
-                self.attributes[id(module)] = dict(module.__dict__)
+                self.attributes[id(module)] = found = dict(module.__dict__)
+                self._contents[id(module)] = {
+                    k: v for k, v in containers_in(found).items() if k not in _REGISTRIES
+                }
                 registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
                 for registry in registries:
                     for name, tensor in registry.items():
@@ -150,6 +155,7 @@ class FakeWorld:
         """Inside, the parameters and buffers of ``module`` are the real ones again, and its attributes."""
         swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         changed: list[tuple[dict[str, Any], str, Any]] = []
+        filled: list[tuple[Any, Any]] = []
         try:
             for m in module.modules():
                 before = self.attributes.get(id(m))
@@ -163,6 +169,9 @@ class FakeWorld:
                             m.__dict__[name] = before[name]
                         else:
                             del m.__dict__[name]
+                for name, contents in self._contents[id(m)].items():
+                    filled.append((before[name], copied(before[name])))
+                    refill(before[name], contents)
                 registries: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
                 for registry in registries:
                     for name, tensor in registry.items():
@@ -173,6 +182,8 @@ class FakeWorld:
         finally:
             for registry, name, value in (*swapped, *changed):
                 registry[name] = value
+            for container, contents in filled:
+                refill(container, contents)
 
 
 def _unread(fake: torch.Tensor) -> torch.Tensor:

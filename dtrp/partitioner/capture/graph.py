@@ -98,6 +98,8 @@ class ModeGraph:
 
     module: GraphModule
     out_spec: pytree.TreeSpec
+    batch_fixed: bool = False  # it is for the example's batch size alone
+    follows_batch: bool = True  # numbers in it are computed from the batch size
 
     def __call__(self, *tensors: Any) -> Any:
         """Run it on placeholder tensors; gives the model's output in its own structure."""
@@ -123,6 +125,7 @@ class Captured:
     method: str  # name of the way that was accepted
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()  # what a user should know, for the report
+    opened: tuple[str, ...] = ()  # modules that were not to be kept whole
 
     def graph(self, training: bool) -> ModeGraph:
         """The graph of a mode."""

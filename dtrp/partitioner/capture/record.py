@@ -36,8 +36,12 @@ def record(task: Task) -> BothModes:
     both = BothModes.of(task.model, lambda: recordings[next(modes)]())
     freed = {}
     for training, traced in both.each():
+        run = recordings[training]
         with in_mode(task.model, training):
-            freed[training] = free_the_batch(traced, recordings[training], task.model, task.tensors)
+            closed = run.closed
+            freed[training] = free_the_batch(traced, run, task.model, task.tensors)
+            if run.closed != closed:  # with the other batch size it had to keep more whole than at first
+                freed[training] = free_the_batch(run(), run, task.model, task.tensors)
     return BothModes(freed[True], freed.get(False, freed[True]))
 
 
@@ -61,6 +65,11 @@ class _Recording:
         self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
         self._sized = False  # by values, as the example showed
+
+    @property
+    def closed(self) -> frozenset[str]:
+        """What is kept whole by now."""
+        return frozenset(self._closed)
 
     def __call__(self, batch: tuple[int, ...] = (), size: int = 0) -> Traced:
         """Record with ``size`` samples in the inputs ``batch``; as the example is if not given."""

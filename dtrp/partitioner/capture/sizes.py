@@ -50,14 +50,14 @@ def free_the_batch(example: Traced, run: Run, model: nn.Module, tensors: Sequenc
             continue
         original = example.copy()
         try:
-            unify([example, other])
+            follows = unify([example, other])
             world = FakeWorld()
             world.compares = False
             inputs = fake_inputs(world, tensors, batch, third)
             propagate(
                 model, example.graph, world, inputs, {**example.constants, **example.methods}, keep=False
             )
-            return example
+            return dataclasses.replace(example, follows_batch=follows)
         except Differs as difference:
             problem = str(difference)
         except Exception as error:
@@ -98,8 +98,13 @@ def _caller(node: Node) -> str:
     return module.rpartition(".")[0] if node.op == "call_module" else module
 
 
-def unify(recordings: Sequence[Traced]) -> None:
+def unify(recordings: Sequence[Traced]) -> bool:
     """Replace, in the first recording, the numbers in which the others, of other sizes, differ.
+
+    Returns
+    -------
+    bool
+        Whether there were any.
 
     Raises
     ------
@@ -127,6 +132,7 @@ def unify(recordings: Sequence[Traced]) -> None:
         replacements.append((column[0], args, kwargs))
     for node, args, kwargs in replacements:
         node.args, node.kwargs = sizes.written(node, args), sizes.written(node, kwargs)
+    return bool(sizes.written_nodes)
 
 
 class _Size:
@@ -142,7 +148,7 @@ class _Sizes:
     def __init__(self, graph: Graph, columns: Sequence[tuple[Node, ...]]) -> None:
         self._graph = graph
         self._columns = columns
-        self._written: dict[tuple[int, int, int, int, int], Node] = {}
+        self.written_nodes: dict[tuple[int, int, int, int, int], Node] = {}
         self._varying = [self._dims(column) for column in columns]
 
     def _dims(self, column: tuple[Node, ...]) -> list[tuple[int, _Numbers]]:
@@ -186,8 +192,8 @@ class _Sizes:
 
     def _nodes(self, node: Node, size: _Size) -> Node:
         key = (size.source, size.dim, size.times, size.over, size.plus)
-        if key in self._written:
-            return self._written[key]
+        if key in self.written_nodes:
+            return self.written_nodes[key]
         source = self._columns[size.source][0]
         value = int(source.meta["val"].shape[size.dim])
         with self._graph.inserting_before(node):
@@ -200,7 +206,7 @@ class _Sizes:
                 if operand != neutral:
                     value = function(value, operand)
                     result = self._new("call_function", function, (result, operand), value, node)
-        self._written[key] = result
+        self.written_nodes[key] = result
         return result
 
     def _new(self, op: str, target: Any, args: Any, value: int, user: Node) -> Node:

@@ -28,9 +28,7 @@ def untouched(model: nn.Module, *, tensors: bool = False) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [dict(m.__dict__) for m in modules]
-    containers = [
-        {k: _copy(v) for k, v in saved.items() if isinstance(v, (dict, list, set))} for saved in attributes
-    ]
+    containers = [containers_in(saved) for saved in attributes]
     contents = [(t, t.detach().clone()) for t in _tensors(modules)] if tensors else []
     gradients = [(p, p.grad) for p in model.parameters()]
     with preserved_randomness():
@@ -42,7 +40,7 @@ def untouched(model: nn.Module, *, tensors: bool = False) -> Iterator[None]:
                     del m.__dict__[key]
                 for key, value in saved.items():
                     if key in copies:
-                        _refill(value, copies[key])
+                        refill(value, copies[key])
                     m.__dict__[key] = value
             for p, gradient in gradients:
                 if p.grad is not gradient:
@@ -85,11 +83,18 @@ def _tensors(modules: list[nn.Module]) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _copy(container: Any) -> Any:
+def containers_in(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the dicts, lists and sets among a module's attributes."""
+    return {k: copied(v) for k, v in attributes.items() if isinstance(v, (dict, list, set))}
+
+
+def copied(container: Any) -> Any:
+    """A dict, list or set with the same contents."""
     return type(container)(container) if type(container) in (dict, list, set) else container.copy()
 
 
-def _refill(container: Any, saved: Any) -> None:
+def refill(container: Any, saved: Any) -> None:
+    """Make a dict, list or set hold what a copy of it does."""
     if isinstance(container, list):
         container[:] = saved
     else:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .graph import KeptWhole
+from .graph import KeptWhole, ModeGraph
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Traced:
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()
     batch_fixed: bool = False  # takes no other number of samples than the example's; a note says why
+    follows_batch: bool = True  # numbers in it are computed from the batch size
     # Modules that may carry something over to their next call, and what.
     keepers: dict[str, str] = field(default_factory=dict)
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
@@ -49,6 +50,10 @@ class Traced:
             if n.op in ("call_module", "get_attr")
         }
         return GraphModule(held, self.graph, type(model).__name__)
+
+    def mode_graph(self, model: nn.Module) -> ModeGraph:
+        """What capturing gives for the mode."""
+        return ModeGraph(self.graph_module(model), self.out_spec, self.batch_fixed, self.follows_batch)
 
 
 def _resolve(model: nn.Module, name: str, constants: Mapping[str, Any]) -> Any:

@@ -1,0 +1,115 @@
+"""Calls of other shapes than the example's: right with the graph, or refused.
+
+A graph that fx traced keeps all sizes open. One that was recorded or exported follows the batch size alone;
+other sizes stand in it as the numbers that the model's code made of them, if it made any. Whether it did is
+found by capturing the model for the new shapes too: the graphs must be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrp.errors import CaptureError
+
+from .facade import capture
+from .graph import Captured, ModeGraph
+from .sizes import batch_of
+from .traced import Traced, same_graph
+
+
+class Fits:
+    """Checks calls of one captured model, and remembers which shapes are right."""
+
+    def __init__(self, captured: Captured) -> None:
+        self._captured = captured
+        placeholders = captured.train.module.graph.find_nodes(op="placeholder")
+        self._example: list[torch.Tensor] = [node.meta["val"] for node in placeholders]
+        self._right: set[tuple[Any, ...]] = set()
+
+    def check(
+        self, tensors: Sequence[torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], training: bool
+    ) -> None:
+        """Refuse a call that the mode's graph is not for.
+
+        Raises
+        ------
+        ValueError
+            Names the argument, its shape now and in the example, and what to do.
+        """
+        if self._captured.method == "fx":
+            return
+        graph = self._captured.graph(training)
+        size, batch = batch_of(self._example)
+        key = (training, *((tuple(t.shape), t.dtype) for t in tensors))
+        if key in self._right:
+            return
+        if batch and graph.batch_fixed and tensors[batch[0]].shape[:1] != (size,):
+            raise ValueError(
+                f"{self._told(batch[0], tensors)}: the graph is for that batch size alone (the report's "
+                "notes say why). Give batches of this size, or compile again with an example of the other."
+            )
+        sizes = {tensors[i].shape[:1] for i in batch}
+        other = [i for i, t in enumerate(tensors) if not self._like_example(i, t, i in batch)]
+        if len(sizes) > 1 and graph.follows_batch and not other:
+            other = list(batch)  # their sizes were equal, perhaps by chance
+        if other:
+            reason = self._differs(args, kwargs)
+            if reason:
+                free = "" if graph.batch_fixed or not batch else " (and any batch size)"
+                raise ValueError(
+                    f"{self._told(other[0], tensors)}: the graph is for the shapes of the example{free}, "
+                    f"as {reason}. Pad to these shapes, or compile again with an example of the new ones."
+                )
+        self._right.add(key)
+
+    def _like_example(self, i: int, tensor: torch.Tensor, is_batch: bool) -> bool:
+        expected, found = list(self._example[i].shape), list(tensor.shape)
+        if is_batch and found:
+            expected[0] = found[0]
+        return expected == found and tensor.dtype == self._example[i].dtype
+
+    def _told(self, i: int, tensors: Sequence[torch.Tensor]) -> str:
+        now, then = tensors[i], self._example[i]
+        return (
+            f"argument {self._captured.signature.tensor_names[i]!r} is {_kind(now)} now and was "
+            f"{_kind(then)} when the model was compiled"
+        )
+
+    def _differs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """Why the graphs for these arguments are not the present ones; ``""`` if they are."""
+        mine = self._captured
+        try:
+            new = capture(mine.model, args, kwargs, opened=mine.opened, ways=[mine.method], run=False)
+        except CaptureError as error:
+            return f"capturing it for the new ones fails: {(str(error).splitlines() or [''])[0]}"
+        if not (_same(mine.train, new.train) and _same(mine.eval, new.eval)):
+            return "the model's code computes with sizes, or takes another course with the new ones"
+        return ""
+
+
+def _same(a: ModeGraph, b: ModeGraph) -> bool:
+    if not same_graph(Traced(a.module.graph, a.out_spec), Traced(b.module.graph, b.out_spec)):
+        return False
+    return all(
+        _equal(_attribute(a.module, str(n.target)), _attribute(b.module, str(n.target)))
+        for n in a.module.graph.find_nodes(op="get_attr")
+    )
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b or not isinstance(a, torch.Tensor):
+        return True
+    return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

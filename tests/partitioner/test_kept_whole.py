@@ -1,0 +1,168 @@
+"""Modules that a graph holds whole: what they keep, change and give must be as in the plain model."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import dtrp
+from dtrp.partitioner.capture import capture
+
+from .test_capture import assert_faithful
+
+
+class Model(nn.Module):
+    """``forward`` is given; ``inner`` is a submodule with a forward of its own."""
+
+    def __init__(self, function, inner=None, **buffers):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.function = function
+        self.cache = {}
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        if inner is not None:
+            self.inner = inner if isinstance(inner, nn.Module) else Model(inner)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(3, 4)
+
+
+def around(m, x):
+    return m.b(m.inner(m.a(x)))
+
+
+def by_values(m, x):
+    return m.a(x) if x.sum() > 0 else -m.b(x)
+
+
+def names(captured):
+    return [k.module for k in captured.kept_whole]
+
+
+@pytest.mark.parametrize("read", [int, float, torch.Tensor.item, bool])
+def test_a_number_in_a_buffer_is_not_frozen(read, x):
+    """Warm-ups, queues and caches keep a step or a position in a 0-dim buffer."""
+
+    def forward(m, x):
+        return m.a(x) * (1 + float(read(m.step)))
+
+    model = Model(around, Model(forward, step=torch.tensor(0)))
+    captured = assert_faithful(model, (x,))
+    assert names(captured) == ["inner"]
+    model.inner.step.fill_(9)
+    assert torch.equal(captured.graph(False)(x), model.eval()(x))
+
+
+def test_an_index_that_a_module_gives_is_not_frozen(x):
+    def forward(m, x):
+        return (x if x.sum() > -1e9 else -x), x.sum(0).argmax()
+
+    def choose(m, x):
+        y, i = m.inner(m.a(x))
+        return m.b(y) * (1 + int(i))
+
+    outer = Model(lambda m, x: m.inner(x), Model(choose, forward))
+    captured = capture(outer, (x,), run=False)
+    assert names(captured) == ["inner"], "the code that reads the index is kept whole with it"
+
+
+def test_what_it_gives_may_be_written_to(x):
+    model = nn.Sequential(nn.Linear(4, 4), Model(by_values), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    assert names(assert_faithful(model, (x,))) == ["1"]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert torch.equal(pipe(x), model(x))
+
+
+def test_what_it_puts_into_an_ordered_dict(x):
+    def fill(m, found):
+        found["b"] = by_values(m, found["a"])
+
+        return found
+
+    def use(m, x):
+        found = OrderedDict(a=m.a(x))
+        m.inner(found)
+        return found["b"] + found["a"]
+
+    captured = capture(Model(use, fill), (x,), run=False)
+    assert_faithful(Model(use, fill), (x,), captured=None)
+    assert names(captured) == ["inner"]
+
+
+def test_a_factorization_of_a_heavy_product():
+    """Random numbers in the product's place cannot be factorized: it runs in full."""
+
+    def whiten(m, x):
+        covariance = x.t() @ x / len(x) + 1e-3 * torch.eye(x.shape[1])
+        y = x @ torch.linalg.inv(torch.linalg.cholesky(covariance)).t()
+        return y[y.norm(dim=-1) > 0]
+
+    model = nn.Sequential(nn.Linear(256, 256), Model(whiten), nn.Linear(256, 4))
+    assert names(capture(model, (torch.randn(300, 256),))) == ["1"]
+
+
+def test_complex_layers_without_gradients():
+    def forward(m, x):
+        with torch.no_grad():
+            y = m.inner(x)
+        return (y * x).abs()
+
+    model = Model(forward, nn.Linear(4, 4, dtype=torch.complex64))
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    captured = capture(model, (x,), ways=["record"], run=False)
+    captured.graph(True)(x).sum().backward() if captured.graph(True)(x).requires_grad else None
+    assert model.inner.weight.grad is None
+
+
+def caching(m, x):
+    if len(x) not in m.cache:
+        m.cache[len(x)] = torch.arange(4.0)
+    return by_values(m, x) + m.cache[len(x)]
+
+
+def test_caches_and_hooks_are_left_alone(x):
+    """What a run on fake tensors puts into a module's dicts must not meet the user's tensors."""
+    model = Model(around, caching)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert model.inner.cache == {}
+    assert type(pipe(x)) is torch.Tensor
+    assert torch.equal(pipe(x), model(x))
+    assert type(model.inner.cache[3]) is torch.Tensor
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_in_which_a_model_is_compiled_does_not_matter(training, x):
+    def forward(m, x):
+        y = by_values(m, x)
+        return {"loss": y} if m.training else {"scores": y}
+
+    def use(m, x):
+        found = m.inner(m.a(x))
+        return found["loss"] if m.training else found["scores"]
+
+    captured = capture(Model(use, forward).train(training), (x,))
+    assert names(captured) == ["inner"]
+
+
+def test_what_needs_another_batch_size_to_show_is_kept_whole_too(x):
+    """Recorded with more samples a module had to be closed that the first recording had open."""
+
+    def forward(m, x):
+        if len(x) > 3 and x.sum() > 1e9:
+            return x
+        return m.a(x)
+
+    captured = capture(Model(around, forward), (x,))
+    assert not [note for note in captured.notes if "batch" in note]
+    big = torch.randn(8, 4)
+    assert torch.equal(captured.graph(True)(big), captured.model.train()(big))
