@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .capture.custom import SameForm
 from .capture.fakes import FakeWorld
 from .capture.graph import Captured, ModeGraph
 from .capture.modes import in_mode
@@ -258,6 +259,8 @@ def _untransferable(gm: fx.GraphModule) -> list[set[str]]:
         elif not isinstance(node.meta.get("val"), TRAVELS):
             items = [u.name for u in node.users if u.op == "call_function" and u.target is operator.getitem]
             groups.append({node.name, *items})
+        checks = [u.name for u in node.users if isinstance(u.target, SameForm)]
+        groups.append({node.name, *checks})
     return groups
 
 

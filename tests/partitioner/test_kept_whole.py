@@ -166,3 +166,70 @@ def test_what_needs_another_batch_size_to_show_is_kept_whole_too(x):
     assert not [note for note in captured.notes if "batch" in note]
     big = torch.randn(8, 4)
     assert torch.equal(captured.graph(True)(big), captured.model.train()(big))
+
+
+def flag(m, x):
+    return by_values(m, x), bool((x.abs() > 50).any())
+
+
+def optional(m, x):
+    return by_values(m, x), (x * 2 if (x.abs() > 50).any() else None)
+
+
+def growing(m, x):
+    return [by_values(m, x), *([x] if (x.abs() > 50).any() else [])]
+
+
+@pytest.mark.parametrize("inner", [flag, optional, growing])
+def test_another_form_of_result_is_refused(inner, x):
+    """The code behind was recorded for one: entries of a longer list would be lost without a word."""
+    model = Model(lambda m, x: m.b(m.inner(m.a(x))[0]), inner)
+    captured = capture(model, (x,), run=False)
+    assert torch.equal(captured.graph(False)(x), model.eval()(x))
+    with pytest.raises(RuntimeError, match=r"module 'inner' gave .* now and .* when the model was captured"):
+        captured.graph(False)(x * 1e4)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert torch.equal(pipe(x), model(x))
+
+
+def test_numbers_that_differ_between_two_runs_are_refused(x):
+    def lengths(m, x, mask):
+        return by_values(m, x), [int(n) for n in mask.sum(-1)]
+
+    model = Model(lambda m, x, mask: m.b(m.inner(m.a(x), mask)[0]), lengths)
+    with pytest.raises(dtrp.CaptureError, match="Python values that it makes from tensors"):
+        capture(model, (x, torch.ones(3, 4, dtype=torch.bool)), run=False)
+
+
+def test_a_mask_that_is_all_true_in_the_example(x):
+    """The number of rows that it picks is made from values, and is not the batch size."""
+
+    def pick(m, x, mask):
+        return x[mask]
+
+    model = Model(lambda m, x, mask: m.b(m.inner(m.a(x), mask)).sum(0) / len(x), pick)
+    captured = capture(model, (x, torch.ones(3, dtype=torch.bool)))
+    some = torch.tensor([True, False, True])
+    assert torch.equal(captured.graph(False)(x, some), model.eval()(x, some))
+
+
+@pytest.mark.parametrize("start", [0.0, None])
+def test_what_it_leaves_in_an_attribute_is_not_read_as_it_was(start, x):
+    """A mixture of experts' auxiliary loss: the code that reads it is kept whole with it, or refused."""
+
+    def route(m, x):
+        y = by_values(m, x)
+        m.aux = y.softmax(-1).mean(0).pow(2).sum()
+        return y
+
+    def use(m, x):
+        y = m.b(m.inner(m.a(x)))
+        return y * m.inner.aux
+
+    model = Model(use, route)
+    model.inner.aux = start
+    with pytest.raises(dtrp.CaptureError, match="made where it cannot be followed"):
+        capture(model, (x,), run=False)
+    captured = capture(nn.Sequential(model), (x,), run=False)
+    assert names(captured) == ["0"]
+    assert model.inner.aux is start

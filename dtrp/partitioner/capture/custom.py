@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
+from torch.utils import _pytree as pytree
+
+from .structure import flatten_output
 
 
 @has_side_effect
@@ -71,3 +75,67 @@ class GradientFunction:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GradientFunction, (self.function,)
+
+
+class SameForm:
+    """Refuses a module's result that has another form than its example, as the target of a node.
+
+    For modules kept whole because they decide by values: the code behind them was recorded for one form.
+    """
+
+    def __init__(self, module: str, form: Any, plain: tuple[Any, ...]) -> None:
+        self.module, self.form, self.plain = module, form, plain
+        has_side_effect(self)
+        self.__name__ = self.__qualname__ = "same_form"
+        self.__module__ = __name__
+
+    @classmethod
+    def of(cls, module: str, result: Any) -> SameForm:
+        """Expects what looks like ``result``."""
+        return cls(module, *_form(result))
+
+    def __call__(self, result: Any) -> None:
+        """Compare structure, and what is no tensor."""
+        form, plain = _form(result)
+        if form != self.form or not _equal(plain, self.plain):
+            raise RuntimeError(
+                f"module {self.module!r} gave {_shown(plain, form)} now and "
+                f"{_shown(self.plain, self.form)} when the model was captured: the code behind it was "
+                "recorded for that form. Let it give tensors in one structure, or call it in a module "
+                "together with the code that uses its result."
+            )
+
+    def __repr__(self) -> str:
+        return f"same_form({self.module})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameForm) and (other.module, other.form) == (self.module, self.form)
+
+    def __hash__(self) -> int:
+        return hash(self.module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SameForm, (self.module, self.form, self.plain)
+
+
+def _form(result: Any) -> tuple[Any, tuple[Any, ...]]:
+    leaves, form = flatten_output(_unordered(result))
+    return form, tuple(torch.Tensor if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+
+
+def _unordered(value: Any) -> Any:
+    """Graphs hand on plain dicts in place of ordered ones."""
+    if type(value) in (list, tuple):
+        return type(value)(_unordered(x) for x in value)
+    return {k: _unordered(v) for k, v in value.items()} if type(value) in (dict, OrderedDict) else value
+
+
+def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    simple = (bool, int, float, complex, str, type(None))
+    return all(x == y for x, y in zip(a, b, strict=True) if isinstance(x, simple) or isinstance(y, simple))
+
+
+def _shown(plain: tuple[Any, ...], form: Any) -> str:
+    names = ["a tensor" if leaf is torch.Tensor else repr(leaf) for leaf in plain]
+    text = str(pytree.tree_unflatten(names, form))
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -13,13 +13,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .real import Need, RealRun, RealRuns, plain_values
-from .snapshot import containers_in, copied, refill
+from .snapshot import REGISTRIES, containers_in, copied, refill
 from .structure import map_tensors, mirror, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
 Sizes = Literal["found", "other", "none"]
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 class FakeWorld:
@@ -73,7 +71,7 @@ class FakeWorld:
             for module in model.modules():
                 self.attributes[id(module)] = found = dict(module.__dict__)
                 self._contents[id(module)] = {
-                    k: v for k, v in containers_in(found).items() if k not in _REGISTRIES
+                    k: v for k, v in containers_in(found).items() if k not in REGISTRIES
                 }
                 registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
                 for registry in registries:
@@ -110,9 +108,19 @@ class FakeWorld:
             map_tensors(inputs.append, (args, kwargs))
             back = {id(y): x for y, x in zip(run.first.inputs, inputs, strict=True)}
             result = self._imagined(run, back)
+            left = [(m, name, map_tensors(self._stranger, value)) for m, name, value in run.first.left]
             if run.first.changed is not None:
                 mirror((args, kwargs), run.first.changed, lambda x: map_tensors(lambda t: _known(t, back), x))
-            return result
+        for m, name, value in left:  # nobody must read there what stood there before
+            m.__dict__[name] = value
+        return result
+
+    def _stranger(self, tensor: Any) -> Any:
+        """A fake tensor that no graph knows."""
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        self._held.append(self.mode.from_tensor(tensor.detach().clone()))
+        return self._held[-1]
 
     def _imagined(self, run: RealRun, back: dict[int, torch.Tensor]) -> Any:
         """The result of ``run`` on fake tensors; ``back``: fake ones by the real ones' ids, added to."""
@@ -163,7 +171,7 @@ class FakeWorld:
                     continue
                 for name, value in list(m.__dict__.items()):
                     # Whatever forward has stored so far, such as a cache, is fake.
-                    if name not in _REGISTRIES and value is not before.get(name):
+                    if name not in REGISTRIES and value is not before.get(name):
                         changed.append((m.__dict__, name, value))
                         if name in before:
                             m.__dict__[name] = before[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import nn
 from dtrp.partitioner.op_cost import FlopCount
 from dtrp.partitioner.sketch import Sketch
 
-from .snapshot import untouched
+from .snapshot import REGISTRIES, containers_in, untouched
 from .structure import flatten_output, map_tensors, mutable, tensors_in
 
 Need = Literal["both", "first", "second"]
@@ -28,6 +29,7 @@ class Run:
     result: Any
     changed: Any  # the arguments afterwards, if it put other tensors into lists and dicts among them
     flops: int
+    left: tuple[tuple[nn.Module, str, Any], ...]  # what holds tensors among the attributes that it set
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,23 @@ class RealRuns:
         if run is None:
             run = RealRun(module, _run(module, args, kwargs, 0, lambda t: _met(t, met)))
         if run.second is None and need != "first" and again:
-            try:
-                second = _run(module, args, kwargs, 1, _random_like)
-            except Exception:
-                second = _run(module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
-            run = replace(run, second=second)
+            run = replace(run, second=_another(run, args, kwargs, met))
         if key is not None:
             self._made[key] = run
         return run
+
+
+def _another(
+    run: RealRun, args: tuple[Any, ...], kwargs: dict[str, Any], met: Mapping[int, torch.Tensor]
+) -> Run:
+    """A run with other numbers, as different as the module can take without giving another form of result."""
+    attempts: list[Callable[[torch.Tensor], torch.Tensor]] = [_varied_like, _random_like]
+    for make in attempts:
+        with contextlib.suppress(Exception):
+            second = _run(run.module, args, kwargs, 1, make)
+            if flatten_output(second.result)[1] == flatten_output(run.first.result)[1]:
+                return second
+    return _run(run.module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
 
 
 def plain_values(result: Any) -> list[Any]:
@@ -153,6 +164,7 @@ def _run_once(
         return cut[id(x)][1]
 
     with untouched(module, tensors=True):
+        found = [(m, dict(m.__dict__), containers_in(m.__dict__)) for m in module.modules()]
         torch.manual_seed(seed)
         inputs = map_tensors(real, (args, kwargs))
         before = [id(t) for _, t in tensors_in(inputs)]
@@ -162,8 +174,23 @@ def _run_once(
         if [int(tensor._version) for tensor in given] != versions:
             raise RuntimeError("the module changes its inputs in place")
         result, after = map_tensors(without_history, result), map_tensors(without_history, inputs)
+        left = tuple(
+            (m, name, map_tensors(without_history, mutable(value)))
+            for m, attributes, contents in found
+            for name, value in m.__dict__.items()
+            if name not in REGISTRIES and _is_new(value, name, attributes, contents)
+        )
     changed = [id(t) for _, t in tensors_in(after)] != before
-    return Run(tuple(given), result, after if changed else None, under.flops)
+    return Run(tuple(given), result, after if changed else None, under.flops, left)
+
+
+def _is_new(value: Any, name: str, attributes: dict[str, Any], contents: dict[str, Any]) -> bool:
+    """Whether an attribute holds tensors that it did not hold before."""
+    before = contents.get(name) if value is attributes.get(name) else attributes.get(name)
+    if value is attributes.get(name) and before is None:
+        return False
+    known = {id(t) for _, t in tensors_in(before)}
+    return any(id(t) not in known for _, t in tensors_in(value))
 
 
 def _met(fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
@@ -175,6 +202,13 @@ def _met(fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0
     if real.is_floating_point() or real.is_complex():
         real *= scale
     return real.requires_grad_(fake.requires_grad)
+
+
+def _varied_like(fake: torch.Tensor) -> torch.Tensor:
+    """As `_random_like`, with zeros and ones among integers, and some false among truths."""
+    if fake.is_floating_point() or fake.is_complex():
+        return _random_like(fake)
+    return torch.randint(0, 2, tuple(fake.shape), device=fake.device).to(fake.dtype)
 
 
 def _random_like(fake: torch.Tensor) -> torch.Tensor:

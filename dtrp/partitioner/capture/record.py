@@ -108,7 +108,7 @@ class _Recording:
             others = [self._once(batch, size, "other"), self._once(batch, size, "none")]
             failures = others[0].failures | others[1].failures
             if not failures:
-                unify([found.traced, *(other.traced for other in others)])
+                unify([found.traced, *(other.traced for other in others)], by_values=True)
             return failures
         except Differs as difference:
             if difference.module and difference.module not in self._closed:

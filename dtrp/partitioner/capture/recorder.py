@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
-from .custom import GradientFunction
+from .custom import GradientFunction, SameForm
 from .decisions import Decisions, Undecided
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
@@ -203,6 +203,7 @@ class Recorder(TorchFunctionMode):
                 lambda _, a, k: ("call_module", name, a, k),
                 args,
                 kwargs,
+                kept=key,
             )
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
@@ -232,8 +233,13 @@ class Recorder(TorchFunctionMode):
 
     # One call
 
-    def _call(self, function: Callable[..., Any], form: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run ``function`` on fakes and, if it gives or changes a tensor, make it a node."""
+    def _call(
+        self, function: Callable[..., Any], form: Callable[..., Any], args: Any, kwargs: Any, kept: str = ""
+    ) -> Any:
+        """Run ``function`` on fakes and, if it gives or changes a tensor, make it a node.
+
+        ``kept``: the name of what is kept whole because it could not be recorded.
+        """
         given = args, kwargs
         args, kwargs = self._fake(given)
         before = self._fake(given)
@@ -252,6 +258,8 @@ class Recorder(TorchFunctionMode):
         if not outputs and not changed:
             return result  # a question, answered
         node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
+        if kept:
+            self.writer.node("call_function", SameForm.of(kept, result), (node,), {}, None)
         return self._learn_all(result, outputs, node, inputs, changed)
 
     def _decide(self, condition: torch.Tensor, error: Exception) -> bool:
@@ -282,6 +290,7 @@ class Recorder(TorchFunctionMode):
                     lambda _, a, k: ("call_module", name, a, k),
                     args,
                     kwargs,
+                    kept=name if name in self._closed else "",
                 )
             finally:
                 self.writer.module = outer

@@ -98,8 +98,11 @@ def _caller(node: Node) -> str:
     return module.rpartition(".")[0] if node.op == "call_module" else module
 
 
-def unify(recordings: Sequence[Traced]) -> bool:
+def unify(recordings: Sequence[Traced], by_values: bool = False) -> bool:
     """Replace, in the first recording, the numbers in which the others, of other sizes, differ.
+
+    With ``by_values`` the sizes are those that modules make from values. They stand for no other size that
+    happens to be equal: a later call does not take numbers from them.
 
     Returns
     -------
@@ -132,6 +135,9 @@ def unify(recordings: Sequence[Traced]) -> bool:
         replacements.append((column[0], args, kwargs))
     for node, args, kwargs in replacements:
         node.args, node.kwargs = sizes.written(node, args), sizes.written(node, kwargs)
+    if by_values:
+        for i, column in enumerate(columns):
+            column[0].meta["sized_by_values"] = {dim for dim, _ in sizes.varying[i]}
     return bool(sizes.written_nodes)
 
 
@@ -149,7 +155,7 @@ class _Sizes:
         self._graph = graph
         self._columns = columns
         self.written_nodes: dict[tuple[int, int, int, int, int], Node] = {}
-        self._varying = [self._dims(column) for column in columns]
+        self.varying = [self._dims(column) for column in columns]
 
     def _dims(self, column: tuple[Node, ...]) -> list[tuple[int, _Numbers]]:
         """The dimensions of a node's tensor that change with the batch."""
@@ -157,14 +163,15 @@ class _Sizes:
         if len(values) < len(column) or len({v.dim() for v in values}) > 1:
             return []
         shapes = zip(*(v.shape for v in values), strict=True)
-        return [(d, sizes) for d, sizes in enumerate(shapes) if len(set(sizes)) > 1]
+        taken = column[0].meta.get("sized_by_values", ())
+        return [(d, sizes) for d, sizes in enumerate(shapes) if len(set(sizes)) > 1 and d not in taken]
 
     def find(self, numbers: _Numbers, at: int, near: Sequence[int]) -> _Size:
         """An expression that gives ``numbers``, from tensors before node ``at``, preferring ``near``."""
         candidates = [*near, *self._before(at)]
         for form in (_equal, _multiple, _fraction, _affine):
             for source in candidates:
-                for dim, sizes in self._varying[source]:
+                for dim, sizes in self.varying[source]:
                     fit = form(numbers, sizes)
                     if fit is not None:
                         return _Size(source, dim, *fit)
@@ -173,7 +180,7 @@ class _Sizes:
     def _before(self, at: int) -> Iterator[int]:
         seen = 0
         for i in range(at - 1, -1, -1):
-            if self._varying[i] and (seen < _NEAR or self._columns[i][0].op == "placeholder"):
+            if self.varying[i] and (seen < _NEAR or self._columns[i][0].op == "placeholder"):
                 seen += 1
                 yield i
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
