@@ -105,6 +105,6 @@ def _construct(failures: Sequence[Failure], chief: Failure) -> tuple[str, str]:
                 return construct, remedy
     return (
         f"running it on tensors of the example's shapes failed: {chief.text}",
-        "Check that model(*args, **kwargs) itself runs with the example inputs, in train mode and in eval mode; "
-        "if it does, {whole}.",
+        "Check that model(*args, **kwargs) itself runs with the example inputs, in train mode and in eval "
+        "mode; if it does, {whole}.",
     )
