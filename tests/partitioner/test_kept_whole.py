@@ -233,3 +233,23 @@ def test_what_it_leaves_in_an_attribute_is_not_read_as_it_was(start, x):
     captured = capture(nn.Sequential(model), (x,), run=False)
     assert names(captured) == ["0"]
     assert model.inner.aux is start
+
+
+def test_objects_that_it_changes_for_some_values_are_refused(x):
+    """The caller reads them: the graph would hold either what was there before or what was put in."""
+
+    def clamp(m, found):
+        for i, row in enumerate(found):
+            if row.sum() > 0:
+                found[i] = row.clamp(-1, 1)
+        return found
+
+    def use(m, x):
+        found = list(m.a(x).unbind(-1) * 3)
+        m.inner(found)
+        return m.b(torch.stack(found[:4], -1))
+
+    with pytest.raises(
+        dtrp.CaptureError, match="how it changes an object that it is given depends on values"
+    ):
+        capture(Model(use, clamp), (x,), run=False)

@@ -128,6 +128,8 @@ class FakeWorld:
         tensors, others = list(tensors_in(result)), list(tensors_in(other))
         if [steps for steps, _ in tensors] != [steps for steps, _ in others]:
             raise RuntimeError("how many tensors the module gives depends on values")
+        if run.second is not None and run.first.held != run.second.held:
+            raise RuntimeError("how it changes an object that it is given depends on values")
         if not tensors or plain_values(result) != plain_values(other):
             raise RuntimeError("it gives numbers or other Python values that it makes from tensors")
         second = {id(a): b for (_, a), (_, b) in zip(tensors, others, strict=True)}

@@ -28,6 +28,7 @@ class Run:
     inputs: tuple[torch.Tensor, ...]  # in order; they may come out again in the result
     result: Any
     changed: Any  # the arguments afterwards, if it put other tensors into lists and dicts among them
+    held: tuple[int | None, ...]  # which inputs the arguments hold afterwards, None: another tensor
     flops: int
     left: tuple[tuple[nn.Module, str, Any], ...]  # what holds tensors among the attributes that it set
 
@@ -180,8 +181,10 @@ def _run_once(
             for name, value in m.__dict__.items()
             if name not in REGISTRIES and _is_new(value, name, attributes, contents)
         )
-    changed = [id(t) for _, t in tensors_in(after)] != before
-    return Run(tuple(given), result, after if changed else None, under.flops, left)
+    places = {key: i for i, key in enumerate(before)}
+    held = tuple(places.get(id(t)) for _, t in tensors_in(after))
+    changed = held != tuple(range(len(before)))
+    return Run(tuple(given), result, after if changed else None, held, under.flops, left)
 
 
 def _is_new(value: Any, name: str, attributes: dict[str, Any], contents: dict[str, Any]) -> bool:
