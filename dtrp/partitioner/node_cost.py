@@ -25,6 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from dtrp.partitioner.capture.real import random_tensor
 from dtrp.partitioner.capture.snapshot import untouched
 from dtrp.partitioner.capture.structure import mutable
 from dtrp.partitioner.live_bytes import LiveBytes, storage_of
@@ -320,15 +321,7 @@ def _fake(spec: TensorSpec) -> torch.Tensor:
 
 
 def _sample(spec: TensorSpec) -> torch.Tensor:
-    """Real numbers, normal; zeros where they may be an index, or all true."""
-    made = _fake(replace(spec, requires_grad=False))
-    if spec.dtype == torch.bool:
-        made.fill_(True)
-    elif spec.dtype.is_floating_point or spec.dtype.is_complex:
-        made.normal_()
-    else:
-        made.zero_()
-    return made.requires_grad_(spec.requires_grad)
+    return random_tensor(spec.shape, spec.dtype, _DEVICE).requires_grad_(spec.requires_grad)
 
 
 def _unpack(tensor: torch.Tensor) -> torch.Tensor:

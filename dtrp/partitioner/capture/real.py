@@ -215,10 +215,13 @@ def _varied_like(fake: torch.Tensor) -> torch.Tensor:
 
 
 def _random_like(fake: torch.Tensor) -> torch.Tensor:
+    return random_tensor(tuple(fake.shape), fake.dtype, fake.device).requires_grad_(fake.requires_grad)
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A real tensor such as a model might meet: normal, or zeros where it may be an index, or all true."""
-    shape, dtype, device = tuple(fake.shape), fake.dtype, fake.device
     if dtype == torch.bool:
         return torch.ones(shape, dtype=dtype, device=device)
     if not (dtype.is_floating_point or dtype.is_complex):
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.randn(shape, device=device).to(dtype).requires_grad_(fake.requires_grad)
+    return torch.randn(shape, device=device).to(dtype)
