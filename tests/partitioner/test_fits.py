@@ -104,3 +104,14 @@ def test_shapes_that_were_found_right_are_not_captured_again(monkeypatch):
     monkeypatch.setattr("dtrp.partitioner.capture.fits.capture", None)
     fits.check([longer], (longer,), {}, True)
     fits.check([x], (x,), {}, True)
+
+
+def test_an_empty_batch_may_take_another_course():
+    def forward(m, x):
+        return m.b(m.a(x)) if len(x) else torch.zeros(0, 7)
+
+    pipe = compiled(forward, torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"of shape \(0, 4\) now"):
+        pipe(torch.randn(0, 4))
+    pipe = compiled(lambda m, x: m.b(m.a(x)), torch.randn(3, 4))
+    assert pipe(torch.randn(0, 4)).shape == (0, 4)

@@ -54,7 +54,10 @@ class Fits:
             )
         sizes = {tensors[i].shape[:1] for i in batch}
         other = [i for i, t in enumerate(tensors) if not self._like_example(i, t, i in batch)]
-        if len(sizes) > 1 and graph.follows_batch and not other:
+        if not other:
+            # Code often treats an empty tensor in a way of its own.
+            other = [i for i in batch if tensors[i].shape[0] == 0 < size]
+        if not other and len(sizes) > 1 and graph.follows_batch:
             other = list(batch)  # their sizes were equal, perhaps by chance
         if other:
             reason = self._differs(args, kwargs)
