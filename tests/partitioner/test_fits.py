@@ -82,16 +82,27 @@ def test_another_dtype_or_number_of_dimensions_is_checked():
 
 
 def test_sizes_that_were_equal_by_chance():
-    """The graph follows one of them where the model follows the other."""
+    """Each number follows the tensor that it came from."""
 
     def two(m, x, memory):
         return m.b(m.a(x)).reshape(x.shape[0] * 2, 2), m.a(memory).reshape(memory.shape[0] * 2, 2)
 
     pipe = compiled(two, torch.randn(3, 4), torch.randn(3, 4))
-    x, memory = torch.randn(5, 4), torch.randn(5, 4)
-    assert all(torch.equal(a, b) for a, b in zip(pipe(x, memory), pipe.model(x, memory), strict=True))
-    with pytest.raises(ValueError, match=r"the graph is for the shapes of the example"):
-        pipe(x, torch.randn(7, 4))
+    for rows in (5, 7, 1):
+        x, memory = torch.randn(5, 4), torch.randn(rows, 4)
+        assert all(torch.equal(a, b) for a, b in zip(pipe(x, memory), pipe.model(x, memory), strict=True))
+
+
+def test_sizes_that_must_be_equal():
+    def masked(m, x, mask):
+        y = m.b(m.a(x) * mask[:, None])
+        return y.reshape(x.shape[0] * 2, 2)
+
+    pipe = compiled(masked, torch.randn(3, 4), torch.ones(3))
+    x = torch.randn(5, 4)
+    assert torch.equal(pipe(x, torch.ones(5)), pipe.model(x, torch.ones(5)))
+    with pytest.raises(ValueError, match="as capturing it for the new ones fails"):
+        pipe(x, torch.ones(4))
 
 
 def test_shapes_that_were_found_right_are_not_captured_again(monkeypatch):

@@ -209,15 +209,18 @@ def _known(tensor: torch.Tensor, fakes: dict[int, torch.Tensor]) -> torch.Tensor
 
 
 def fake_inputs(
-    world: FakeWorld, tensors: Sequence[torch.Tensor], batch: tuple[int, ...] = (), size: int = 0
+    world: FakeWorld,
+    tensors: Sequence[torch.Tensor],
+    batch: tuple[int, ...] = (),
+    size: int | tuple[int, ...] = 0,
 ) -> list[torch.Tensor]:
-    """Fake tensors like a call's; those at the indices in ``batch`` with ``size`` samples instead."""
+    """Fake tensors like a call's; those at the indices in ``batch`` with ``size`` samples, or each its own."""
     result = []
     with world.mode:
         for i, tensor in enumerate(tensors):
             shape, strides = list(tensor.shape), tensor.stride()
             if i in batch:
-                shape[0] = size
+                shape[0] = size if isinstance(size, int) else size[batch.index(i)]
             device = torch.device("cpu") if tensor.is_meta else tensor.device
             # New ones each: the same tensor may be given for two arguments, which are two placeholders.
             if i in batch and strides[0] < max(strides):

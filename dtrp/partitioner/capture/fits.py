@@ -8,7 +8,7 @@ found by capturing the model for the new shapes too: the graphs must be equal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -54,13 +54,14 @@ class Fits:
             )
         sizes = {tensors[i].shape[:1] for i in batch}
         other = [i for i, t in enumerate(tensors) if not self._like_example(i, t, i in batch)]
-        if not other:
-            # Code often treats an empty tensor in a way of its own.
-            other = [i for i in batch if tensors[i].shape[0] == 0 < size]
-        if not other and len(sizes) > 1 and graph.follows_batch:
+        # Code often treats an empty tensor in a way of its own; some of it cannot be captured for one.
+        empty = [] if other else [i for i in batch if tensors[i].shape[0] == 0 < size]
+        if empty:
+            other = empty
+        elif not other and len(sizes) > 1 and graph.follows_batch:
             other = list(batch)  # their sizes were equal, perhaps by chance
         if other:
-            reason = self._differs(args, kwargs)
+            reason = self._differs(args, kwargs, if_it_fails="allow" if empty else "refuse")
             if reason:
                 free = "" if graph.batch_fixed or not batch else " (and any batch size)"
                 raise ValueError(
@@ -82,12 +83,16 @@ class Fits:
             f"{_kind(then)} when the model was compiled"
         )
 
-    def _differs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    def _differs(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], if_it_fails: Literal["allow", "refuse"]
+    ) -> str:
         """Why the graphs for these arguments are not the present ones; ``""`` if they are."""
         mine = self._captured
         try:
             new = capture(mine.model, args, kwargs, opened=mine.opened, ways=[mine.method], run=False)
         except CaptureError as error:
+            if if_it_fails == "allow":
+                return ""
             return f"capturing it for the new ones fails: {(str(error).splitlines() or [''])[0]}"
         if not (_same(mine.train, new.train) and _same(mine.eval, new.eval)):
             return "the model's code computes with sizes, or takes another course with the new ones"

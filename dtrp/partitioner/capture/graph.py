@@ -99,7 +99,7 @@ class ModeGraph:
     module: GraphModule
     out_spec: pytree.TreeSpec
     batch_fixed: bool = False  # it is for the example's batch size alone
-    follows_batch: bool = True  # numbers in it are computed from the batch size
+    follows_batch: bool = True  # numbers in it follow sizes that are equal in the example, perhaps by chance
 
     def __call__(self, *tensors: Any) -> Any:
         """Run it on placeholder tensors; gives the model's output in its own structure."""

@@ -97,7 +97,17 @@ class _Recording:
             else:
                 self._closed.update(failures)
 
-    def _follow_sizes(self, found: _Found, batch: tuple[int, ...], size: int) -> dict[str, str] | None:
+    def apart(self, batch: tuple[int, ...], sizes: tuple[int, ...]) -> Traced:
+        """Record with a size for each of the inputs ``batch``; all that is kept whole is so already."""
+        found = self._once(batch, sizes)
+        failures = found.failures or (self._follow_sizes(found, batch, sizes) if self._sized else {})
+        if failures is None or failures:
+            raise CannotRecord("more would have to be kept whole")
+        return found.traced
+
+    def _follow_sizes(
+        self, found: _Found, batch: tuple[int, ...], size: int | tuple[int, ...]
+    ) -> dict[str, str] | None:
         """Let the graph follow sizes that a module kept whole makes from values; or name what does not.
 
         Such sizes are only an example's. The code behind them runs again with others. None: what does not
@@ -123,7 +133,7 @@ class _Recording:
         error.place = place
         raise error
 
-    def _once(self, batch: tuple[int, ...], size: int, sizes: Sizes = "found") -> _Found:
+    def _once(self, batch: tuple[int, ...], size: int | tuple[int, ...], sizes: Sizes = "found") -> _Found:
         model, tensors, closed = self._task.model, self._task.tensors, self._closed
         mode = ObservedFakeMode()
         world = FakeWorld(mode, self._task.runs)

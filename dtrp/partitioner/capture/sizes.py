@@ -13,11 +13,12 @@ so that few sizes travel from stage to stage.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +28,17 @@ from .fakes import FakeWorld, fake_inputs
 from .propagate import propagate
 from .traced import Traced
 
-Run = Callable[..., Traced]  # (batch: indices of tensors to resize, size: to how many samples)
+
+class Run(Protocol):
+    """Records the model again."""
+
+    def __call__(self, batch: tuple[int, ...], size: int) -> Traced:
+        """With ``size`` samples in the tensors at the indices in ``batch``."""
+
+    def apart(self, batch: tuple[int, ...], sizes: tuple[int, ...]) -> Traced:
+        """With a size for each of them; nothing is kept whole that was not."""
+
+
 _Numbers = tuple[int, ...]  # one number of the graph, as it was in each recording
 _NEAR = 64  # how many earlier nodes are searched for a tensor that has the size
 
@@ -51,6 +62,13 @@ def free_the_batch(example: Traced, run: Run, model: nn.Module, tensors: Sequenc
         original = example.copy()
         try:
             follows = unify([example, other])
+            if follows and len(batch) > 1:
+                # Their sizes may be equal by chance: does the model take them apart?
+                with contextlib.suppress(Exception):
+                    each = run.apart(batch, tuple(second + i for i in range(len(batch))))
+                    freed = original.copy()
+                    unify([freed, other, each])
+                    example, follows = freed, False
             world = FakeWorld()
             world.compares = False
             inputs = fake_inputs(world, tensors, batch, third)

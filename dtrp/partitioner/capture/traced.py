@@ -23,7 +23,7 @@ class Traced:
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()
     batch_fixed: bool = False  # takes no other number of samples than the example's; a note says why
-    follows_batch: bool = True  # numbers in it are computed from the batch size
+    follows_batch: bool = True  # numbers in it follow sizes that are equal in the example, perhaps by chance
     # Modules that may carry something over to their next call, and what.
     keepers: dict[str, str] = field(default_factory=dict)
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
