@@ -214,7 +214,7 @@ def fake_inputs(
     batch: tuple[int, ...] = (),
     size: int | tuple[int, ...] = 0,
 ) -> list[torch.Tensor]:
-    """Fake tensors like a call's; those at the indices in ``batch`` with ``size`` samples, or each its own."""
+    """Fake tensors like a call's; those at the indices in ``batch`` with ``size`` samples, or its own."""
     result = []
     with world.mode:
         for i, tensor in enumerate(tensors):
