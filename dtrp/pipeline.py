@@ -50,7 +50,13 @@ class Pipeline:
     # ---- the model's own interface ---------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The same as ``model(*args, **kwargs)``; plans first if that has not been done."""
+        """The same as ``model(*args, **kwargs)``; plans first if that has not been done.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The arguments have another structure, or a shape that the graph is not for (with what to do).
+        """
         self.prepare(args, kwargs)
         tensors = self.bind(args, kwargs)
         return self._planned.split.graph(self.model.training)(*tensors)

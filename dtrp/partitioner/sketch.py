@@ -11,26 +11,15 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .op_cost import has_flops, op_flops
+from .op_cost import FlopCount, has_flops, op_flops
 
 _HEAVY = 1e7  # FLOPs of one operator; milliseconds
 _DRAWN = 65_537  # random numbers; a prime, so that rows and columns do not repeat with them
 
 
-class Sketch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Under it, operators of many FLOPs give normal random numbers.
-
-    Attributes
-    ----------
-    flops : int
-        What computing everything would have taken.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
+class Sketch(FlopCount):  # type: ignore[no-untyped-call]
+    """Under it, operators of many FLOPs give normal random numbers; ``flops`` counts them as if computed."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

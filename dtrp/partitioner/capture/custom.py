@@ -109,7 +109,9 @@ class SameForm:
         return f"same_form({self.module})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SameForm) and (other.module, other.form) == (self.module, self.form)
+        if not isinstance(other, SameForm) or (other.module, other.form) != (self.module, self.form):
+            return False
+        return _equal(self.plain, other.plain)
 
     def __hash__(self) -> int:
         return hash(self.module)

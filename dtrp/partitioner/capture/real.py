@@ -144,7 +144,7 @@ def _run_once(
     kwargs: dict[str, Any],
     seed: int,
     make: Callable[[torch.Tensor], torch.Tensor],
-    under: Sketch | FlopCount,
+    under: FlopCount,
 ) -> Run:
     given: list[torch.Tensor] = []
     cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: a tensor, and the same without history
