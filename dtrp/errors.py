@@ -5,6 +5,8 @@ the plan, a worker or a file stands in the way. Each message says what happened,
 and what to do next.
 """
 
+from __future__ import annotations
+
 
 class DtrpError(Exception):
     """Base of all errors that dtrp raises on purpose."""
@@ -48,6 +50,14 @@ class WorkerError(DtrpError):
         super().__init__(message if not remote_traceback else f"{message}\n\n{remote_traceback}")
         self.stage = stage
         self.remote_traceback = remote_traceback
+
+    def again(self) -> WorkerError:
+        """What a failed run answers from then on."""
+        return WorkerError(
+            f"this trainer has failed before and cannot go on: {str(self).splitlines()[0]}",
+            stage=self.stage,
+            remote_traceback=self.remote_traceback,
+        )
 
 
 class CheckpointError(DtrpError):

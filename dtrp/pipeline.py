@@ -19,10 +19,9 @@ from torch.optim import Optimizer
 from .errors import DtrpError
 from .loss_check import check_scalar_loss
 from .partitioner.capture.fits import Fits
-from .partitioner.compiler import Compiled, Request, compile_model, device_specs, threads_per_stage
+from .partitioner.compiler import Compiled, Request, compile_model, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
-from .partitioner.planner import default_limits, memory_limits
 from .partitioner.report import PartitionReport
 from .partitioner.split import split
 from .programs import make_programs
@@ -30,7 +29,6 @@ from .runtime.config import TrainConfig
 from .runtime.predictors import Predictor
 from .runtime.program import StageProgram
 from .runtime.trainer import Trainer
-from .runtime.weights import build_optimizer
 from .stages import Stage, submodules_of
 
 
@@ -153,7 +151,7 @@ class Pipeline:
         lr_shrink: float = 1.0,
         grad_shrink: float = 1.0,
         accumulate: int = 1,
-        batch_compensation: int | Literal["auto"] = 1,
+        batch_compensation: int = 1,
         max_grad_norm: float | None = None,
         autocast: torch.dtype | None = None,
         executor: str = "auto",
@@ -198,7 +196,7 @@ class Pipeline:
             Every stage but the last multiplies the arriving gradient by this (FDG).
         accumulate : int
             Batches per update; gradients are averaged (ADL).
-        batch_compensation : int or "auto"
+        batch_compensation : int
             How many consecutive batches travel as one; the learning rate is scaled with it.
         max_grad_norm : float, optional
             Clip by the gradients' norm over all stages in the same tick, tied weights counted once. Stages
@@ -271,7 +269,6 @@ class Pipeline:
                     f"the module {path or 'itself'!r} is TorchScript, whose parameters cannot be handed to a "
                     "stage's optimizer: train the module that it was made from, and script it afterwards"
                 )
-        build_optimizer(trainable, config)  # complains now rather than in a worker
         return Trainer(
             self,
             config,
@@ -379,17 +376,6 @@ class Pipeline:
         """Refuse a loss that is no scalar, on fake tensors."""
         check_scalar_loss(self._planned.captured, config.loss_fn, inputs, target)
 
-    def memory_limits(self) -> list[int | None]:
-        """Bytes that each stage may use: the user's limits, else what its CUDA device has."""
-        given = memory_limits(self._request.memory_limit, self.n_stages)
-        if given is not None:
-            return [None if limit is None else int(limit) for limit in given]
-        devices = self._request.devices
-        own = default_limits(device_specs(devices))
-        return [
-            int(m) if m is not None and d.type == "cuda" else None for m, d in zip(own, devices, strict=True)
-        ]
-
-    def programs(self) -> list[StageProgram]:
+    def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""
-        return make_programs(self._planned, self.model, self._request.devices)
+        return make_programs(self._planned, self.model, self._request.devices, loss)

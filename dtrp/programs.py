@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
 
 from .partitioner.compiler import Compiled
 from .partitioner.split import attributes, split
+from .runtime.handback import LOSS
 from .runtime.program import Code, StageModule, StageProgram, Tie
+from .wiring import CALLER, StageWires, Wiring
 
 
 def make_programs(
-    compiled: Compiled, model: nn.Module, devices: Sequence[torch.device]
+    compiled: Compiled, model: nn.Module, devices: Sequence[torch.device], loss: nn.Module | None = None
 ) -> list[StageProgram]:
-    """What each stage runs, with the model's present parameters and their ``requires_grad``."""
+    """What each stage runs, with the model's present parameters and their ``requires_grad``; ``loss`` as a
+    part of the last one."""
     cut = split(compiled.captured, compiled.plan, compiled.hazards)
     order = _positions(model)
     modules = [
         _stage_module(train, evaluate, device, order)
         for train, evaluate, device in zip(cut.train.modules, cut.eval.modules, devices, strict=True)
     ]
-    ties = _ties(modules)
+    if loss is not None:
+        if hasattr(modules[-1], LOSS):
+            raise ValueError(
+                f"the loss has parameters or buffers, which are trained under the name {LOSS!r}, but the "
+                f"model has a module of that name; rename it in the model"
+            )
+        modules[-1].add_module(LOSS, loss)
+    train = _as_trained(cut.train.wiring, modules)
+    ties = _ties(modules, train.trained)
     written = compiled.hazards.written_inputs
+    drawing = compiled.hazards.drawing
     return [
         StageProgram(
             stage=k,
             module=module,
-            train=cut.train.wiring,
+            train=train,
             evaluate=cut.eval.wiring,
             recompute=compiled.plan.recompute[k],
             device=devices[k],
             ties=ties,
             writes_inputs=not written.isdisjoint(cut.train.wiring.caller_inputs(k)),
+            draws=any(
+                not drawing.isdisjoint(node.name for node in mode.modules[k].graph.nodes)
+                for mode in (cut.train, cut.eval)
+            ),
         )
         for k, module in enumerate(modules)
     ]
@@ -73,11 +90,28 @@ def _code(module: fx.GraphModule, device: torch.device) -> Code:
     return Code(code.src, code.globals)
 
 
-def _ties(modules: Sequence[nn.Module]) -> tuple[Tie, ...]:
-    """Trainable parameters that several stages hold."""
+def _as_trained(wiring: Wiring, modules: Sequence[nn.Module]) -> Wiring:
+    """The wiring in which values carry gradient only where something upstream is trained: a frozen backbone
+    runs forward once and takes no part in the backward pass."""
+    stages: list[StageWires] = []
+    for wires, module in zip(wiring.stages, modules, strict=True):
+        carries = any(p.requires_grad for p in module.parameters()) or any(
+            source.stage != CALLER and stages[source.stage].differentiable[source.index]
+            for source in wires.inputs
+        )
+        stages.append(wires if carries else replace(wires, differentiable=(False,) * len(wires.outputs)))
+    return replace(wiring, stages=tuple(stages))
+
+
+def _ties(modules: Sequence[nn.Module], trained: Collection[int]) -> tuple[Tie, ...]:
+    """Trainable parameters that several stages hold; first the lowest stage that has a gradient for it."""
     holders: dict[int, list[tuple[int, str]]] = {}
     for k, module in enumerate(modules):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 holders.setdefault(id(parameter), []).append((k, name))
-    return tuple(Tie(tuple(places)) for places in holders.values() if len(places) > 1)
+    return tuple(
+        Tie(tuple(sorted(places, key=lambda place: (place[0] not in trained, place[0]))))
+        for places in holders.values()
+        if len(places) > 1
+    )

@@ -71,12 +71,24 @@ class Wiring:
 
     @cached_property
     def gradients(self) -> dict[tuple[int, int], tuple[int, ...]]:
-        """``(i, j) -> outputs of stage i whose gradient stage j sends back``."""
-        back = {
-            (i, j): tuple(n for n in sent if self.stages[i].differentiable[n])
-            for (i, j), sent in self.sends.items()
-        }
-        return {pair: sent for pair, sent in back.items() if sent}
+        """``(i, j) -> outputs of stage i whose gradient stage j sends back``.
+
+        Only a stage that gets a gradient itself has any to send: the last one, and those that reach it by
+        values that carry gradient (not by indices alone, nor from behind ``no_grad``).
+        """
+        back: dict[tuple[int, int], tuple[int, ...]] = {}
+        takes_part = {self.n_stages - 1}
+        for (i, j), sent in sorted(self.sends.items(), key=lambda item: -item[0][1]):
+            carrying = tuple(n for n in sent if self.stages[i].differentiable[n])
+            if carrying and j in takes_part:
+                back[i, j] = carrying
+                takes_part.add(i)
+        return dict(sorted(back.items()))
+
+    @cached_property
+    def trained(self) -> frozenset[int]:
+        """Stages that take part in the backward pass."""
+        return frozenset({self.n_stages - 1, *(i for i, _ in self.gradients)})
 
     def caller_inputs(self, stage: int) -> tuple[int, ...]:
         """Model inputs that go straight from the caller to ``stage``, in the order in which they travel."""

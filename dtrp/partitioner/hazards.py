@@ -57,6 +57,8 @@ class Hazards:
         Nodes whose value requires gradient when all floating-point parameters do.
     written_inputs : frozenset of int
         Model inputs that the graph writes to in place.
+    drawing : frozenset of str
+        Nodes that may draw random numbers, in either mode.
     evaluate : Hazards, optional
         Of the eval graph, if there is one of its own; what it asks of a cut is part of the rules above.
     """
@@ -66,6 +68,7 @@ class Hazards:
     differentiable: frozenset[str]
     written_inputs: frozenset[int]
     evaluate: Hazards | None = None
+    drawing: frozenset[str] = frozenset()
 
 
 def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
@@ -92,6 +95,7 @@ def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
         differentiable=frozenset(a.node.name for a in accesses if a.differentiable),
         written_inputs=frozenset(written),
         evaluate=evaluate,
+        drawing=frozenset(random) | (evaluate.drawing if evaluate is not None else frozenset()),
     )
 
 

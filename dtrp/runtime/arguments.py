@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..wiring import Wiring
 from .batch import Feed, Update
@@ -47,18 +48,36 @@ def as_call(item: Any) -> Call:
 
 def feeds(
     wiring: Wiring, batch: int, tensors: Sequence[Tensor], target: Any, update: Update | None = None
-) -> list[Feed | None]:
+) -> list[Feed]:
     """What each stage gets of a batch: the model inputs that it uses; the last stage also the target."""
     last = wiring.n_stages - 1
+    update = update or Update()
     return [
-        Feed(
-            batch,
-            tuple(tensors[i] for i in wiring.caller_inputs(k)),
-            target if k == last else None,
-            update or Update(),
-        )
+        Feed(batch, [tensors[i] for i in wiring.caller_inputs(k)], target if k == last else None, update)
         for k in range(wiring.n_stages)
     ]
+
+
+def split_batch(
+    tensors: Sequence[Tensor], target: Any, parts: int
+) -> Iterator[tuple[Sequence[Tensor], Any, float]]:
+    """A mini-batch as ``parts`` micro-batches of equal size (the last may be smaller), with their shares.
+
+    Tensors are cut along their first dimension if it is as long as the batch; others go with every part.
+    """
+    samples = n_samples(tensors)
+    if parts == 1 or samples == 1:
+        yield tensors, target, 1.0
+        return
+    leaves, spec = pytree.tree_flatten((list(tensors), target))
+    size = -(-samples // parts)
+    for start in range(0, samples, size):
+        part = slice(start, min(start + size, samples))
+        cut = [
+            x[part] if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples else x for x in leaves
+        ]
+        inputs, wanted = pytree.tree_unflatten(cut, spec)
+        yield inputs, wanted, (part.stop - part.start) / samples
 
 
 def n_samples(tensors: Sequence[Tensor]) -> int:

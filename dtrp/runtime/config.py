@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,9 +13,10 @@ import torch
 from torch.optim import Optimizer
 
 from .predictors import Predictor, check_predictor
-from .schedule import Horizon
+from .schedule import EXACT, Horizon, Schedule
 
-METHODS = ("dtrp", "dtr", "fdg", "adl", "bp")
+EXECUTORS = ("auto", "inline", "workers")
+METHODS = ("dtrp", "dtr", "fdg", "adl", "bp", "1f1b", "gpipe")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrainConfig:
     grad_shrink: float = 1.0
     accumulate: int = 1
     max_grad_norm: float | None = None
+    max_grad_norm_lag: bool = False
     autocast: torch.dtype | None = None
     seed: int | None = None
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -43,12 +46,15 @@ class TrainConfig:
     scheduler_step: Literal["update", "epoch"] = "update"
     compile_stages: bool = False
     threads: int = 1
+    order: Literal["fig1", "lean"] = "fig1"  # of the methods that are decoupled
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("horizon", self.horizon, ("common", "stage"))
         _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
         _one_of("scheduler_step", self.scheduler_step, ("update", "epoch"))
+        _one_of("schedule", self.order, ("fig1", "lean"))
         check_predictor(self.predictor)
         for name in ("optimizer", "loss_fn", "lr_scheduler", "param_groups"):
             value = getattr(self, name)
@@ -61,12 +67,8 @@ class TrainConfig:
         _number("grad_shrink", self.grad_shrink, above=0.0)
         if self.max_grad_norm is not None:
             _number("max_grad_norm", self.max_grad_norm, above=0.0)
-        for name, low in (("accumulate", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name}={value!r}: expected an int >= {low}")
-            if value < low:
-                raise ValueError(f"{name}={value!r}: expected an int >= {low}")
+        for name in ("accumulate", "threads", "micro_batches"):
+            _count(name, getattr(self, name))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise TypeError(f"seed={self.seed!r}: expected an int or None")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
@@ -82,7 +84,7 @@ class TrainConfig:
 
     def _check_combination(self) -> None:
         predicts = self.predictor not in ("none", "auto")
-        if predicts and self.method in ("dtr", "bp", "fdg", "adl"):
+        if predicts and self.method in _WHY_NONE:
             raise ValueError(
                 f"method={self.method!r} with predictor={self.predictor!r}: {_WHY_NONE[self.method]}; "
                 f"use method='dtrp', or predictor='none'"
@@ -97,11 +99,13 @@ class TrainConfig:
                 f"horizon_scale={self.horizon_scale!r}: nothing is predicted, so there is nothing to aim; "
                 f"leave horizon and horizon_scale out, or use method='dtrp' with a predictor"
             )
-        if self.method == "bp" and (self.lr_shrink != 1.0 or self.grad_shrink != 1.0):
+        if self.exact and (self.lr_shrink != 1.0 or self.grad_shrink != 1.0):
             raise ValueError(
-                "method='bp' is exact back-propagation: lr_shrink and grad_shrink compensate a delay that it "
-                "does not have; leave them at 1"
+                f"method={self.method!r} is exact back-propagation: lr_shrink and grad_shrink compensate a "
+                f"delay that it does not have; leave them at 1"
             )
+        if self.max_grad_norm_lag and self.max_grad_norm is None:
+            raise ValueError("max_grad_norm_lag=True without max_grad_norm: there is nothing to clip by")
 
     @property
     def predicts(self) -> bool:
@@ -109,9 +113,13 @@ class TrainConfig:
         return self.method == "dtrp" and self.predictor != "none" and self.horizon_scale > 0
 
     @property
-    def one_batch_at_a_time(self) -> bool:
-        """Whether a batch leaves the pipeline before the next one enters (back-propagation)."""
-        return self.method == "bp"
+    def exact(self) -> bool:
+        """Whether the pipeline is drained after each mini-batch."""
+        return self.method in EXACT
+
+    def schedule(self, n_stages: int) -> Schedule:
+        """The order that stages follow."""
+        return Schedule(self.method if self.exact else self.order, n_stages, self.micro_batches)
 
     def recompute(self, planned: bool) -> bool:
         """Whether a stage recomputes, given the plan's choice."""
@@ -131,10 +139,39 @@ _EXPECTED = {
 
 _WHY_NONE = {
     "dtr": "dtr is the scheme without weight prediction",
-    "bp": "back-propagation has no delay to predict over",
+    **dict.fromkeys(EXACT, "back-propagation has no delay to predict over"),
     "fdg": "fdg keeps each batch's graph on the weights that its forward used",
     "adl": "adl keeps each batch's graph on the weights that its forward used",
 }
+
+
+def check_launch(executor: Any, watchdog: Any, compensation: Any, warmup: Any, autosave: Any) -> None:
+    """Refuse what says how to run, where it makes no sense.
+
+    Raises
+    ------
+    ValueError, TypeError
+    """
+    _one_of("executor", executor, EXECUTORS)
+    if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
+        raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
+    _count("batch_compensation", compensation)
+    _count("compensation_warmup", warmup)
+    if autosave is not None:
+        if (
+            not isinstance(autosave, tuple)
+            or len(autosave) != 2
+            or not isinstance(autosave[0], (str, os.PathLike))
+        ):
+            raise TypeError(f"autosave={autosave!r}: expected (path, seconds), such as ('run.ckpt', 600)")
+        _number("autosave's seconds", autosave[1], above=0.0)
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={value!r}: expected an int >= 1")
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: expected an int >= 1")
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class Measure:
             f"metric={metric!r}: expected a callable (output, target) -> number, a dict of such callables by "
             f"name, or None"
         )
+
+    def with_loss(self, loss_fn: Callable[[Any, Any], Tensor]) -> Measure:
+        """The same with another loss: the last stage's own module."""
+        return replace(self, loss_fn=loss_fn)
 
     def __call__(self, output: Any, target: Any) -> dict[str, tuple[float, float]] | Failed:
         size = float(_batch_size(target if target is not None else output))

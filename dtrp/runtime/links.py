@@ -1,29 +1,23 @@
-"""How a value gets from stage to stage.
+"""How a value gets from stage to stage: what every link promises, and links within one process.
 
-A `Channel` is one direction between two stages for one purpose; messages on it keep their order. A
-`Message` holds tensors, numbers or ``None``. Both kinds of links deliver tensors in a canonical form
-(dense, owning their memory, the sender's dimension order kept, so that channels_last stays channels_last):
-that is why executors can be bit-identical.
+A `Channel` is one direction between two stages for one purpose; messages on it keep their order. Whatever
+the link, tensors arrive in a canonical form (dense, owning their memory, the sender's dimension order kept,
+so that channels_last stays channels_last): that is why every executor gives the same bits.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..wiring import Wiring
-from .program import Tie
-
-Kind = Literal["forward", "backward", "tied-gradient", "tied-sum", "evaluate"]
+Kind = Literal["forward", "backward", "evaluate", "tied-gradient", "tied-sum", "norm", "feed", "command"]
 
 
-@dataclass(frozen=True, order=True)
-class Channel:
+class Channel(NamedTuple):
     """One direction from ``source`` to ``target`` (stages) for one kind of message."""
 
     kind: Kind
@@ -31,73 +25,55 @@ class Channel:
     target: int
 
 
-@dataclass(frozen=True)
-class Message:
-    """The values of one batch on one channel."""
+class Message(NamedTuple):
+    """The values of one slot on one channel: tensors, numbers or ``None``."""
 
     slot: int
-    values: tuple[Any, ...]
+    values: Sequence[Any]
     skip: bool = False  # the batch was given up: consume it, compute nothing
 
 
+class LostStage(ConnectionError):
+    """The process at the other end of a channel is gone."""
+
+    def __init__(self, stage: int, why: str) -> None:
+        super().__init__(f"lost the connection to stage {stage}: {why}")
+        self.stage = stage
+
+
 class Links(Protocol):
-    """What a stage sends to and receives from."""
+    """One stage's ends of all its channels."""
 
     def send(self, channel: Channel, message: Message) -> None:
-        """Hand a message over; returns before it has arrived."""
+        """Hand a message over; it is the receiver's from now on, whatever happens to the tensors here."""
         ...
 
-    def receive(self, channel: Channel, slot: int) -> Message:
-        """The next message on ``channel``, which must belong to ``slot``; waits for it."""
+    def take(self, channel: Channel) -> Message | None:
+        """The next message on ``channel``. Between processes this waits for it; in one process nothing comes
+        while somebody waits, and the answer is ``None`` where there is none yet."""
         ...
 
-    def depth(self, stage: int) -> int:
-        """Messages that have arrived at ``stage`` and wait to be used."""
+    def waiting(self) -> int:
+        """Messages that have arrived here and wait to be taken."""
         ...
 
 
-@dataclass
-class InlineLinks:
-    """Links between stages of one process: queues."""
+class QueueLinks:
+    """A stage's ends of channels within one process. ``queues`` is the same for all stages."""
 
-    queues: dict[Channel, deque[Message]] = field(default_factory=dict)
+    def __init__(self, stage: int, queues: defaultdict[Channel, deque[Message]]) -> None:
+        self.stage, self.queues = stage, queues
 
     def send(self, channel: Channel, message: Message) -> None:
-        values = tuple(canonical(v) for v in message.values)
-        self.queues.setdefault(channel, deque()).append(Message(message.slot, values, message.skip))
+        values = [canonical(v) for v in message.values]
+        self.queues[channel].append(Message(message.slot, values, message.skip))
 
-    def receive(self, channel: Channel, slot: int) -> Message:
-        return expect(self.queues[channel].popleft(), channel, slot)
+    def take(self, channel: Channel) -> Message | None:
+        queue = self.queues[channel]
+        return queue.popleft() if queue else None
 
-    def depth(self, stage: int) -> int:
-        return sum(len(waiting) for channel, waiting in self.queues.items() if channel.target == stage)
-
-    def clear(self) -> None:
-        """Drop what was never received (after a failure)."""
-        self.queues.clear()
-
-
-def expect(message: Message, channel: Channel, slot: int) -> Message:
-    """``message``, after checking that it belongs to ``slot``."""
-    if message.slot != slot:
-        raise RuntimeError(f"{channel} delivered slot {message.slot} where slot {slot} was due")
-    return message
-
-
-def channels(train: Wiring, evaluate: Wiring, ties: Iterable[Tie]) -> dict[Channel, int]:
-    """Every channel of a pipeline, with the largest number of values that a message on it has."""
-    found: dict[Channel, int] = {}
-    for (i, j), sent in train.sends.items():
-        found[Channel("forward", i, j)] = len(sent)
-    for (i, j), sent in train.gradients.items():
-        found[Channel("backward", j, i)] = len(sent)
-    for (i, j), sent in evaluate.sends.items():
-        found[Channel("evaluate", i, j)] = len(sent)
-    for tie in ties:
-        for guest, _ in tie.holders[1:]:
-            down, up = Channel("tied-gradient", guest, tie.owner), Channel("tied-sum", tie.owner, guest)
-            found[down] = found[up] = found.get(down, 0) + 1
-    return dict(sorted(found.items()))
+    def waiting(self) -> int:
+        return sum(len(queue) for channel, queue in self.queues.items() if channel.target == self.stage)
 
 
 def canonical(value: Any) -> Any:
@@ -119,7 +95,7 @@ def dense_order(tensor: Tensor) -> tuple[int, ...] | None:
     if tensor.layout is not torch.strided:
         return None
     strides, shape = tensor.stride(), tensor.shape
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or (1 not in shape and tensor.is_contiguous()):
         return tuple(range(tensor.dim()))
     order = tuple(sorted(range(tensor.dim()), key=lambda d: (-strides[d], shape[d] == 1, d)))
     expected = 1

@@ -6,15 +6,16 @@ import contextlib
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .events import Event
-from .schedule import weight_version
+from .links import Channel
 from .stats import StageStats
+
+Mark = float | tuple[float, torch.cuda.Event]
 
 
 class Meter:
@@ -27,70 +28,87 @@ class Meter:
     def __init__(self, stage: int, n_stages: int, device: torch.device, *, record: bool) -> None:
         self.stage, self.is_last, self.device = stage, stage == n_stages - 1, device
         self.events: list[Event] | None = [] if record else None
-        self.phase = "idle"
-        self.tick = 0
+        self.doing: str | Channel = "idle"
+        self.done = 0  # things, for whoever wants to know whether it goes on
+        self.rounds = 0
         self.stashed = self.graphs = 0  # now
         self.most_stashed = self.most_graphs = 0
+        self._on_device = device.type == "cuda"
         self._busy = self._waited = 0.0
-        self._working_ticks = 0
+        self._working_rounds = 0
         self._worked = False
         self._depths = 0
         self._began: float | None = None
         self._ended = 0.0
         self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def begin_tick(self, depth: int) -> None:
-        """A tick begins, with ``depth`` messages at hand."""
+    @property
+    def phase(self) -> str:
+        """What the stage is doing, in words."""
+        doing = self.doing
+        if isinstance(doing, Channel):
+            return f"waiting for stage {doing.source} ({doing.kind})"
+        return doing
+
+    def begin_round(self, depth: int) -> None:
+        """A round begins, with ``depth`` messages at hand."""
         if self._began is None:
             self._began = time.perf_counter()
         self._depths += depth
         self._worked = False
 
-    def end_tick(self) -> None:
-        """The tick is over."""
-        self._working_ticks += self._worked
+    def end_round(self) -> None:
+        """The round is over."""
+        self._working_rounds += self._worked
         self._ended = time.perf_counter()
-        self.tick += 1
-        self.phase = "idle"
+        self.rounds += 1
+        self.doing = "idle"
 
-    def stash(self, batches: int) -> None:
-        """So many batches' inputs are held."""
-        self.stashed = batches
-        self.most_stashed = max(self.most_stashed, batches)
+    def stash(self, slots: int) -> None:
+        """So many slots' inputs are held."""
+        self.stashed = slots
+        self.most_stashed = max(self.most_stashed, slots)
 
     def graph(self, change: int) -> None:
         """A graph came into being (+1) or went (-1)."""
         self.graphs += change
         self.most_graphs = max(self.most_graphs, self.graphs)
 
-    @contextmanager
-    def timed(self, kind: str, batch: int) -> Iterator[None]:
-        """Work of one kind."""
-        self.phase = kind
+    def start(self, kind: str) -> Mark:
+        """Work of one kind begins."""
+        self.doing = kind
         self._worked = True
-        mark = self._mark() if self.device.type == "cuda" else None
-        start = time.perf_counter()
-        yield
-        end = time.perf_counter()
-        if mark is None:
-            self._busy += end - start
-        else:
-            self._marks.append((mark, self._mark()))
-            self._read_marks()
-        version = weight_version(self.stage, self.tick)
-        self._note(
-            kind, batch, version if kind == "forward" and not self.is_last else version - 1, start, end
-        )
+        now = time.perf_counter()
+        return (now, self._mark()) if self._on_device else now
 
-    @contextmanager
-    def waiting(self, kind: str, other: int) -> Iterator[None]:
+    def stop(self, mark: Mark, kind: str, batch: int) -> None:
+        """It ends."""
+        end = time.perf_counter()
+        self.done += 1
+        if isinstance(mark, tuple):
+            start = mark[0]
+            self._marks.append((mark[1], self._mark()))
+            self._read_marks()
+        else:
+            start = mark
+            self._busy += end - start
+        if self.events is not None:
+            # W_j: after j - 1 local updates; local time also advances while the pipeline fills. A first
+            # forward comes after its round's update, all else before it.
+            version = self.rounds + (2 if kind == "forward" and not self.is_last else 1)
+            self._note(kind, batch, version, start, end)
+
+    def wait(self, channel: Channel) -> float:
         """Waiting for what another stage sends."""
-        self.phase = f"waiting for stage {other} ({kind})"
-        start = time.perf_counter()
-        yield
+        self.doing = channel
+        return time.perf_counter()
+
+    def waited(self, start: float) -> None:
+        """It has come."""
         end = time.perf_counter()
         self._waited += end - start
-        self._note("wait", -1, 0, start, end)
+        if self.events is not None:
+            self._note("wait", -1, 0, start, end)
 
     def take_events(self) -> list[Event]:
         """What was noted since the last call."""
@@ -104,26 +122,27 @@ class Meter:
         return StageStats(
             stage=self.stage,
             device=str(self.device),
-            ticks=self.tick,
-            tick_time=self._busy / max(1, self._working_ticks),
+            ticks=self.rounds,
+            tick_time=self._busy / max(1, self._working_rounds),
             busy=min(1.0, self._busy / wall) if wall > 0 else 0.0,
-            wait_time=self._waited / max(1, self.tick),
+            wait_time=self._waited / max(1, self.rounds),
             peak_memory=peak_memory(self.device),
-            queue_depth=self._depths / max(1, self.tick),
+            queue_depth=self._depths / max(1, self.rounds),
             most_stashed=self.most_stashed,
             most_graphs=self.most_graphs,
         )
 
     def _note(self, kind: str, batch: int, version: int, start: float, end: float) -> None:
-        if self.events is not None:
-            self.events.append(
-                Event(self.stage, self.tick, kind, batch, version, start, end, self.stashed, self.graphs)
-            )
+        assert self.events is not None
+        tick = self.rounds + self.stage
+        self.events.append(
+            Event(self.stage, tick, kind, batch, version, start, end, self.stashed, self.graphs)
+        )
 
     def _mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
-        return event
+        return event  # type: ignore[no-any-return]
 
     def _read_marks(self) -> None:
         while self._marks and self._marks[0][1].query():  # type: ignore[no-untyped-call]

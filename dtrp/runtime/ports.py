@@ -1,45 +1,72 @@
-"""A stage's ends: how the values of a batch arrive, and where its outputs and gradients leave to."""
+"""A stage's ends: how the values of a slot arrive, and where its outputs and gradients leave to.
+
+What may have to wait is a generator here: it yields for as long as a message has not come, and returns what
+it was for. Links between processes wait by themselves, so that nothing ever yields there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..wiring import CALLER, Constant, Source
+from ..wiring import CALLER, Constant, Source, Wiring
 from .batch import Arrivals, Feed
 from .links import Channel, Links, Message
 from .meter import Meter
 from .program import StageProgram
 
 
+def receive(links: Links, meter: Meter, channel: Channel, slot: int) -> Generator[None, None, Message]:
+    """The next message on ``channel``, which must belong to ``slot``."""
+    while True:
+        started = meter.wait(channel)
+        message = links.take(channel)
+        meter.waited(started)
+        if message is not None:
+            meter.done += 1
+            break
+        yield
+    if message.slot != slot:
+        raise RuntimeError(f"{channel} delivered slot {message.slot} where slot {slot} was due")
+    return message
+
+
 class Ports:
     """What one stage receives and sends, by the wiring of its program."""
 
-    def __init__(self, program: StageProgram, links: Links, meter: Meter) -> None:
-        self.program, self.links, self.meter = program, links, meter
-        self.stage = program.stage
-        self.carrying = {  # arrivals that a gradient goes back for
-            Source(i, n) for (i, j), sent in program.train.gradients.items() if j == self.stage for n in sent
+    def __init__(self, program: StageProgram, links: Links, meter: Meter, shrink: float) -> None:
+        self.program, self.links, self.meter, self.shrink = program, links, meter, shrink
+        self.stage, self.device = program.stage, program.device
+        self.on_host = program.device.type == "cpu"
+        self.receives = {True: _ends(program.train, self.stage), False: _ends(program.evaluate, self.stage)}
+        self.sends = {
+            training: [
+                (j, sent) for (i, j), sent in program.wiring(training).sends.items() if i == self.stage
+            ]
+            for training in (True, False)
         }
-        self.takes_part = any(i == self.stage for i, _ in program.train.gradients)
-        """Whether someone will send a gradient."""
+        gradients = program.train.gradients
+        self.gradients_to = [(i, sent) for (i, j), sent in gradients.items() if j == self.stage]
+        # The last stage's first: autograd's own order.
+        self.gradients_from = [(j, sent) for (i, j), sent in gradients.items() if i == self.stage][::-1]
+        self.carrying = frozenset(Source(i, n) for i, sent in self.gradients_to for n in sent)
 
     # ---- values ----------------------------------------------------------------------------------------
 
-    def arrivals(self, slot: int, feed: Feed, kind: Any) -> Arrivals:
-        """All values that reach this stage for a batch, on its device."""
-        wiring = self.program.wiring(kind == "forward")
-        device = self.program.device
-        indices = wiring.caller_inputs(self.stage)
-        found: Arrivals = {Source(CALLER, i): v for i, v in zip(indices, feed.inputs, strict=True)}
-        for (i, j), sent in wiring.sends.items():
-            if j == self.stage:
-                with self.meter.waiting(kind, i):
-                    message = self.links.receive(Channel(kind, i, j), slot)
-                found |= {Source(i, n): v for n, v in zip(sent, message.values, strict=True)}
-        return {s: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for s, v in found.items()}
+    def arrivals(self, slot: int, feed: Feed, *, training: bool = True) -> Generator[None, None, Arrivals]:
+        """All values that reach this stage for a slot, on its device."""
+        callers, others = self.receives[training]
+        found: Arrivals = dict(zip(callers, feed.inputs, strict=True))
+        for i, sources in others:
+            channel = Channel("forward" if training else "evaluate", i, self.stage)
+            message = yield from receive(self.links, self.meter, channel, slot)
+            found.update(zip(sources, message.values, strict=True))
+        return found if self.on_host else {s: self._here(v) for s, v in found.items()}
+
+    def _here(self, value: Any) -> Any:
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
     def differentiable(self, arrivals: Arrivals) -> Arrivals:
         """The same values, those that carry gradient as fresh leaves of a graph."""
@@ -49,14 +76,13 @@ class Ports:
         """The arguments of the stage's module."""
         return [arrivals[s] for s in self.program.wiring(training).stages[self.stage].inputs]
 
-    def send(self, kind: Any, slot: int, batch: int, outputs: Sequence[Any]) -> None:
+    def send(self, slot: int, outputs: Sequence[Any], *, training: bool = True) -> None:
         """Outputs go downstream, to every stage that needs them."""
-        for (i, j), sent in self.program.wiring(kind == "forward").sends.items():
-            if i == self.stage:
-                with self.meter.timed("send", batch):
-                    self.links.send(Channel(kind, i, j), Message(slot, tuple(outputs[n] for n in sent)))
+        for j, sent in self.sends[training]:
+            channel = Channel("forward" if training else "evaluate", self.stage, j)
+            self.links.send(channel, Message(slot, [outputs[n] for n in sent]))
 
-    def result(self, arrivals: Arrivals, outputs: Sequence[Any], training: bool) -> Any:
+    def result(self, arrivals: Arrivals, outputs: Sequence[Any], *, training: bool = True) -> Any:
         """The model's output in its own structure, on the last stage."""
         wiring = self.program.wiring(training)
         leaves = [
@@ -71,31 +97,33 @@ class Ports:
 
     # ---- gradients -------------------------------------------------------------------------------------
 
-    def output_gradients(self, slot: int, shrink: float = 1.0) -> tuple[dict[int, Tensor], bool]:
-        """Sum of the gradients of each output, the last stage's first (autograd's own order); whether the
-        batch was given up.
+    def output_gradients(self, slot: int) -> Generator[None, None, tuple[dict[int, Tensor], bool]]:
+        """Sum of the gradients of each output; whether the slot was given up.
 
-        ``shrink`` multiplies a gradient once per stage that it climbs, also where it was sent straight past
-        some: it compounds to ``shrink ** (K - k)`` whichever way the gradient went.
+        A gradient is shrunk once per stage that it climbs, also where it was sent straight past some: that
+        compounds to ``shrink ** (K - k)`` whichever way it went.
         """
         total: dict[int, Tensor] = {}
         skip = False
-        for (i, j), sent in sorted(self.program.train.gradients.items(), key=lambda item: -item[0][1]):
-            if i == self.stage:
-                with self.meter.waiting("backward", j):
-                    message = self.links.receive(Channel("backward", j, i), slot)
-                skip |= message.skip
-                for n, g in zip(sent, message.values, strict=True):
-                    if g is not None:
-                        g = g.to(self.program.device, non_blocking=True)
-                        g = g if shrink == 1.0 else g * shrink ** (j - i)
-                        total[n] = g if n not in total else total[n] + g
+        for j, sent in self.gradients_from:
+            message = yield from receive(self.links, self.meter, Channel("backward", j, self.stage), slot)
+            skip |= message.skip
+            for n, g in zip(sent, message.values, strict=True):
+                if g is not None:
+                    g = g if self.on_host else g.to(self.device, non_blocking=True)
+                    g = g if self.shrink == 1.0 else g * self.shrink ** (j - self.stage)
+                    total[n] = g if n not in total else total[n] + g
         return total, skip
 
-    def send_gradients(self, slot: int, batch: int, arrivals: Arrivals, *, skip: bool = False) -> None:
+    def send_gradients(self, slot: int, arrivals: Arrivals, *, skip: bool = False) -> None:
         """The gradients of what arrived go back to where it came from."""
-        for (i, j), sent in self.program.train.gradients.items():
-            if j == self.stage:
-                values = tuple(None if skip else arrivals[Source(i, n)].grad for n in sent)
-                with self.meter.timed("send", batch):
-                    self.links.send(Channel("backward", j, i), Message(slot, values, skip))
+        for i, sent in self.gradients_to:
+            values = [None if skip else arrivals[Source(i, n)].grad for n in sent]
+            self.links.send(Channel("backward", self.stage, i), Message(slot, values, skip))
+
+
+def _ends(wiring: Wiring, stage: int) -> tuple[list[Source], list[tuple[int, list[Source]]]]:
+    """What comes from the caller, and what from which stage, each in the order in which it travels."""
+    callers = [Source(CALLER, i) for i in wiring.caller_inputs(stage)]
+    others = [(i, [Source(i, n) for n in sent]) for (i, j), sent in wiring.sends.items() if j == stage]
+    return callers, others

@@ -7,12 +7,14 @@ multiplied by ``horizon_scale`` (our delay regulator), and may be fractional.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+Tensors = Sequence[Tensor]
 
 
 @runtime_checkable
@@ -45,89 +47,161 @@ class Predictor(Protocol):
         ...
 
 
-class NoPrediction:
+class Formula:
+    """A predictor of ours: one formula, for many tensors at once.
+
+    The passes of a small stage are a few hundred microseconds, so that predicting tensor by tensor would cost
+    as much as they do; a few ``torch._foreach_*`` calls don't.
+    """
+
+    def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+        """Whether there is something to predict from."""
+        return False
+
+    def write(
+        self,
+        targets: Tensors,
+        weights: Tensors,
+        group: Mapping[str, Any],
+        states: Sequence[Mapping[str, Any]],
+        s: float,
+    ) -> None:
+        """Write the weights ``s`` updates ahead of ``weights`` into ``targets``; all are known."""
+        raise AssertionError  # of a formula that knows nothing, nothing is asked
+
+    def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
+        """One tensor's, as `Predictor` has it."""
+        if not self.knows(group, state):
+            return weight
+        ahead = torch.empty_like(weight)
+        self.write([ahead], [weight], group, [state], s)
+        return ahead
+
+
+class NoPrediction(Formula):
     """The true weights: DTR, the paper's scheme without prediction."""
 
-    def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
-        return weight
 
-
-class Linear:
+class Linear(Formula):
     """``W - s lr v`` (SpecTrain, Chen et al. 2018; LWPv, Kosson et al. 2021)."""
 
-    def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
-        velocity = state.get("momentum_buffer")
-        if velocity is None:
-            return weight
-        ahead: Tensor = weight - (s * _lr(group)) * velocity
-        return ahead
+    def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+        return state.get("momentum_buffer") is not None
+
+    def write(self, targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
+        _step_along(targets, weights, [state["momentum_buffer"] for state in states], s * _lr(group))
 
 
-class Geometric:
+class Geometric(Formula):
     """``W - lr v (m - m^(s+1)) / (1 - m)``: the velocity decays, future gradients are zero (FTPipe, 2021)."""
 
-    def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
-        velocity, m = state.get("momentum_buffer"), float(group.get("momentum", 0.0))
-        if velocity is None or m == 0.0:
-            return weight
+    def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+        return state.get("momentum_buffer") is not None and float(group.get("momentum", 0.0)) != 0.0
+
+    def write(self, targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
+        m = float(group["momentum"])
         reach = s if m == 1.0 else (m - m ** (s + 1)) / (1 - m)
-        ahead: Tensor = weight - (_lr(group) * reach) * velocity
-        return ahead
+        _step_along(targets, weights, [state["momentum_buffer"] for state in states], _lr(group) * reach)
 
 
-class Difference:
+class Difference(Formula):
     """``W + s (W_tau - W_(tau-1))``: works with every optimizer (LWPw, Kosson et al. 2021)."""
 
     needs_previous = True
 
-    def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
-        previous = state.get("previous")
-        return weight if previous is None else weight + s * (weight - previous)
+    def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+        return state.get("previous") is not None
+
+    def write(self, targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
+        torch._foreach_copy_(targets, weights)
+        torch._foreach_sub_(targets, [state["previous"] for state in states])
+        torch._foreach_mul_(targets, s)
+        torch._foreach_add_(targets, weights)
 
 
-class Adam:
+class Adam(Formula):
     """``W - s lr m^ / (sqrt(v^) + eps)``; AdamW also decays W (XPipe, Guan et al. 2019; PipeOptim, 2023)."""
 
-    def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
-        if "exp_avg" not in state:
-            return weight
+    def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+        return "exp_avg" in state
+
+    def write(self, targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
+        by_step: dict[float, list[int]] = {}  # one, unless some parameters have been stepped less often
+        for i, state in enumerate(states):
+            by_step.setdefault(float(state["step"]), []).append(i)
         beta1, beta2 = (float(b) for b in group["betas"])
-        step = float(state["step"])
-        mean = state["exp_avg"] / (1 - beta1**step)
-        second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-        scale = (second / (1 - beta2**step)).sqrt() + group["eps"]
+        second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
         decay = group.get("weight_decay", 0.0) if group.get("decoupled_weight_decay") else 0.0
-        ahead: Tensor = weight * (1 - s * _lr(group) * decay) - (s * _lr(group)) * (mean / scale)
-        return ahead
+        for step, members in by_step.items():
+            ahead = [targets[i] for i in members]
+            move = torch._foreach_div([states[i]["exp_avg"] for i in members], 1 - beta1**step)
+            scale = torch._foreach_div([states[i][second] for i in members], 1 - beta2**step)
+            torch._foreach_sqrt_(scale)
+            torch._foreach_add_(scale, group["eps"])
+            torch._foreach_div_(move, scale)
+            torch._foreach_mul_(move, s * _lr(group))
+            torch._foreach_copy_(ahead, [weights[i] for i in members])
+            torch._foreach_mul_(ahead, 1 - s * _lr(group) * decay)
+            torch._foreach_sub_(ahead, move)
 
 
-class Auto:
+def _step_along(targets: Any, weights: Any, velocities: Any, distance: float) -> None:
+    """``weights - distance * velocities``; first the product, then the difference, which keeps the bits."""
+    torch._foreach_copy_(targets, velocities)
+    torch._foreach_mul_(targets, -distance)
+    torch._foreach_add_(targets, weights)
+
+
+def auto(optimizer: type[Optimizer]) -> Formula:
     """Geometric for SGD with momentum, Adam for Adam and AdamW, Difference for the rest (ours).
 
-    None for SGD without momentum, whose next step depends on the next gradient alone.
+    SGD without momentum has no velocity, and is not predicted: its next step depends on the next gradient
+    alone.
     """
-
-    def __init__(self, optimizer: type[Optimizer]) -> None:
-        self.chosen: Predictor
-        if issubclass(optimizer, torch.optim.SGD):
-            self.chosen = Geometric()
-        elif issubclass(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-            self.chosen = Adam()
-        else:
-            self.chosen = Difference()
-        self.needs_previous = isinstance(self.chosen, Difference)
-
-    def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
-        return self.chosen.predict(weight, group, state, s)
+    if issubclass(optimizer, torch.optim.SGD):
+        return Geometric()
+    if issubclass(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return Adam()
+    return Difference()
 
 
-BY_NAME: dict[str, type] = {
-    "none": NoPrediction,
-    "linear": Linear,
-    "geometric": Geometric,
-    "difference": Difference,
-    "adam": Adam,
-    "auto": Auto,
+def predict_all(
+    predictor: Predictor,
+    weights: Sequence[Tensor],
+    group: Mapping[str, Any],
+    states: Sequence[Mapping[str, Any]],
+    s: float,
+    targets: Sequence[Tensor],
+) -> None:
+    """Write what ``predictor`` says of ``weights``, all of one group, into ``targets``."""
+    if not isinstance(predictor, Formula):  # a user's own
+        for weight, state, target in zip(weights, states, targets, strict=True):
+            target.copy_(predictor.predict(weight.detach(), group, state, s))
+        return
+    known = [predictor.knows(group, state) for state in states]
+    for formula, which in ((predictor.write, True), (_copy, False)):
+        chosen = [i for i, k in enumerate(known) if k is which]
+        if chosen:
+            formula(
+                [targets[i] for i in chosen],
+                [weights[i] for i in chosen],
+                group,
+                [states[i] for i in chosen],
+                s,
+            )
+
+
+def _copy(targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
+    torch._foreach_copy_(targets, weights)
+
+
+BY_NAME: dict[str, Callable[[type[Optimizer]], Predictor]] = {
+    "none": lambda _: NoPrediction(),
+    "linear": lambda _: Linear(),
+    "geometric": lambda _: Geometric(),
+    "difference": lambda _: Difference(),
+    "adam": lambda _: Adam(),
+    "auto": auto,
 }
 
 
@@ -189,20 +263,12 @@ def make_predictor(predictor: str | Predictor, optimizer: type[Optimizer]) -> Pr
     check_predictor(predictor)
     if not isinstance(predictor, str):
         return predictor
-    made: Predictor = Auto(optimizer) if predictor == "auto" else BY_NAME[predictor]()
-    return made
+    return BY_NAME[predictor](optimizer)
 
 
 def needs_previous(predictor: Predictor) -> bool:
     """Whether the stage must keep each weight's value before its last update."""
     return bool(getattr(predictor, "needs_previous", False))
-
-
-def grouped(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Each parameter with its group."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield parameter, group
 
 
 def _lr(group: Mapping[str, Any]) -> float:

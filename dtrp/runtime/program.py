@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,30 +40,35 @@ class StageModule(nn.Module):
         for name, value in attributes.items():
             _assign(self, name, value)
         self._code = {True: train, False: evaluate}
-        self._forward = {mode: code.compile() for mode, code in self._code.items()}
+        self._compiles = False
+        self._make_forward()
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """Outputs of the stage, in the order of its wires."""
         return self._forward[self.training](self, *inputs)
 
     def compile_training(self) -> None:
-        """Have torch.compile compile what runs in training mode.
+        """Have torch.compile compile what runs in training mode, here and in copies.
 
-        It gets this module's own function: torch keeps what it compiled, and counts how often it had to,
-        by code object, and code that all stages share would soon have used up the tries.
+        Each module gets a function of its own: torch keeps what it compiled, and counts how often it had
+        to, by code object, and code that all stages share would soon have used up the tries.
         """
-        self._forward[True] = torch.compile(self._forward[True])
+        self._compiles = True
+        self._make_forward()
+
+    def _make_forward(self) -> None:
+        self._forward = {mode: code.compile() for mode, code in self._code.items()}
+        if self._compiles:
+            self._forward[True] = torch.compile(self._forward[True])
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_forward"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._forward = {mode: code.compile() for mode, code in self._code.items()}
+        self._make_forward()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageModule:
-        import copy
-
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         state = {k: v for k, v in self.__getstate__().items() if k != "_code"}
@@ -75,8 +80,8 @@ class StageModule(nn.Module):
 class Tie:
     """One trainable parameter that several stages hold: ``(stage, name there)``, the owner first.
 
-    The owner is the lowest stage, whose backward of a batch comes last; it alone steps with the sum of all
-    stages' gradients of that batch, then hands the sum to the others.
+    The owner is the lowest stage that takes part in the backward pass, whose backward of a batch comes last;
+    it alone steps with the sum of all stages' gradients of that batch, then hands the sum to the others.
     """
 
     holders: tuple[tuple[int, str], ...]
@@ -102,6 +107,7 @@ class StageProgram:
     device: torch.device
     ties: tuple[Tie, ...] = ()
     writes_inputs: bool = False  # the stage changes some of its inputs in place
+    draws: bool = True  # its passes may draw random numbers
 
     @property
     def n_stages(self) -> int:
@@ -122,43 +128,6 @@ class StageProgram:
 
     def wiring(self, training: bool) -> Wiring:
         return self.train if training else self.evaluate
-
-
-@contextmanager
-def no_trace(module: nn.Module) -> Iterator[None]:
-    """Whatever a pass does to module state (buffers, counters, attributes) is undone at the end.
-
-    Buffers are cloned before, so that in-place updates go to the clones; parameters are left alone.
-    """
-    kept = [(m, m.__dict__.copy(), m._buffers.copy()) for m in module.modules()]
-    clones: dict[int, torch.Tensor] = {}  # a buffer shared by two modules stays shared
-    for m, _, buffers in kept:
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                m._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
-    try:
-        yield
-    finally:
-        for m, attributes, buffers in kept:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-            m._buffers.clear()
-            m._buffers.update(buffers)
-
-
-class Undo:
-    """Puts module state back to where it was when this was made."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.buffers = [(b, b.detach().clone()) for b in module.buffers()]
-        self.kept = [(m, m.__dict__.copy(), m._buffers.copy()) for m in module.modules()]
-
-    def __call__(self) -> None:
-        for m, attributes, buffers in self.kept:
-            m.__dict__.update(attributes)
-            m._buffers.update(buffers)
-        for buffer, value in self.buffers:
-            buffer.copy_(value)
 
 
 def _assign(root: nn.Module, name: str, value: Any) -> None:

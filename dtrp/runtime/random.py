@@ -1,8 +1,9 @@
 """Random numbers of a pass: a function of (seed, batch, stage), so that every executor draws the same.
 
-A stage reseeds the generators before each pass over a batch and puts them back afterwards. The recompute
-pass of a batch therefore draws the same dropout masks as its first forward without any stored state, stages
-that share a process do not draw each other's masks, and a resumed run goes on as it would have.
+A stage reseeds the generators before each pass over a batch that may draw (its program says so). The
+recompute pass of a batch therefore draws the same dropout masks as its first forward without any stored
+state, stages that share a process do not draw each other's masks, and a resumed run goes on as it would have.
+Where stages run in the caller's process, its generators are put back (`preserved`).
 
 With one stage there is nothing to repeat: the ambient generators are used as they are, and training is the
 plain PyTorch loop.
@@ -11,43 +12,42 @@ plain PyTorch loop.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 
-def pass_seed(seed: int, batch: int, stage: int) -> int:
-    """The 63-bit seed of stage ``stage``'s passes over batch ``batch`` (both from 0)."""
-    state = np.random.SeedSequence((seed % 2**64, batch, stage)).generate_state(1, np.uint64)
+def pass_seed(seed: int, batch: int, stage: int, part: int = 0) -> int:
+    """The 63-bit seed of stage ``stage``'s passes over micro-batch ``part`` of batch ``batch`` (all from 0)."""
+    entropy = (seed % 2**64, batch, stage, part) if part else (seed % 2**64, batch, stage)
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
-@contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Inside, torch's (CPU and ``device``), numpy's and Python's generators start from ``seed``.
+def seed_all(seed: int, device: torch.device) -> None:
+    """Start torch's (CPU and ``device``), numpy's and Python's generators from ``seed``."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
-    Outside they are as before. ``None``: nothing is touched.
-    """
-    if seed is None:
-        yield
-        return
-    python, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    fork: Any = torch.random.fork_rng(devices=devices) if devices else nullcontext()
-    cpu = torch.get_rng_state()
+
+@contextmanager
+def preserved(devices: Iterable[torch.device]) -> Iterator[None]:
+    """All generators are as before afterwards."""
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
     try:
-        with fork:
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
+        yield
     finally:
         torch.set_rng_state(cpu)
+        for device, state in cuda:
+            torch.cuda.set_rng_state(state, device)
         random.setstate(python)
         np.random.set_state(numpy_state)
 

@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
 from .config import TrainConfig
+from .handback import Owner
+from .optim import ParameterSet
 from .random import random_state, set_random_state
 from .training_state import check_set, export_set, renamed
-from .weights import ParameterSet
 
 _COUNTERS = {
     "batches": int,
     "entered": int,
     "updates": int,
-    "joined": int,
-    "tunes": bool,
     "skipped": int,
     "epochs": int,
     "losses": Tensor,
@@ -38,6 +37,10 @@ class RunState:
         The model's ``state_dict``; empty for a state that was just gathered.
     extra : mapping of str to Tensor
         Buffers that the ``state_dict`` leaves out.
+    loss : mapping or None
+        The ``state_dict`` of a loss with tensors of its own.
+    attributes : mapping
+        What modules of the user's keep in plain attributes, by module.
     sets : tuple
         Optimizers and schedulers by parameter name, the parameter's first name in the model.
     counters : mapping
@@ -50,6 +53,8 @@ class RunState:
 
     model: Mapping[str, Any]
     extra: Mapping[str, Tensor]
+    loss: Mapping[str, Any] | None
+    attributes: Mapping[str, Mapping[str, Any]]
     sets: tuple[Mapping[str, Any], ...]
     counters: Mapping[str, Any]
     random: Mapping[str, Any]
@@ -59,18 +64,18 @@ class RunState:
     @classmethod
     def gather(
         cls,
-        model: nn.Module,
+        owner: Owner,
         config: TrainConfig,
         stages: Sequence[Mapping[str, Any]],
         counters: Mapping[str, Any],
     ) -> Self:
-        """From what the stages gave (`StageRunner.training_state`); none before the first batch."""
-        names = first_names(model)
+        """From what the stages gave (`Stage.training_state`); none before the first batch."""
+        names = owner.first_names()
         sets = [renamed(s["parameters"], names) for s in stages if s["parameters"] is not None]
         if not stages:
-            sets = [renamed(export_set(_all_parameters(model, config)), names)]
+            sets = [renamed(export_set(_all_parameters(owner, config)), names)]
         ambient = stages[0]["random"] if len(stages) == 1 else None
-        return cls({}, {}, tuple(sets), counters, random_state(), ambient)
+        return cls({}, {}, None, {}, tuple(sets), counters, random_state(), ambient)
 
     @classmethod
     def read(cls, content: Mapping[str, Any], origin: str) -> Self:
@@ -89,6 +94,8 @@ class RunState:
             return cls(
                 content["model"],
                 content["extra"],
+                content.get("loss"),  # files of 0.1 have neither this nor attributes
+                content.get("attributes", {}),
                 tuple(content["sets"]),
                 counters,
                 content["random"],
@@ -98,20 +105,22 @@ class RunState:
         except (KeyError, TypeError) as e:
             raise CheckpointError(f"{origin} is not a checkpoint of a training run: {e}") from None
 
-    def content(self, model: nn.Module) -> dict[str, Any]:
+    def content(self, owner: Owner) -> dict[str, Any]:
         """What is to be written."""
-        state = model.state_dict()
-        kept = {name: b for name, b in model.named_buffers() if name not in state}
+        state = owner.model.state_dict()
+        kept = {name: b for name, b in owner.model.named_buffers() if name not in state}
         return {
             "model": state,
             "extra": kept,
+            "loss": None if owner.loss is None else owner.loss.state_dict(),
+            "attributes": owner.attributes(),
             "sets": list(self.sets),
             "counters": dict(self.counters),
             "random": dict(self.random),
             "ambient": None if self.ambient is None else dict(self.ambient),
         }
 
-    def check(self, model: nn.Module, config: TrainConfig) -> None:
+    def check(self, owner: Owner, config: TrainConfig) -> None:
         """Whether all of it fits.
 
         Raises
@@ -119,12 +128,19 @@ class RunState:
         CheckpointError
             It does not; says what.
         """
+        model = owner.model
         here = model.state_dict()
         lacks, has = sorted(here.keys() - self.model.keys()), sorted(self.model.keys() - here.keys())
         if lacks or has:
             raise CheckpointError(
                 f"{self.origin} belongs to another model: it lacks {lacks[:3]}, and has {has[:3]} that "
                 f"{type(model).__name__} has not"
+            )
+        theirs, ours = set(self.loss or ()), set(owner.loss.state_dict() if owner.loss is not None else ())
+        if theirs != ours:
+            raise CheckpointError(
+                f"{self.origin} was saved with another loss: its tensors are {sorted(theirs)[:3]}, this "
+                f"trainer's are {sorted(ours)[:3]}"
             )
         buffers = dict(model.named_buffers())
         for name, saved in (*self.model.items(), *self.extra.items()):
@@ -139,49 +155,47 @@ class RunState:
                     f"{saved.dtype} there, {tuple(value.shape)} and {value.dtype} here"
                 )
         try:
-            check_set(_all_parameters(model, config), self.sets, {})
+            check_set(_all_parameters(owner, config), self.sets, {})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{self.origin} does not fit this trainer: {e}") from e
 
-    def restore_model(self, model: nn.Module) -> None:
-        """Overwrite the model's weights and buffers."""
-        model.load_state_dict(self.model, strict=True)
-        buffers = dict(model.named_buffers())
+    def restore_model(self, owner: Owner) -> None:
+        """Overwrite the weights, buffers and attributes of model and loss."""
+        owner.model.load_state_dict(self.model, strict=True)
+        buffers = dict(owner.model.named_buffers())
         with torch.no_grad():
             for name, value in self.extra.items():
                 buffers[name].copy_(value)
+        if owner.loss is not None and self.loss is not None:
+            owner.loss.load_state_dict(self.loss, strict=True)
+        owner.set_attributes(self.attributes)
 
     def restore_random(self) -> None:
         """Set the caller's generators."""
         set_random_state(self.random)
 
-    def tensors(self, names: frozenset[str]) -> dict[str, Tensor]:
-        """Weights and buffers of these names."""
-        everything = {**self.model, **self.extra}
-        return {n: everything[n] for n in names if isinstance(everything.get(n), Tensor)}
+    def module_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Arguments of `Stage.load_state`."""
+        named = {**self.model, **self.extra, **{f"loss.{n}": t for n, t in (self.loss or {}).items()}}
+        return {n: t for n, t in named.items() if isinstance(t, Tensor)}, self.attributes
 
-    def training(self, model: nn.Module) -> tuple[Any, ...]:
-        """Arguments of `StageRunner.load_training_state`."""
-        return self.sets, self.counters["seed"], self.ambient, first_names(model)
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of every parameter -> the first name that the model has for it."""
-    first: dict[int, str] = {}
-    return {n: first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
+    def training(self, owner: Owner) -> tuple[Any, ...]:
+        """Arguments of `Stage.load_training_state`."""
+        return self.sets, self.counters["seed"], self.ambient, owner.first_names()
 
 
-def check_builds(model: nn.Module, config: TrainConfig) -> None:
-    """Make optimizer and scheduler once, to complain now rather than in a worker.
+def check_builds(owner: Owner, config: TrainConfig) -> float | None:
+    """Make optimizer and scheduler once, to complain now rather than in a worker; the first learning rate.
 
     Raises
     ------
     TypeError, ValueError
         The user's callables do not give what they should.
     """
-    _all_parameters(model, config)
+    groups = _all_parameters(owner, config).optimizer.param_groups
+    return float(groups[0]["lr"]) if "lr" in groups[0] else None
 
 
-def _all_parameters(model: nn.Module, config: TrainConfig) -> ParameterSet:
+def _all_parameters(owner: Owner, config: TrainConfig) -> ParameterSet:
     """All trainable parameters, as one stage would hold them; fresh."""
-    return ParameterSet.build({n: p for n, p in model.named_parameters() if p.requires_grad}, config, 1.0)
+    return ParameterSet.build({n: p for n, p in owner.named_parameters() if p.requires_grad}, config, 1.0)

@@ -1,77 +1,140 @@
-"""Who does what at which tick: pure functions, the published table (DTRP, PLoS ONE 2023, Fig 1).
+"""Who does what in which order: every order of training is a list of actions per stage, as plain data.
 
-Stages, ticks and batches count from 0 here; the paper counts from 1. With K stages, at tick t stage k
-forwards batch t - k and recomputes and backwards batch t - 2(K-1) + k. So batch b is forwarded by stage k
-at tick b + k and backwarded at tick b + 2(K-1) - k; the last stage does both at tick b + K - 1.
+Stages, batches and rounds count from 0 here; the paper counts from 1. A *slot* is what travels through the
+pipeline at once: a mini-batch, or one of its micro-batches. Slots come in *segments*: a segment ends when the
+pipeline is drained, and its slots count from 0 again. In round r of a segment a stage does
+
+    any stage but the last       recompute, backward, step of slot r - n       then forward of slot r
+    the last stage               forward, backward, step of slot r
+
+as far as those slots exist, where n is its *depth*, the number of slots that it has in flight. Nothing needs
+a clock: a stage that follows its list gives the same bits whatever the others' timing. With the depths of
+"fig1", and slot b entering stage k at tick b + k, this is the published table (DTRP, PLoS ONE 2023, Fig 1):
 
     K = 3        t=0   t=1   t=2     t=3     t=4        t=5
     stage 0      F0    F1    F2      F3      B0 F4      B1 F5
     stage 1            F0    F1      B0 F2   B1 F3      B2 F4
     stage 2                  F0 B0   F1 B1   F2 B2      F3 B3
 
-Inside one tick every stage but the last goes backward first, then forward; the last goes forward first.
-A "batch" here is a slot of the pipeline: while it drains, slots are empty.
+| order | depth of stage k < K-1 | drained | whose |
+|---|---|---|---|
+| fig1 | 2 (K-1-k) | when asked | the paper's |
+| lean | K-k | when asked | the depth of PipeDream's 1F1B (Narayanan et al. 2019), with re-computation |
+| 1f1b | K-k | after each mini-batch | exact (PipeDream-flush, Narayanan et al. 2021) |
+| gpipe | all its micro-batches | after each mini-batch | exact (Huang et al. 2019) |
+| bp | 1 | after each mini-batch | exact back-propagation |
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Horizon = Literal["common", "stage"]
+Kind = Literal["forward", "recompute", "backward", "step"]
+
+ORDERS = ("fig1", "lean", "1f1b", "gpipe", "bp")
+EXACT = ("1f1b", "gpipe", "bp")
+
+BACKWARD_SHARE = Fraction(1, 2)
+"""Of a tick, the share that a backward takes: half, where B = 2F and the forward runs twice."""
 
 
-def forward_slot(stage: int, tick: int) -> int:
-    """The slot that ``stage`` forwards at ``tick``; negative while the pipeline fills."""
-    return tick - stage
+class Action(NamedTuple):
+    """One thing that a stage does to one slot of the segment."""
+
+    kind: Kind
+    slot: int
 
 
-def backward_slot(stage: int, tick: int, n_stages: int) -> int:
-    """The slot that ``stage`` backwards at ``tick``; negative while the pipeline fills."""
-    return tick - 2 * (n_stages - 1) + stage
+@dataclass(frozen=True)
+class Schedule:
+    """An order for ``n_stages`` stages, of mini-batches that travel in at most ``parts`` micro-batches."""
+
+    order: str
+    n_stages: int
+    parts: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the pipeline is drained after each mini-batch, so that no weights are ever stale."""
+        return self.order in EXACT
+
+    def depth(self, stage: int) -> int:
+        """Rounds between a slot's forward and its backward in ``stage``: the slots that it has in flight."""
+        above = self.n_stages - 1 - stage
+        if above == 0:
+            return 0
+        if self.order == "fig1":
+            return 2 * above
+        return {"lean": above + 1, "1f1b": above + 1, "gpipe": self.parts, "bp": 1}[self.order]
+
+    def round(self, stage: int, number: int) -> tuple[Action, ...]:
+        """What ``stage`` does in round ``number`` of a segment, on whatever slots exist."""
+        back = number - self.depth(stage)
+        backward = (Action("recompute", back), Action("backward", back), Action("step", back))
+        if stage == self.n_stages - 1:
+            return (Action("forward", number), *backward[1:])
+        return (*backward, Action("forward", number))
+
+    def actions(self, stage: int, slots: int) -> list[Action]:
+        """The whole list of a segment of so many slots, drained at its end."""
+        rounds = range(slots + self.depth(stage))
+        return [a for r in rounds for a in self.round(stage, r) if 0 <= a.slot < slots]
+
+    # ---- what several stages have to agree on ----------------------------------------------------------
+
+    def norm_offset(self, stage: int, other: int) -> int:
+        """Whose gradients are clipped together: ``stage``'s of mini-batch m with ``other``'s of m + this.
+
+        In "fig1" those are the ones of one tick, which are made at the same time; elsewhere those of one
+        mini-batch.
+        """
+        if self.order != "fig1":
+            return 0
+        apart = abs(other - stage) // self.parts
+        return apart if other > stage else -apart
+
+    def tied_lag(self, owner: int, guest: int) -> int:
+        """Slots between a guest's own backward and the newest sum of tied gradients that it must have seen.
+
+        The owner is so many stages below, and comes to the slot so much later.
+        """
+        below = max(0, guest - owner)
+        return below + 1 if self.order == "fig1" else -(-below // 2) + 1
+
+    # ---- how far ahead a pass looks ----------------------------------------------------------------------
+
+    def forward_horizon(self, stage: int, aim: Horizon) -> Fraction:
+        """Slots that are backwarded between a stage's first forward of a slot and the moment it aims at.
+
+        ``"stage"`` (our reading of the paper): the stage's own backward of that slot. ``"common"`` (ours):
+        the moment at which stage 0 backwards it, for all stages alike.
+        """
+        last = stage == self.n_stages - 1
+        if aim == "stage" or self.exact:
+            return Fraction(0 if last or self.exact else self.depth(stage) - 1)
+        if last:
+            return self.backward_horizon(stage, aim)
+        return self.backward_horizon(stage, aim) + self.depth(stage) - 1
+
+    def backward_horizon(self, stage: int, aim: Horizon) -> Fraction:
+        """Slots that are backwarded between a stage's recompute of a slot and the moment it aims at.
+
+        In "fig1" a gradient takes a tick per stage, in which each stage backwards one slot; in "lean" it
+        climbs as fast as backwards follow each other, and stages have done less by then.
+        """
+        if aim == "stage" or self.exact:
+            return Fraction(0)
+        return Fraction(stage) if self.order == "fig1" else stage * BACKWARD_SHARE
+
+    def staleness(self, stage: int) -> int:
+        """Updates between the two passes of one slot in ``stage``, at most."""
+        between = max(0, self.depth(stage) - 1)
+        return 0 if self.exact else -(-between // self.parts)
 
 
-def backward_tick(stage: int, slot: int, n_stages: int) -> int:
-    """The tick at which ``stage`` backwards ``slot``."""
-    return slot + 2 * (n_stages - 1) - stage
-
-
-def drain_ticks(n_stages: int) -> int:
-    """Empty ticks after the last batch until nothing is in flight: B batches need B + 2K - 2 ticks."""
-    return 2 * (n_stages - 1)
-
-
-def max_in_flight(stage: int, n_stages: int) -> int:
-    """How many batches' inputs a stage holds at most, the one that is running included: 2(K-k) + 1."""
-    return 2 * (n_stages - 1 - stage) + 1
-
-
-def weight_version(stage: int, tick: int) -> int:
-    """The paper's index of the weights that the *forward* part of a tick uses on any stage but the last.
-
-    W_j is the weights after j - 1 local updates; local time also advances while the pipeline fills. The
-    backward part of the same tick, and the last stage, use the version before.
-    """
-    return tick - stage + 2
-
-
-def forward_horizon(stage: int, n_stages: int, aim: Horizon) -> int:
-    """Updates that lie between a stage's first forward of a batch and the moment that it aims at.
-
-    ``"stage"`` (our reading of the paper): the stage's own backward of that batch. ``"common"`` (ours): the
-    tick at which stage 0 backwards it, for all stages alike.
-    """
-    last = stage == n_stages - 1
-    if aim == "stage":
-        return 0 if last else 2 * (n_stages - 1 - stage) - 1
-    return n_stages - 1 if last else 2 * n_stages - stage - 3
-
-
-def backward_horizon(stage: int, n_stages: int, aim: Horizon) -> int:
-    """Updates that lie between a stage's recompute of a batch and the moment that it aims at."""
-    return stage if aim == "common" else 0
-
-
-def in_updates(batches: int, accumulate: int) -> Fraction:
-    """A horizon in batches as one in updates, where a stage steps every ``accumulate`` batches."""
-    return Fraction(batches, accumulate)
+def in_updates(slots: Fraction | int, per_update: int) -> Fraction:
+    """A horizon in slots as one in updates, where a stage steps every ``per_update`` slots."""
+    return Fraction(slots) / per_update

@@ -1,60 +1,63 @@
-"""One stage's life: first forward, stash, recompute, backward, step.
+"""One stage's life: it follows the list of actions that the schedule gives it (schedule.py).
 
-Every executor runs this and nothing else. What a tick does (schedule.py says for which batch):
-
-    any stage but the last                       the last stage
-    ----------------------                       --------------
-    [1] the gradient of batch b arrives          [1] inputs of batch f arrive
-    [2] recompute b from its stashed inputs      [2] forward with a graph; loss
-    [3] backward; gradients go upstream          [3] backward; gradients go upstream
-    [4] step                                     [4] step
-    [5] inputs of batch f arrive
-    [6] first forward without a graph;
-        stash the inputs; outputs go downstream
+    forward       any stage but the last: without a graph, stash the inputs, send the outputs downstream
+                  the last: with a graph, up to the loss
+    recompute     the stashed inputs again, with a graph, on the stage's present weights
+    backward      wait for the gradients of the outputs, go backward, send those of the inputs upstream
+    step          update the weights, after the last micro-batch of a mini-batch
 
 The invariants (DTRP, PLoS ONE 2023; the second one ours):
 
-- One weight version: [6] and [2] may run on predicted weights, but those are separate tensors (weights.py);
-  the gradient of [3] is applied to the true ones.
+- One weight version: a pass may run on predicted weights, but those are another module's (twins.py); the
+  gradient is applied to the true ones.
 - The first forward leaves no trace: buffers and any other module state are as before it, and are updated
   once, by the recompute pass. Both passes draw the same random numbers (random.py).
-- A stage holds at most 2(K-k)+1 stashed inputs and one live graph.
+- A stage holds as many stashed inputs as it is deep, one more for a moment, and one live graph.
 
-A stage that does not recompute runs its first forward with a graph, on weights of its own copy, and keeps
-both until the gradient arrives (weight stashing as in PipeDream).
+Recompute comes before waiting for the gradient: it needs only weights that are there, and hides the time that
+the gradient takes to come. A stage that does not recompute runs its first forward with a graph, on a version
+of the weights of its own, and keeps both until the gradient arrives (weight stashing as in PipeDream).
+
+What a stage does is a generator that yields where it would have to wait for another one (ports.py), so that
+stages in one process take turns; between processes the links wait, and it never yields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import math
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import nullcontext
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .batch import Arrivals, Feed, InFlight, Report, Update
-from .clipping import clip, squared_norm
+from .batch import Arrivals, Feed, InFlight, Loss, Skip, Update
+from .clipping import Norms, clip, squared_norm
 from .config import TrainConfig
+from .evaluation import Measure
 from .events import Event
 from .links import Links
-from .loss import scalar_loss
+from .loss import Report, check_finite, held_loss, scalar_loss
 from .meter import Meter
 from .ports import Ports
-from .program import StageProgram, Undo, no_trace
-from .random import pass_seed, random_state, seeded, set_random_state
-from .schedule import backward_horizon, backward_slot, forward_horizon, forward_slot, in_updates
+from .program import StageProgram
+from .random import pass_seed, random_state, seed_all, set_random_state
+from .schedule import Schedule, in_updates
 from .stats import StageStats
 from .tied import TiedGradients
 from .training_state import export_set, import_set
-from .weights import Leaves, Weights
+from .twins import Snapshot, Twin, attributes_of, set_attributes
+from .weights import Weights
 
-Measure = Callable[[Any, Any], Any]
+Steps = Generator[None, None, None]
 
 
-class StageRunner:
-    """Runs one stage, tick by tick.
+class Stage:
+    """Runs one stage, round by round.
 
     Parameters
     ----------
@@ -64,244 +67,440 @@ class StageRunner:
         To the other stages.
     seed : int or None
         Base seed of the passes' random numbers; ``None``: the ambient generators (one stage only).
-    report : callable
-        Takes the last stage's `Report` of each batch.
     record : bool
         Whether to note what was done when (`take_events`).
     """
 
     def __init__(
-        self,
-        program: StageProgram,
-        config: TrainConfig,
-        links: Links,
-        *,
-        seed: int | None,
-        report: Callable[[Report], None],
-        record: bool = False,
+        self, program: StageProgram, config: TrainConfig, links: Links, *, seed: int | None, record: bool
     ) -> None:
-        self.program = program
-        self.config = config
-        self.links = links
-        self.seed = seed
-        self.report = report
+        self.program, self.config, self.links, self.seed = program, config, links, seed
         self.stage, self.n_stages = program.stage, program.n_stages
+        self.schedule = config.schedule(self.n_stages)
         self.module: nn.Module = program.module
         self.module.to(program.device)
         self.meter = Meter(self.stage, self.n_stages, program.device, record=record)
-        self.ports = Ports(program, links, self.meter)
+        self.ports = Ports(program, links, self.meter, config.grad_shrink)
+        self.trained = program.train.trained
         self.recomputes = config.recompute(program.recompute) and not program.is_last
         shrink = [config.lr_shrink ** (self.n_stages - 1 - k) for k in range(self.n_stages)]
         self.weights = Weights(self.module, program.guests, config, shrink, self.stage)
-        # Back-propagation clips by one batch's gradients: no stage steps before the first one has its own.
-        self.together = config.one_batch_at_a_time and config.max_grad_norm is not None
-        self.tied = TiedGradients(
-            program,
-            self.weights,
-            links,
-            scheduled=config.scheduler_step == "update",
-            together=self.together,
+        per_update = config.scheduler_step == "update"
+        self.tied = TiedGradients(program, self.weights, links, self.meter, scheduled=per_update)
+        self.norms = Norms(
+            self.schedule, self.stage, self.trained, links, self.meter, lag=config.max_grad_norm_lag
         )
-        self.tick = 0
-        self.feeds: dict[int, Feed] = {}
         self.in_flight: dict[int, InFlight] = {}
-        self.measure: Measure | None = None
-        self._flags: list[tuple[nn.Module, bool]] = []
-        self.update: Update | None = None  # the update that this tick brings, if it does
-        self.postponed: Update | None = None  # the update that waits for all stages' gradients
-        self.postponed_slot = -1
+        self.reports: deque[Report] = deque()
+        self.skips: list[Skip] = []
+        self.squared_norm = 0.0  # of the gradients that were stepped with last
+        # Of this segment: its first slot, how many have come since, rounds begun, mini-batches come and done.
+        self._slot = self._fed = self._round = self._minis_fed = self._minis_stepped = 0
+        self._total: Any = None  # the mini-batch's loss so far
+        self._bad = False  # the mini-batch is given up
+        self._aside: list[
+            tuple[nn.Parameter, Tensor | None]
+        ] = []  # gradients of earlier mini-batches, while this one may be bad
+        self._measure: Measure | None = None
+        self._modes: list[tuple[nn.Module, bool]] = []
         if config.compile_stages:
             program.module.compile_training()
 
-    # ---- a tick, in two halves: the gradient norm over all stages lies between them --------------------
-
-    def begin(self, feed: Feed | None) -> float:
-        """The backward part (the last stage: forward and backward).
-
-        Returns the squared norm of this stage's gradients, 0 where it does not step or nobody asks.
-        """
-        self.meter.begin_tick(self.links.depth(self.stage))
-        if feed is not None:
-            self.feeds[self.tick] = feed
-        self.tied.collect(self.tick)
-        self.update = None
-        if self.program.is_last:
-            slot = forward_slot(self.stage, self.tick)
-            if slot in self.feeds:
-                self.update = self._last_stage(slot)
-        else:
-            slot = self._backwarded
-            if slot in self.in_flight:
-                self.update = self._backward(slot)
-        if self.together:
-            self._postpone()
-        return self._squared_norm() if self.update is not None and self.config.max_grad_norm else 0.0
-
-    def _postpone(self) -> None:
-        """Hold the update back until the tick in which the first stage backwards the batch."""
-        if self.update is not None:
-            self.postponed, self.postponed_slot = self.update, self._backwarded
-            self.update = None
-        if self.postponed is not None and self.postponed_slot == backward_slot(0, self.tick, self.n_stages):
-            self.update, self.postponed = self.postponed, None
-
     @property
-    def _backwarded(self) -> int:
-        """The slot that this stage backwards in this tick."""
-        return backward_slot(self.stage, self.tick, self.n_stages)
+    def takes_part(self) -> bool:
+        """Whether gradients come to this stage."""
+        return self.stage in self.trained
 
-    def finish(self, squared_norm_of_all: float = 0.0) -> None:
-        """The step, then the first forward of all stages but the last."""
-        if self.update is not None:
-            slot = self.postponed_slot if self.together else self._backwarded
-            self._step(slot, squared_norm_of_all**0.5, self.update)
-        if not self.program.is_last and forward_slot(self.stage, self.tick) in self.feeds:
-            self._first_forward(forward_slot(self.stage, self.tick))
-        self.tick += 1
-        self.meter.end_tick()
+    # ---- rounds --------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """After the last tick of a drain: take in the sums of tied gradients that are still on their way."""
-        self.tied.collect(None)
+    def follow(self, schedule: Schedule) -> None:
+        """From the next segment on, follow another order."""
+        self.schedule = self.norms.schedule = schedule
 
-    # ---- the passes ----------------------------------------------------------------------------------
+    def run(self, feed: Feed | None) -> Steps:
+        """The next round; ``feed`` is the slot that comes in with it, ``None`` while the pipeline drains."""
+        self.meter.begin_round(self.links.waiting())
+        number, self._round = self._round, self._round + 1
+        if feed is not None:
+            self._fed = number + 1
+            self._minis_fed += feed.closes
+        for owner in self.tied.due:
+            lag = self.schedule.depth(self.stage) + self.schedule.tied_lag(owner, self.stage)
+            yield from self.tied.collect(owner, self._slot + number - lag)
+        for kind, place in self.schedule.round(self.stage, number):
+            slot = self._slot + place
+            if kind == "forward":
+                if feed is not None:
+                    yield from (
+                        self._last_forward(slot, feed) if self.program.is_last else self._forward(slot, feed)
+                    )
+            elif slot in self.in_flight:
+                if kind == "recompute":
+                    yield from self._recompute(slot)
+                elif kind == "backward":
+                    yield from self._backward(slot)
+                else:
+                    yield from self._step(slot)
+        self.meter.end_round()
 
-    def _first_forward(self, slot: int) -> None:
-        feed = self.feeds.pop(slot)
-        arrivals = self.ports.arrivals(slot, feed, "forward")
-        takes_part = self.ports.takes_part
-        horizon = forward_horizon(self.stage, self.n_stages, self.config.horizon)
-        leaves = self._ahead(horizon, feed.update, first=True)
-        flight = InFlight(feed.batch, arrivals, feed.update)
-        if self.recomputes or not takes_part:
-            tracks = no_trace(self.module) if takes_part else nullcontext()
-            with torch.no_grad(), tracks, self.meter.timed("forward", feed.batch):
-                outputs = self._run(arrivals, leaves, feed.batch)
-        else:
-            if not self.config.one_batch_at_a_time:
-                leaves = self.weights.stash(leaves)
-            flight.arrivals = self.ports.differentiable(arrivals)
-            with torch.enable_grad(), self.meter.timed("forward", feed.batch):
-                outputs = self._run(flight.arrivals, leaves, feed.batch)
-            flight.outputs, flight.leaves = outputs, leaves
+    def drain(self, *, close_group: bool = False) -> Steps:
+        """After the last slot of a segment: until nothing is in flight here, nor on its way here.
+
+        ``close_group``: an incomplete group of accumulated mini-batches is stepped with, as its own mean.
+        """
+        for _ in range(self.schedule.depth(self.stage)):
+            yield from self.run(None)
+        if self.config.max_grad_norm is not None and self.takes_part:
+            yield from self.norms.settle(self._minis_fed)
+        if close_group and self.takes_part:
+            yield from self._close_group()
+        for owner in self.tied.due:
+            yield from self.tied.collect(owner, None)
+        self._begin_segment()
+
+    def _begin_segment(self) -> None:
+        self._slot += self._fed
+        self._round = self._fed = 0
+        self._minis_fed = self._minis_stepped = 0
+
+    # ---- actions -------------------------------------------------------------------------------------------
+
+    def _forward(self, slot: int, feed: Feed) -> Steps:
+        """The first forward of any stage but the last."""
+        arrivals = yield from self.ports.arrivals(slot, feed)
+        horizons = self._horizons(self.schedule.forward_horizon(self.stage, self.config.horizon), first=True)
+        flight = InFlight(feed, arrivals)
+        twin: Twin | None = None
+        graph = self.takes_part and not self.recomputes
+        if graph:
+            if not self.schedule.exact:
+                twin = self.weights.version(horizons, feed.update.lr_scale)
+            flight.arrivals = arrivals = self.ports.differentiable(arrivals)
+        elif self.takes_part:
+            twin = self.weights.first(horizons, feed.update.lr_scale)
+        mark = self.meter.start("forward")
+        with torch.set_grad_enabled(graph):
+            outputs = self._pass(twin, arrivals, feed)
+        self.meter.stop(mark, "forward", feed.batch)
+        if graph:
+            flight.outputs, flight.twin = outputs, twin
             self.meter.graph(+1)
-        if takes_part:
+        if self.takes_part:
             self.in_flight[slot] = flight
             self.meter.stash(len(self.in_flight))
-        self.ports.send("forward", slot, feed.batch, outputs)
+            self.tied.forwarded(slot, feed.update)
+        mark = self.meter.start("send")
+        self.ports.send(slot, outputs)
+        self.meter.stop(mark, "send", feed.batch)
 
-    def _backward(self, slot: int) -> Update | None:
-        """Recompute (or take the kept graph) and backward; the update to be made, if there is one."""
-        gradients, skip = self.ports.output_gradients(slot, self.config.grad_shrink)
+    def _last_forward(self, slot: int, feed: Feed) -> Steps:
+        """The last stage's forward, with a graph, up to the loss."""
+        arrivals = self.ports.differentiable((yield from self.ports.arrivals(slot, feed)))
+        horizons = self._horizons(self.schedule.forward_horizon(self.stage, self.config.horizon))
+        twin = self.weights.ahead(horizons, feed.update.lr_scale)
+        skips = self.config.on_nonfinite == "skip"
+        before = Snapshot(self.module) if skips else None
+        self.meter.graph(+1)
+        mark = self.meter.start("forward")
+        with torch.enable_grad():
+            (loss,) = self._pass(twin, arrivals, feed)
+        self.meter.stop(mark, "forward", feed.batch)
+        flight = InFlight(feed, arrivals, (loss,), twin, gradients={})
+        value = loss.detach()
+        if before is not None and not bool(torch.isfinite(value)):
+            before.restore()
+            flight.skip = True
+        elif self.config.on_nonfinite == "raise" and not value.is_cuda:  # before anything is trained with it
+            check_finite(float(value), f"the loss of batch {feed.batch}")
+        self.in_flight[slot] = flight
+        self.tied.forwarded(slot, feed.update)
+        part = value if feed.parts == 1 else value * feed.share
+        total = part if feed.part == 0 else self._total + part
+        if feed.closes:
+            self.reports.append(Report.of(feed.batch, total))
+        self._total = total
+
+    def _recompute(self, slot: int) -> Steps:
+        """The forward again, with a graph."""
+        flight = self.in_flight[slot]
+        if flight.outputs is not None:
+            return
+        if self.config.on_nonfinite == "skip":  # a slot that is given up must not change module state
+            yield from self._gradients(slot, flight)
+            if flight.skip:
+                return
+        horizons = self._horizons(self.schedule.backward_horizon(self.stage, self.config.horizon))
+        flight.twin = self.weights.ahead(horizons, flight.feed.update.lr_scale)
+        flight.arrivals = self.ports.differentiable(flight.arrivals)
+        self.meter.graph(+1)
+        mark = self.meter.start("recompute")
+        with torch.enable_grad():
+            flight.outputs = self._pass(flight.twin, flight.arrivals, flight.feed)
+        self.meter.stop(mark, "recompute", flight.feed.batch)
+
+    def _gradients(self, slot: int, flight: InFlight) -> Steps:
+        if flight.gradients is None:
+            flight.gradients, flight.skip = yield from self.ports.output_gradients(slot)
+
+    def _backward(self, slot: int) -> Steps:
+        flight = self.in_flight[slot]
+        yield from self._gradients(slot, flight)
+        feed, twin = flight.feed, flight.twin
+        if feed.part == 0 and self.config.on_nonfinite == "skip":
+            self._set_aside()
+        if not flight.skip:
+            mark = self.meter.start("backward")
+            self.tied.before_backward()
+            self._differentiate(flight)
+            self.weights.absorb(self.module if twin is None else twin.module)
+            self.meter.stop(mark, "backward", feed.batch)
+            flight.skip = self.config.on_nonfinite == "skip" and not self._finite(flight.arrivals)
+            self.meter.graph(-1)
+        elif flight.outputs is not None:
+            flight.outputs = None
+            self.meter.graph(-1)
+        if twin is not None and not (self.recomputes or self.program.is_last):
+            self.weights.release(twin)
+        mark = self.meter.start("send")
+        self.ports.send_gradients(slot, flight.arrivals, skip=flight.skip)
+        self.meter.stop(mark, "send", feed.batch)
+        flight.arrivals = {}
+        self._bad |= flight.skip
+        yield from self.tied.give_up(slot) if flight.skip else self.tied.after_backward(slot)
+
+    def _differentiate(self, flight: InFlight) -> None:
+        outputs, gradients, share = flight.outputs, flight.gradients, flight.feed.share
+        assert outputs is not None
+        assert gradients is not None
+        pairs: list[tuple[Tensor, Tensor | None]] = [(outputs[n], g) for n, g in gradients.items()]
+        if self.program.is_last:
+            loss = outputs[0] if share == 1.0 else outputs[0] * share
+            pairs = [(loss if self.config.accumulate == 1 else loss / self.config.accumulate, None)]
+            del loss
+        pairs = [(o, g) for o, g in pairs if o.requires_grad]
+        del outputs, gradients
+        flight.outputs, flight.gradients = None, {}  # what the graph does not need is gone before it runs
+        if pairs:
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+
+    def _step(self, slot: int) -> Steps:
+        """The end of a slot; after the last one of a mini-batch, the update."""
         flight = self.in_flight.pop(slot)
         self.meter.stash(len(self.in_flight))
-        batch, update = flight.batch, flight.update
-        if skip:
-            if flight.outputs is not None:
-                self.meter.graph(-1)
-            self.ports.send_gradients(slot, batch, flight.arrivals, skip=True)
-            self.tied.give_up(slot)
-            return None
-        if flight.outputs is None:
-            horizon = backward_horizon(self.stage, self.n_stages, self.config.horizon)
-            leaves = self._ahead(horizon, update)
-            arrivals = self.ports.differentiable(flight.arrivals)
-            self.meter.graph(+1)
-            with torch.enable_grad(), self.meter.timed("recompute", batch):
-                outputs = self._run(arrivals, leaves, batch)
-        else:
-            arrivals, leaves, outputs = flight.arrivals, flight.leaves, flight.outputs
-        with self.meter.timed("backward", batch):
-            pairs = [(outputs[n], g) for n, g in gradients.items() if outputs[n].requires_grad]
-            del flight, outputs
-            self.tied.before_backward()
-            if pairs:
-                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-            del pairs
-            self.weights.absorb(leaves)
-        self.meter.graph(-1)
-        self.ports.send_gradients(slot, batch, arrivals)
-        self.tied.after_backward(slot, update)
-        return update
+        steps = False
+        if flight.feed.closes:
+            steps = yield from self._decide(flight.feed)
+        if not flight.skip:
+            self.tied.share(slot, stepped=steps)
+        if steps:
+            mark = self.meter.start("step")
+            self._update(flight.feed.update)
+            self.meter.stop(mark, "step", -1)
 
-    def _last_stage(self, slot: int) -> Update | None:
-        """Forward with a graph, loss, backward; the update to be made, if there is one."""
-        feed = self.feeds.pop(slot)
-        arrivals = self.ports.differentiable(self.ports.arrivals(slot, feed, "forward"))
-        horizon = forward_horizon(self.stage, self.n_stages, self.config.horizon)
-        leaves = self._ahead(horizon, feed.update)
-        self.meter.graph(+1)
-        skips = self.config.on_nonfinite == "skip"
-        undo = Undo(self.module) if skips else None
-        with torch.enable_grad(), self.meter.timed("forward", feed.batch):
-            loss = self._loss(arrivals, leaves, feed)
-        if undo is not None and not bool(torch.isfinite(loss.detach())):
-            undo()
-            self.meter.graph(-1)
-            self.ports.send_gradients(slot, feed.batch, arrivals, skip=True)
-            self.tied.give_up(slot)
-            self.report(Report.of(feed.batch, loss.detach(), skipped=True, may_be_nonfinite=True))
-            return None
-        self.report(Report.of(feed.batch, loss.detach(), skipped=False, may_be_nonfinite=skips))
-        with self.meter.timed("backward", feed.batch):
-            self.tied.before_backward()
-            if loss.requires_grad:
-                scaled = loss if self.config.accumulate == 1 else loss / self.config.accumulate
-                torch.autograd.backward([scaled])
-                del scaled
-            del loss
-            self.weights.absorb(leaves)
-        self.meter.graph(-1)
-        self.ports.send_gradients(slot, feed.batch, arrivals)
-        self.tied.after_backward(slot, feed.update)
-        return feed.update
+    def _decide(self, feed: Feed) -> Generator[None, None, bool]:
+        """Whether a complete mini-batch brings an update; its gradients are then ready for it."""
+        config, own, limit = self.config, self.weights.own, self.config.max_grad_norm
+        mini, self._minis_stepped = self._minis_stepped, self._minis_stepped + 1
+        bad, self._bad = self._bad, False
+        gathered = 0 if own is None else own.waiting + 1
+        steps = own is not None and not bad and gathered >= config.accumulate
+        skips = config.on_nonfinite == "skip"
+        if skips and not bad:
+            self._gather()
+        looks = self.ports.on_host or limit is not None or skips  # else a device would be waited for
+        squared = squared_norm(own.names.values()) if own is not None and steps and looks else 0.0
+        if steps and not skips:
+            check_finite(squared, f"the norm of the gradients of batch {feed.batch} in stage {self.stage}")
+        # Exact orders skip a batch in all stages or in none: each one hears of all others before it steps.
+        together = self.schedule.exact and skips
+        if limit is not None or together:
+            total = yield from self.norms.total(
+                mini, self._minis_fed, math.nan if bad and together else squared
+            )
+            if together and not math.isfinite(total):
+                bad, steps = True, False
+            elif steps and limit is not None and own is not None:
+                clip(own.names.values(), math.sqrt(total), limit, alone=self.n_stages == 1)
+        if bad:
+            self._put_back()
+            if self.stage == min(self.trained):  # what is given up anywhere is given up here, too
+                self.skips.append(Skip(feed.batch, feed.update.batches))
+        elif own is not None:
+            own.waiting = gathered
+        if steps:
+            self.squared_norm = squared
+        return steps
 
-    def _loss(self, arrivals: Arrivals, leaves: Leaves, feed: Feed) -> Tensor:
-        with self._context(feed.batch):
-            outputs = self._functional_call(self.ports.inputs(arrivals), leaves)
-            output = self.ports.result(arrivals, outputs, training=True)
-            return scalar_loss(self.config.loss_fn, output, self._on_device(feed.target))
+    def _update(self, update: Update) -> None:
+        own = self.weights.own
+        assert own is not None
+        own.step(update.lr_scale)
+        if self.config.scheduler_step == "update":
+            for _ in range(update.batches):
+                own.schedule()
 
-    # ---- evaluation ------------------------------------------------------------------------------------
+    def _close_group(self) -> Steps:
+        """Step with an incomplete group of accumulated mini-batches, as a mean of its own (ours)."""
+        own, limit = self.weights.own, self.config.max_grad_norm
+        steps = own is not None and own.waiting > 0
+        squared = 0.0
+        if own is not None and steps:
+            gradients = [p.grad for p in own.names.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, self.config.accumulate / own.waiting)
+            squared = squared_norm(own.names.values())
+        if limit is not None:
+            total = yield from self.norms.everyone(squared)
+            if own is not None and steps:
+                clip(own.names.values(), math.sqrt(total), limit, alone=self.n_stages == 1)
+        slot = self._slot + self._fed
+        self._fed += 1  # the sums' slot
+        self.tied.share(slot, stepped=steps)
+        self.tied.forwarded(slot, Update())
+        if steps:
+            self._update(Update())
+
+    # ---- gradients that are not finite -------------------------------------------------------------------
+
+    def _set_aside(self) -> None:
+        """What earlier mini-batches left, so that this one can be given up."""
+        self._aside = [(p, p.grad) for p in self.weights.own_parameters]
+        for p, _ in self._aside:
+            p.grad = None
+
+    def _gather(self) -> None:
+        """The mini-batch is good: its gradients join the earlier ones'."""
+        for p, earlier in self._aside:
+            if earlier is not None:
+                p.grad = earlier if p.grad is None else earlier + p.grad
+
+    def _put_back(self) -> None:
+        for p, earlier in self._aside:
+            p.grad = earlier
+
+    def _finite(self, arrivals: Arrivals) -> bool:
+        """Whether the gradients of this slot are, in this stage and on their way to others."""
+        gradients = [p.grad for p in self.weights.trainable.values() if p.grad is not None]
+        gradients += [arrivals[s].grad for s in self.ports.carrying if arrivals[s].grad is not None]
+        if not gradients:
+            return True
+        return bool(torch.stack(torch._foreach_norm([g.detach() for g in gradients])).isfinite().all())
+
+    # ---- what passes are made of ---------------------------------------------------------------------------
+
+    def _pass(self, twin: Twin | None, arrivals: Arrivals, feed: Feed) -> tuple[Any, ...]:
+        """Run the stage's module, or its twin; the last stage's gives the loss (a tuple of one)."""
+        module = self.module if twin is None else twin.begin()
+        inputs = self.ports.inputs(arrivals)
+        if self.program.writes_inputs:
+            inputs = [x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
+        if self.program.draws and self.seed is not None:
+            seed_all(pass_seed(self.seed, feed.batch, self.stage, feed.part), self.program.device)
+        with self._formats():
+            outputs: tuple[Any, ...] = module(*inputs)
+            if self.program.is_last:
+                output = self.ports.result(arrivals, outputs)
+                outputs = (self._loss(module, output, self._on_device(feed.target)),)
+        if twin is not None:
+            twin.end()
+        return outputs
+
+    def _loss(self, module: nn.Module, output: Any, target: Any) -> Tensor:
+        loss_fn = self.config.loss_fn
+        return scalar_loss(module.get_submodule("loss") if loss_fn is held_loss else loss_fn, output, target)
+
+    def _formats(self) -> Any:
+        if self.config.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.program.device.type, dtype=self.config.autocast)
+
+    def _on_device(self, target: Any) -> Any:
+        if self.program.device.type == "cpu":
+            return target
+        device = self.program.device
+        return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), target)
+
+    def _horizons(self, slots: Fraction, *, first: bool = False) -> tuple[float, float]:
+        """In updates, of own parameters and of guests. A guest's update becomes visible one round after its
+        owner's step, so that a first forward, which comes after the stage's own step, still misses one."""
+        if not self.config.predicts:
+            return 0.0, 0.0
+        per_update = self.config.accumulate * self.schedule.parts
+        scale = self.config.horizon_scale
+        return (
+            scale * float(in_updates(slots, per_update)),
+            scale * float(in_updates(slots + first, per_update)),
+        )
+
+    # ---- evaluation ----------------------------------------------------------------------------------------
 
     def begin_evaluation(self, measure: Measure | None) -> None:
         """Go to eval mode; the last stage will answer each batch with ``measure(output, target)``."""
-        self.measure = measure
-        self._flags = [(m, m.training) for m in self.module.modules()]
+        if isinstance(measure, Measure) and self.config.loss_fn is held_loss and self.program.is_last:
+            measure = measure.with_loss(self.module.get_submodule("loss"))
+        self._measure = measure
+        self._modes = [(m, m.training) for m in self.module.modules()]
         self.module.eval()
 
     def end_evaluation(self) -> None:
         """Every submodule's own mode is as before `begin_evaluation`."""
-        for m, training in self._flags:
+        for m, training in self._modes:
             m.training = training
-        self._flags = []
+        self._modes = []
 
-    def evaluate(self, slot: int, feed: Feed) -> Any:
+    def evaluate(self, feed: Feed) -> Generator[None, None, Any]:
         """A forward pass in eval mode on the true weights; the last stage measures (or gives the output)."""
-        arrivals = self.ports.arrivals(slot, feed, "evaluate")
-        with torch.no_grad(), self._context(feed.batch):
-            outputs = self._functional_call(self.ports.inputs(arrivals, training=False), {})
+        arrivals = yield from self.ports.arrivals(feed.batch, feed, training=False)
+        if self.program.draws and self.seed is not None:
+            seed_all(pass_seed(self.seed, feed.batch, self.stage), self.program.device)
+        with torch.no_grad(), self._formats():
+            inputs = self.ports.inputs(arrivals, training=False)
+            if self.program.writes_inputs:
+                inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+            outputs = self.module(*inputs)
             if self.program.is_last:
                 output = self.ports.result(arrivals, outputs, training=False)
                 target = self._on_device(feed.target)
-                return self.measure(output, target) if self.measure is not None else output
-        self.ports.send("evaluate", slot, feed.batch, outputs)
+                return self._measure(output, target) if self._measure is not None else output
+        self.ports.send(feed.batch, outputs, training=False)
         return None
 
-    # ---- its state -------------------------------------------------------------------------------------
+    # ---- its state -----------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
-        """Parameters that this stage owns, and its buffers, by name, in host memory."""
+    def news(self, *, wait: bool = False) -> list[Loss | Skip]:
+        """Losses of finished mini-batches, and those given up, since the last call.
+
+        A loss that a device has not computed yet is left for later, unless ``wait``.
+
+        Raises
+        ------
+        FloatingPointError
+            A loss is not finite, and the run does not skip such batches.
+        """
+        found: list[Loss | Skip] = []
+        while self.reports and (wait or self.reports[0].ready()):
+            loss = self.reports.popleft().value()
+            if self.config.on_nonfinite == "raise":
+                check_finite(loss.value, f"the loss of batch {loss.batch}")
+            found.append(loss._replace(lr=next(iter(self.learning_rates()), None)))
+        found += self.skips
+        self.skips = []
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Parameters that this stage owns and its buffers, by name, in host memory; and what modules of the
+        user's keep in plain attributes, by module."""
         guests = {name for parameters in self.weights.guests.values() for name in parameters.names}
         named = [*self.module.named_parameters(), *self.module.named_buffers()]
-        return {name: t.detach().cpu() for name, t in named if name not in guests}
+        tensors = {name: t.detach().cpu() for name, t in named if name not in guests}
+        return {"tensors": tensors, "attributes": attributes_of(self.module)}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Overwrite parameters and buffers, guests included; names of other stages are passed over."""
+    def load_state(self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Overwrite parameters, buffers and plain attributes; names of other stages are passed over."""
         with torch.no_grad():
             for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
-                if name in state:
-                    tensor.copy_(state[name])
+                if name in tensors:
+                    tensor.copy_(tensors[name])
+        set_attributes(self.module, attributes)
 
     def training_state(self) -> dict[str, Any]:
         """What besides weights and buffers the next batch's training depends on, by parameter name."""
@@ -322,10 +521,19 @@ class StageRunner:
         if self.seed is None and random is not None:
             set_random_state(random)
 
-    def schedule(self, *metrics: float) -> None:
+    def schedulers(self, *metrics: float) -> None:
         """One step of every learning-rate scheduler (where it steps per epoch)."""
         for parameters in self.weights.sets:
             parameters.schedule(*metrics)
+
+    def learning_rates(self) -> list[float]:
+        """Of the own parameters' groups, as the scheduler has them."""
+        own = self.weights.own
+        return [] if own is None else [float(group["lr"]) for group in own.optimizer.param_groups]
+
+    def last_squared_norm(self) -> float:
+        """Of the gradients that were stepped with last, before clipping."""
+        return self.squared_norm
 
     def stats(self) -> StageStats:
         """What this stage has measured of itself."""
@@ -334,65 +542,3 @@ class StageRunner:
     def take_events(self) -> list[Event]:
         """What was noted since the last call."""
         return self.meter.take_events()
-
-    # ---- what passes are made of -----------------------------------------------------------------------
-
-    def _run(self, arrivals: Arrivals, leaves: Leaves, batch: int) -> tuple[Any, ...]:
-        with self._context(batch):
-            return self._functional_call(self.ports.inputs(arrivals), leaves)
-
-    def _functional_call(self, inputs: Sequence[Any], leaves: Leaves) -> tuple[Any, ...]:
-        if self.program.writes_inputs:
-            inputs = [x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in inputs]
-        if not leaves:
-            return self.module(*inputs)  # type: ignore[no-any-return]
-        return torch.func.functional_call(self.module, leaves, tuple(inputs))  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _context(self, batch: int) -> Iterator[None]:
-        """A pass's random numbers and number formats."""
-        seed = None if self.seed is None else pass_seed(self.seed, batch, self.stage)
-        device, dtype = self.program.device, self.config.autocast
-        formats = nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-        with seeded(seed, device), formats:
-            yield
-
-    def _on_device(self, target: Any) -> Any:
-        if self.program.device.type == "cpu":
-            return target
-        device = self.program.device
-        return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), target)
-
-    def _ahead(self, batches: int, update: Update, *, first: bool = False) -> Leaves:
-        """Leaves ``batches`` batches ahead. A guest's update becomes visible one tick after its owner's step,
-        so that a first forward, which comes after the stage's own step, still misses one of them."""
-        if not self.config.predicts:
-            return {}
-        scale, every = self.config.horizon_scale, self.config.accumulate
-        own, guests = (scale * float(in_updates(n, every)) for n in (batches, batches + first))
-        return self.weights.ahead(own, guests, update.lr_scale)
-
-    # ---- the step --------------------------------------------------------------------------------------
-
-    def _squared_norm(self) -> float:
-        own = self.weights.own
-        if own is None or own.waiting + 1 < self.config.accumulate:
-            return 0.0
-        return squared_norm(own.names.values())
-
-    def _step(self, slot: int, norm: float, update: Update) -> None:
-        own = self.weights.own
-        if own is None:
-            return
-        with self.meter.timed("step", -1):
-            own.waiting += 1
-            if own.waiting < self.config.accumulate:
-                self.tied.share(slot, stepped=False)
-                return
-            if self.config.max_grad_norm is not None:
-                clip(own.names.values(), norm, self.config.max_grad_norm, alone=self.n_stages == 1)
-            self.tied.share(slot, stepped=True)
-            own.step(update.lr_scale)
-            if self.config.scheduler_step == "update":
-                for _ in range(update.batches):
-                    own.schedule()

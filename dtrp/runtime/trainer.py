@@ -1,46 +1,74 @@
-"""The user's handle on a training run: batches in, losses out, weights back in the model at the end."""
+"""The user's handle on a training run: batches in, losses out, weights back in the model."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Protocol, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..errors import WorkerError
 from . import interrupts
-from .arguments import as_call, feeds, n_samples, take_target
+from .arguments import as_call, feeds, n_samples, split_batch, take_target
 from .batch import Feed
-from .board import Board
 from .checkpoint import read_checkpoint, write_checkpoint
-from .compensation import WARMUP, Joiner, check_compensation
-from .config import TrainConfig
+from .compensation import WARMUP, Joiner, Mini
+from .config import TrainConfig, check_launch
 from .evaluation import Measure, combine
 from .events import Event
-from .executors import EXECUTORS
-from .executors.base import Executor
-from .host import Host
-from .ledger import Ledger
+from .handback import Owner, loss_with_tensors
+from .history import History
+from .inline import Inline, Running
+from .loss import held_loss
+from .program import StageProgram
 from .progress import Bar
 from .run_state import RunState, check_builds
-from .session import Session
 from .stats import StageStats
+from .tensorboard import TensorBoard
 from .timeline import write_timeline
+
+
+class Compiled(Protocol):
+    """What a trainer asks of the compiled model that it trains: the seam between compiler and runtime."""
+
+    model: nn.Module
+
+    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Plan for this example, unless planned already."""
+        ...
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The model inputs of one call, in the wiring's order; refuses what does not fit."""
+        ...
+
+    def programs(self, loss: nn.Module | None) -> list[StageProgram]:
+        """What each stage runs, with the model's present parameters; ``loss`` as part of the last one."""
+        ...
+
+    def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
+        """Refuse a loss function that does not give a scalar, without computing anything."""
+        ...
 
 
 class Trainer:
     """Trains a compiled model as a decoupled pipeline. A context manager.
 
     Made by `Pipeline.trainer`, whose documentation explains the settings. Workers start at the first batch
-    and end when the context is left; the trained weights are in the model then.
+    and end when the context is left; the trained weights are in the model then. They are there too after
+    `flush`, `evaluate`, `fit` and `save`, and after a stage has failed.
     """
 
     def __init__(
         self,
-        host: Host,
+        compiled: Compiled,
         config: TrainConfig,
         *,
         executor: str = "auto",
@@ -48,54 +76,76 @@ class Trainer:
         record: bool = False,
         timeline: str | os.PathLike[str] | None = None,
         watchdog: float = 60.0,
-        batch_compensation: int | Literal["auto"] = 1,
+        batch_compensation: int = 1,
         compensation_warmup: int = WARMUP,
         tensorboard: str | os.PathLike[str] | None = None,
+        autosave: tuple[str | os.PathLike[str], float] | None = None,
     ) -> None:
-        if executor not in EXECUTORS:
-            raise ValueError(f"executor={executor!r}: expected one of {', '.join(map(repr, EXECUTORS))}")
-        if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
-            raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
-        check_compensation(batch_compensation, compensation_warmup)
-        check_builds(host.model, config)
+        check_launch(executor, watchdog, batch_compensation, compensation_warmup, autosave)
         self.config = config
-        self._ledger = Ledger()
         self.progress = progress
-        self._host = host
-        self._launch: dict[str, Any] = {
-            "kind": executor,
-            "record": record or timeline is not None,
-            "watchdog": float(watchdog),
-        }
+        self._compiled = compiled
+        self._executor_kind, self._watchdog = executor, float(watchdog)
+        self._record = record or timeline is not None
         self._timeline = timeline
+        self._autosave = autosave
+        self._saved = time.monotonic()
+        self._owner = Owner(compiled.model, loss_with_tensors(config.loss_fn))
+        # A loss with tensors is a module of the last stage.
+        self._stage_config = config if self._owner.loss is None else replace(config, loss_fn=held_loss)
+        self._history = History(lr=check_builds(self._owner, config))
+        self._joiner = Joiner(batch_compensation, compensation_warmup)
+        self._board = None if tensorboard is None else TensorBoard(tensorboard)
         self._events: list[Event] = []
-        self._session: Session | None = None
-        self._joiner = Joiner(1 if batch_compensation == "auto" else batch_compensation, compensation_warmup)
-        self._tunes = batch_compensation == "auto"  # and has not found a size yet
-        self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
-        self._board = None if tensorboard is None else Board(tensorboard)
         self._stats: list[StageStats] = []
+        self._run: Running | None = None
+        self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
+        self._seed: int | None = None
+        self._in_flight = self._stale = (
+            False  # in the pipeline; newer weights in the stages than in the model
+        )
+        self._exact_left = 0
         self._closed = False
 
     @property
     def losses(self) -> list[float]:
         """The losses of all finished batches, in batch order."""
-        return self._ledger.losses
+        return self._history.losses
 
     @property
     def skipped(self) -> int:
-        """Batches that were given up because their loss was not finite (``on_nonfinite="skip"``)."""
-        return self._ledger.skipped
+        """Batches given up because their loss or gradients were not finite (``on_nonfinite="skip"``)."""
+        return self._history.skipped
 
     @property
     def epochs(self) -> int:
         """Epochs that `fit` has finished, or `end_epoch` was called for; saved and restored."""
-        return self._ledger.epochs
+        return self._history.epochs
 
     @property
     def samples(self) -> int:
         """Samples fed since this trainer was made."""
-        return self._ledger.samples
+        return self._history.samples
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates that the batches fed so far bring, batches in flight included."""
+        return self._history.updates
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group of parameters, as of the newest finished batch."""
+        return math.nan if self._history.lr is None else self._history.lr
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of the gradients that the stages stepped with last, before clipping, over all stages.
+
+        Asks the stages, and so waits for the batches that are with them.
+        """
+        if self._run is None:
+            return math.nan
+        return math.sqrt(math.fsum(self._run.call("last_squared_norm")))
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -103,7 +153,7 @@ class Trainer:
         """Feed one batch: ``step(*inputs, target, **inputs_by_name)``.
 
         The last positional argument is the target (with ``loss_fn=None`` there is none), keyword arguments
-        go to the model.
+        go to the model. The batch is copied: its tensors may be filled again at once.
 
         Returns
         -------
@@ -118,25 +168,52 @@ class Trainer:
         TypeError, ValueError
             The arguments do not fit the model.
         """
-        session, tensors, target = self._ready(args, kwargs)
-        with interrupts.held():
-            joint = self._joiner.add(tensors, target)
-            self._ledger.fed += 1
-            self._ledger.samples += n_samples(tensors)
-            if joint is not None:
-                session.enter(joint)
-            return self._collect()
+        run, tensors, target = self._ready(args, kwargs)
+        with self._safely():
+            mini = self._joiner.add(tensors, target)
+            self._history.fed += 1
+            self._history.samples += n_samples(tensors)
+            if mini is not None:
+                self._enter(run, mini)
+            loss = self._collect()
+        if self._autosave is not None and time.monotonic() - self._saved >= self._autosave[1]:
+            self.save(self._autosave[0])
+        return loss
 
     def flush(self) -> None:
-        """Train until nothing is in flight."""
-        if self._session is None:
+        """Train until nothing is in flight; the model has the newest weights then."""
+        self._drain()
+
+    def _drain(self, *, close_group: bool = False) -> None:
+        if self._run is None:
             return
-        with interrupts.held():
-            joint = self._joiner.rest()
-            if joint is not None:
-                self._session.enter(joint)
-            self._session.drain()
-            self._collect()
+        with self._safely():
+            mini = self._joiner.rest()
+            if mini is not None:
+                self._enter(self._run, mini)
+            closes = close_group and self._history.gathered > 0
+            if self._in_flight or closes:
+                self._run.drain(close_group=closes)
+                self._in_flight = False
+            if closes:
+                self._history.close_group()
+            self._collect(wait=True)
+            self.sync()
+
+    def _enter(self, run: Running, mini: Mini) -> None:
+        """A mini-batch goes into the pipeline."""
+        parts = list(split_batch(mini.tensors, mini.target, self.config.micro_batches))
+        for i, (tensors, target, share) in enumerate(parts):
+            slot = feeds(self._wiring, self._history.entered, tensors, target, mini.update)
+            if len(parts) > 1:
+                slot = [feed._replace(part=i, parts=len(parts), share=share) for feed in slot]
+            run.feed(slot)
+        self._history.enter(mini.update.batches, self.config.accumulate)
+        self._in_flight = self._stale = True
+        if self.config.exact:
+            run.drain()
+            self._in_flight = False
+        run.throttle()
 
     def fit(
         self,
@@ -147,6 +224,9 @@ class Trainer:
         metric: Any = None,
     ) -> list[dict[str, float]]:
         """Train ``epochs`` times over ``loader``, with a progress bar if the trainer was given one.
+
+        At the end of an epoch an incomplete group of accumulated batches is stepped with, as a mean of its
+        own, as accelerate and Lightning do.
 
         Parameters
         ----------
@@ -163,18 +243,31 @@ class Trainer:
         -------
         list of dict
             Per epoch: ``train_loss`` (mean over its batches that were not skipped) and what `evaluate` gives.
+
+        Raises
+        ------
+        ValueError
+            The loader gives no batch in some epoch (a generator can be gone through only once).
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise ValueError(f"epochs={epochs!r}: expected an int >= 0")
+        if epochs > 1:
+            _refuse_once_only(loader, f"epochs={epochs}")
         history: list[dict[str, float]] = []
         for epoch in range(epochs):
-            first = len(self.losses) + self._ledger.outstanding
+            before = self._history.fed
             with Bar(loader, f"epoch {epoch + 1}/{epochs}", self) as bar:
                 for batch in bar:
                     args, kwargs = as_call(batch)
                     bar.show(self.step(*args, **kwargs))
-            self.flush()
-            losses = [loss for loss in self.losses[first:] if math.isfinite(loss)]
+            if self._history.fed == before:
+                raise ValueError(
+                    f"the loader gave no batch in epoch {epoch + 1}; give fit a loader that can be gone "
+                    f"through once per epoch and is not empty (with drop_last=True, batch_size must not "
+                    f"exceed the data)"
+                )
+            self._drain(close_group=True)
+            losses = [loss for loss in self.losses[before:] if math.isfinite(loss)]
             row = {"train_loss": math.fsum(losses) / len(losses) if losses else math.nan}
             if val_loader is not None:
                 row |= self.evaluate(val_loader, metric=metric)
@@ -188,10 +281,11 @@ class Trainer:
         `fit` does this by itself; in a loop of one's own, call it after each epoch, with the validation
         loss where the scheduler wants a metric (``ReduceLROnPlateau``).
         """
-        self._ledger.epochs += 1
-        if self.config.scheduler_step == "epoch" and self._session is not None:
+        self._history.epochs += 1
+        if self.config.scheduler_step == "epoch" and self._run is not None:
             self.flush()
-            self._session.call("schedule", *metrics)
+            self._run.call("schedulers", *metrics)
+            self._history.lr = next((lr for lrs in self._run.call("learning_rates") for lr in lrs), None)
 
     def evaluate(self, loader: Iterable[Any], metric: Any = None) -> dict[str, float]:
         """Loss and metrics over ``loader``, in eval mode, with the current weights.
@@ -210,20 +304,21 @@ class Trainer:
         dict
             ``loss`` and the metrics, means weighted by batch size; empty for an empty loader.
         """
-        measure = Measure.of(self.config.loss_fn, metric)
+        measure = Measure.of(self._stage_config.loss_fn, metric)
         self.flush()
         batches = iter(loader)
         first = next(batches, None)
         if first is None:
             return {}
+        run, *_ = self._ready(*as_call(first))
 
-        def fed() -> Iterator[list[Feed | None]]:
+        def fed() -> Iterator[list[Feed]]:
             for number, batch in enumerate(chain([first], batches)):
-                session, tensors, target = self._ready(*as_call(batch))
-                yield feeds(session.evaluation, number, tensors, target)
+                _, tensors, target = self._ready(*as_call(batch))
+                yield feeds(self._eval_wiring, number, tensors, target)
 
-        session, *_ = self._ready(*as_call(first))
-        found = combine(session.executor.evaluate(fed(), measure))
+        with self._rescued():
+            found = combine(run.evaluate(fed(), measure))
         if self._board is not None:
             self._board.evaluation(len(self.losses), found)
         return found
@@ -233,27 +328,33 @@ class Trainer:
     @property
     def stats(self) -> list[StageStats]:
         """Each stage's measurements so far; empty before the first batch."""
-        if self._executor is not None and self._executor.failure is None:
-            self._stats = self._executor.call("stats")
+        if self._alive:
+            self._stats = self._run.call("stats")  # type: ignore[union-attr]
         return self._stats
 
     def glance(self) -> list[StageStats] | None:
         """Each stage's measurements of a moment ago, without waiting for the stages."""
-        return None if self._executor is None else self._executor.glance()
+        return None if self._run is None else self._run.glance()
 
     @property
     def events(self) -> list[Event]:
         """What each stage did when, so far (with ``record=True`` or a timeline)."""
-        if self._executor is not None and self._executor.failure is None:
-            self._events += [e for taken in self._executor.call("take_events") for e in taken]
+        if self._alive:
+            self._events += [e for taken in self._run.call("take_events") for e in taken]  # type: ignore[union-attr]
         return self._events
 
     # ---- the model and this run ------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Bring the present weights and buffers into ``model``; batches in flight stay in flight."""
-        if self._session is not None:
-            self._session.sync()
+        """Bring the present weights, buffers and attributes into ``model``; batches in flight stay there.
+
+        Only needed in the middle: after `flush`, `evaluate`, `fit` and `save` they are there.
+        """
+        if self._run is None or not self._stale:
+            return
+        for state in self._run.call("state"):
+            self._owner.take(state)
+        self._stale = self._in_flight
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the run to one file: weights, optimizers, schedulers, counters, losses, random states.
@@ -270,10 +371,10 @@ class Trainer:
         if self._closed:
             raise RuntimeError("this trainer is closed; save before leaving it")
         self.flush()
-        self.sync()
-        stages = [] if self._executor is None else self._executor.call("training_state")
-        state = self._resume or RunState.gather(self._host.model, self.config, stages, self._counters())
-        write_checkpoint(path, state.content(self._host.model))
+        stages = [] if self._run is None else self._run.call("training_state")
+        state = self._resume or RunState.gather(self._owner, self.config, stages, self._counters())
+        write_checkpoint(path, state.content(self._owner))
+        self._saved = time.monotonic()
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over a run that `save` wrote: the next step is the one that would have come next.
@@ -290,16 +391,17 @@ class Trainer:
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
         state = RunState.read(read_checkpoint(path), os.fspath(path))
-        state.check(self._host.model, self.config)
+        state.check(self._owner, self.config)
         self.flush()
-        with interrupts.held():
-            state.restore_model(self._host.model)
+        with self._safely():
+            state.restore_model(self._owner)
             state.restore_random()
-            self._restore_counters(state.counters)
-            if self._session is None:
+            self._history.restore(state.counters)
+            self._joiner.updates = state.counters["updates"]
+            if self._run is None:
                 self._resume = state
             else:
-                self._session.hand_over(state)
+                self._hand_over(self._run, state)
 
     def close(self) -> None:
         """Finish the batches in flight, bring the weights into ``model`` and end the workers."""
@@ -317,78 +419,118 @@ class Trainer:
         if self._closed:
             return
         try:
-            if self._executor is not None and self._executor.failure is None:
+            if self._alive:
                 if finish:
                     self.flush()
-                with interrupts.held():
+                with self._safely():
                     self.sync()
                     self._stats = self.stats
                     if self._timeline is not None:
                         write_timeline(self._timeline, self.events)
-                    elif self._launch["record"]:
+                    elif self._record:
                         _ = self.events
         finally:
             self._closed = True
             if self._board is not None:
                 self._board.close()
-            if self._session is not None:
-                self._session.executor.close()
-                self._session = None
+            if self._run is not None:
+                self._run.close()
+                self._run = None
 
     # ---- how -------------------------------------------------------------------------------------------
 
     @property
-    def _executor(self) -> Executor | None:
-        return None if self._session is None else self._session.executor
+    def _alive(self) -> bool:
+        return self._run is not None and self._run.failure is None
 
-    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Session, list[Tensor], Any]:
+    @contextmanager
+    def _safely(self) -> Iterator[None]:
+        """Ctrl-C at safe points only; what was trained is in the model when a stage has failed."""
+        with interrupts.held(), self._rescued():
+            yield
+
+    @contextmanager
+    def _rescued(self) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError:
+            if self._run is not None:
+                for state in self._run.rescued():
+                    self._owner.take(state)
+            raise
+
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Running, list[Tensor], Any]:
         """The running stages, a batch's tensors and its target; what can be refused is refused first."""
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
         inputs, named, target = take_target(args, kwargs, has_target=self.config.loss_fn is not None)
-        if self._session is None:
-            self._host.prepare(inputs, named)
-        tensors = self._host.bind(inputs, named)
-        if self._session is None:
-            self._host.check_loss(self.config, tensors, target)
-            self._session = Session(
-                self._host,
-                self.config,
-                self._ledger,
-                self._joiner,
-                tunes=self._tunes,
-                resume=self._resume,
-                **self._launch,
-            )
-            self._resume = None
-        return self._session, tensors, target
+        if self._run is None:
+            if not self._compiled.model.training:
+                self._compiled.model.train()
+            self._compiled.prepare(inputs, named)
+        tensors = self._compiled.bind(inputs, named)
+        if self._run is None:
+            self._compiled.check_loss(self.config, tensors, target)
+            self._run = self._start()
+        return self._run, tensors, target
 
-    def _collect(self) -> float | None:
-        if self._executor is not None:
-            new = self._ledger.settle(self._executor.losses())
+    def _start(self) -> Running:
+        """Start the stages."""
+        programs = self._compiled.programs(self._owner.loss)
+        self._wiring, self._eval_wiring = programs[0].train, programs[0].evaluate
+        self._owner.begin()
+        resume, self._resume = self._resume, None
+        self._seed = self._base_seed(len(programs), resumes=resume is not None)
+        kind = self._executor_kind
+        if kind == "inline" or (kind == "auto" and len(programs) == 1):
+            run: Running = Inline(programs, self._stage_config, seed=self._seed, record=self._record)
+        else:
+            from .workers import Workers
+
+            run = Workers(
+                programs, self._stage_config, seed=self._seed, record=self._record, watchdog=self._watchdog
+            )
+        if resume is not None:
+            try:
+                self._hand_over(run, resume)
+            except BaseException:
+                run.close()
+                raise
+        return run
+
+    def _base_seed(self, n_stages: int, *, resumes: bool) -> int | None:
+        """The passes' base seed; one stage draws from the ambient generators, as the plain loop does."""
+        seed = self.config.seed
+        if n_stages > 1:
+            return int(torch.randint(2**62, ())) if seed is None else seed
+        if seed is not None and not resumes:
+            torch.manual_seed(seed)
+        return None
+
+    def _hand_over(self, run: Running, state: RunState) -> None:
+        """Bring the stages to a loaded state."""
+        if self._seed is not None and state.counters["seed"] is not None:
+            self._seed = state.counters["seed"]
+        run.call("load_state", *state.module_state())
+        run.call("load_training_state", *state.training(self._owner))
+
+    def _collect(self, *, wait: bool = False) -> float | None:
+        if self._run is not None:
+            new = self._history.settle(self._run.news(wait=wait))
             if self._board is not None:
                 self._board.losses(new)
                 if self._board.due() and (stats := self.glance()):
                     self._board.stages(len(self.losses), stats)
         return self.losses[-1] if self.losses else None
 
-    # ---- resuming --------------------------------------------------------------------------------------
-
     def _counters(self) -> dict[str, Any]:
-        if self._session is not None:
-            self._tunes = self._session.tuner is not None
-        return {
-            **self._ledger.export(),
-            "updates": self._joiner.updates,
-            "joined": self._joiner.size,
-            "tunes": self._tunes,
-            "seed": None if self._session is None else self._session.seed,
-        }
+        return {**self._history.export(), "updates": self._joiner.updates, "seed": self._seed}
 
-    def _restore_counters(self, counters: Mapping[str, Any]) -> None:
-        self._ledger.restore(counters)
-        self._joiner.updates = counters["updates"]
-        if self._tunes and not counters["tunes"]:
-            self._tunes, self._joiner.size = False, counters["joined"]
-            if self._session is not None:
-                self._session.tuner = None
+
+def _refuse_once_only(loader: Iterable[Any], what: str) -> None:
+    """Refuse an iterator, which would be empty from the second epoch on."""
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"{what} with a {type(loader).__name__}, which can be gone through only once; give fit a list or "
+            f"a DataLoader, or train with epochs=1"
+        )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .checkpoint import digest
-from .weights import ParameterSet
+from .optim import ParameterSet
 
 Saved = Mapping[str, Any]
 

@@ -50,6 +50,6 @@ def dumps(obj: Any) -> bytes:
     return buffer.getvalue()
 
 
-def loads(data: bytes) -> Any:
+def loads(data: bytes | memoryview) -> Any:
     """What `dumps` was given. Only for bytes that came over a private channel: unpickling runs code."""
     return pickle.loads(data)

@@ -11,7 +11,7 @@ from .stats import StageStats, balance
 PACE = 5.0  # seconds between the stages' measurements
 
 
-class Board:
+class TensorBoard:
     """Writes a run's numbers to an event file in ``folder``.
 
     Raises

@@ -1,0 +1,184 @@
+"""Parameters that are stepped together: the user's optimizer over them, its scheduler, their prediction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .config import TrainConfig
+from .predictors import Predictor, check_fits, make_predictor, needs_previous, predict_all
+
+
+@dataclass
+class ParameterSet:
+    """Parameters, and what steps them.
+
+    Attributes
+    ----------
+    names : dict
+        The parameters by name.
+    lr_factor : float
+        Multiplies the learning rate, unseen by the scheduler.
+    previous : dict
+        Values before the last update, where the predictor asks for them.
+    waiting : int
+        Mini-batches whose gradients have been gathered since the last step.
+    """
+
+    names: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    scheduler: Any
+    predictor: Predictor
+    lr_factor: float
+    keeps_previous: bool
+    previous: dict[Tensor, Tensor] = field(default_factory=dict)
+    waiting: int = 0
+
+    @classmethod
+    def build(cls, names: Mapping[str, nn.Parameter], config: TrainConfig, lr_factor: float) -> ParameterSet:
+        """Optimizer and scheduler as the user's callables make them for these parameters."""
+        optimizer = build_optimizer(names, config)
+        predictor = make_predictor(config.predictor if config.predicts else "none", type(optimizer))
+        scheduler = None
+        if config.lr_scheduler is not None:
+            scheduler = config.lr_scheduler(optimizer)
+            if not callable(getattr(scheduler, "step", None)):
+                raise TypeError(
+                    f"lr_scheduler: the callable returned {type(scheduler).__name__}, expected a scheduler; "
+                    f"pass for example partial(torch.optim.lr_scheduler.StepLR, step_size=30)"
+                )
+        made = cls(
+            dict(names),
+            optimizer,
+            scheduler,
+            predictor,
+            lr_factor,
+            config.predicts and needs_previous(predictor),
+        )
+        if made.wants_metric and config.scheduler_step == "update":
+            raise ValueError(
+                f"{type(scheduler).__name__} steps on a metric, which there is none of after an update; "
+                f"use scheduler_step='epoch'"
+            )
+        return made
+
+    def __post_init__(self) -> None:
+        # Whether the scheduler is one of those that ReduceLROnPlateau is the model of.
+        self.wants_metric = (
+            self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters
+        )
+
+    def write_ahead(self, targets: Sequence[Tensor], s: float, lr_scale: float) -> None:
+        """Write each parameter's value ``s`` updates ahead into ``targets``, in the order of ``names``."""
+        if s <= 0:
+            torch._foreach_copy_(list(targets), list(self.names.values()))
+            return
+        into = dict(zip(self.names.values(), targets, strict=True))
+        with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
+            for group in self.optimizer.param_groups:
+                members = [p for p in group["params"] if p in into]
+                states = [self._state(p) for p in members]
+                predict_all(self.predictor, members, group, states, s, [into.pop(p) for p in members])
+        if into:  # the user's optimizer leaves them out
+            torch._foreach_copy_(list(into.values()), list(into))
+
+    def _state(self, parameter: Tensor) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = self.optimizer.state.get(parameter, {})
+        return {**state, "previous": self.previous[parameter]} if parameter in self.previous else state
+
+    def step(self, lr_scale: float = 1.0) -> None:
+        """One optimizer update with the gradients at hand, which are then dropped."""
+        if self.keeps_previous:
+            self.previous = {p: p.detach().clone() for p in self.names.values()}
+        with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
+            self.optimizer.step()
+        self.drop_gradients()
+
+    def schedule(self, *metrics: float) -> None:
+        """One step of the learning-rate scheduler, if there is one; a metric for those that ask for one."""
+        if self.scheduler is not None:
+            self.scheduler.step(*(metrics if self.wants_metric else ()))
+
+    def drop_gradients(self) -> None:
+        """After a step, or instead of one. Also of parameters that the user's optimizer leaves out."""
+        for p in self.names.values():
+            p.grad = None
+        self.waiting = 0
+
+
+def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
+    """The user's optimizer over these parameters.
+
+    Raises
+    ------
+    TypeError
+        The callable did not return an optimizer.
+    ValueError
+        The optimizer cannot be used here, or the predictor finds nothing in its state.
+    """
+    parameters: list[Any] = list(names.values())
+    if config.param_groups is not None:
+        parameters = [
+            {**dict(options), "params": [names[n] for n in members]}
+            for options, members in _grouped_by_options(names, config.param_groups)
+        ]
+    optimizer = config.optimizer(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: the callable returned {type(optimizer).__name__}, expected a torch.optim.Optimizer; "
+            f"pass for example partial(torch.optim.SGD, lr=0.1)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times per step, which a pipeline with batches in flight cannot "
+            "do; use a first-order optimizer such as SGD or AdamW"
+        )
+    known = {id(p) for p in names.values()}
+    foreign = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} holds {foreign} parameter(s) that it was not given; use "
+            f"the parameters that the callable is called with, optimizer=lambda parameters: ..., not those "
+            f"of a model (each stage has its own)"
+        )
+    if config.predicts:
+        check_fits(config.predictor, optimizer)
+    return optimizer
+
+
+def _grouped_by_options(
+    names: Mapping[str, nn.Parameter], options_of: Callable[[str, nn.Parameter], dict[str, Any]]
+) -> list[tuple[dict[str, Any], list[str]]]:
+    groups: list[tuple[dict[str, Any], list[str]]] = []
+    for name, parameter in names.items():
+        options = options_of(name, parameter) or {}
+        for known, members in groups:
+            if known == options:
+                members.append(name)
+                break
+        else:
+            groups.append((options, [name]))
+    return groups
+
+
+@contextmanager
+def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Inside, every group's learning rate is ``factor`` times its own (the scheduler never sees it)."""
+    if factor == 1.0:
+        yield
+        return
+    true = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+    try:
+        yield
+    finally:
+        for group, lr in zip(optimizer.param_groups, true, strict=True):
+            group["lr"] = lr

@@ -1,0 +1,308 @@
+"""Links between processes of one host: notes over a socket pair, payloads through a ring in shared memory.
+
+    sender                                                          receiver
+    [1] a free place in the ring; wait for an acknowledgement
+        if there is none
+    [2] copy the tensors' bytes in
+    [3] note (slot, form, place)  ------ socket pair ------------>  [4] copy the bytes out
+    [6] the place is free again   <----- one byte ----------------  [5] acknowledge
+
+Both the sockets and the memory are inherited as descriptors and have no names: no other process can open
+them, and they are gone with the last process that holds them, however that one ends. A process that dies
+closes its ends, which wakes whoever waits for it.
+
+A line from stage i to j has j - i + 2 places: with fewer, a skip over several stages would keep stage i from
+running as far ahead of j as the schedule has it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import select
+import socket
+import struct
+import tempfile
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast, get_args
+
+import torch
+
+from .forms import (
+    BEHIND,
+    NEW_FORM,
+    NOTE,
+    SKIP,
+    Form,
+    Note,
+    pack_form,
+    places,
+    put_together,
+    small_part,
+    take_apart,
+    unpack_form,
+)
+from .links import Channel, Kind, LostStage, Message
+
+KINDS: tuple[str, ...] = get_args(Kind)
+MOST_BEHIND = 4096  # bytes of a payload that travel with the note; shared memory is no faster for so few
+CALLER = -1
+
+
+class Line(NamedTuple):
+    """One direction between two processes: descriptors of both socket ends and of the memory."""
+
+    source: int
+    target: int
+    sends: int
+    receives: int
+    memory: int
+
+
+def open_line(source: int, target: int) -> Line:
+    """A new line; its descriptors are to be inherited, and then closed here."""
+    a, b = socket.socketpair()
+    sends, receives = _high(a.detach()), _high(b.detach())
+    if hasattr(os, "memfd_create"):
+        memory = os.memfd_create("dtrp")
+    else:
+        with tempfile.TemporaryFile(prefix="dtrp-") as file:
+            memory = os.dup(file.fileno())
+    return Line(source, target, sends, receives, _high(memory))
+
+
+def _high(descriptor: int) -> int:
+    """The same file under a number that is nobody's stdin, stdout or stderr, also where those are closed."""
+    if descriptor > 2:
+        return descriptor
+    high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(descriptor)
+    return high
+
+
+class _End:
+    """One end of a line."""
+
+    def __init__(
+        self, peer: int, descriptor: int, memory: int, wait: Callable[[socket.socket, int], None]
+    ) -> None:
+        self.peer, self.memory, self.wait = peer, memory, wait
+        self.socket = socket.socket(fileno=descriptor)
+        self.socket.setblocking(False)
+        self.mapped = torch.empty(0, dtype=torch.uint8)
+
+    def map(self, size: int) -> torch.Tensor:
+        """The memory, at least so many bytes of it."""
+        if self.mapped.numel() < size:
+            now = os.fstat(self.memory).st_size
+            if now < size:
+                now = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+                os.ftruncate(self.memory, now)
+            self.mapped = torch.frombuffer(mmap.mmap(self.memory, now), dtype=torch.uint8)
+        return self.mapped
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.socket.send(view) :]
+            except BlockingIOError:
+                self.wait(self.socket, select.POLLOUT)
+            except OSError as e:
+                raise LostStage(self.peer, str(e)) from None
+
+    def read(self, size: int, *, at_once: bool = False) -> bytearray:
+        """So many bytes; ``at_once``: up to so many, those that are there."""
+        data = bytearray(size)
+        view = memoryview(data)
+        got = 0
+        while got < size:
+            try:
+                more = self.socket.recv_into(view[got:])
+            except BlockingIOError:
+                if at_once:
+                    break
+                self.wait(self.socket, select.POLLIN)
+                continue
+            except OSError as e:
+                raise LostStage(self.peer, str(e)) from None
+            if more == 0:
+                raise LostStage(self.peer, "it was closed")
+            got += more
+        return data if got == size else data[:got]
+
+    def close(self) -> None:
+        self.socket.close()
+        os.close(self.memory)
+
+
+class _Sender(_End):
+    """The end that messages go in at."""
+
+    def __init__(self, *args: Any, most: int) -> None:
+        super().__init__(*args)
+        self.most = most
+        self.forms: dict[Form, int] = {}
+        self.free: list[int] = []  # places, by number
+        self.places: list[tuple[int, int]] = []  # start and capacity
+        self.end = 0
+
+    def send(self, kind: int, message: Message) -> None:
+        parcel = take_apart(message.values)
+        *starts, size = places(parcel.payload)
+        form, behind = self.forms.get(parcel.form), small_part(parcel)
+        flags = SKIP if message.skip else 0
+        if form is None:
+            form = self.forms[parcel.form] = len(self.forms)
+            described = pack_form(parcel.form)
+            behind = struct.pack("<I", len(described)) + described + behind
+            flags |= NEW_FORM
+        if size <= MOST_BEHIND:
+            place = BEHIND
+            packed = bytearray(size)
+            for start, row in zip(starts, parcel.payload, strict=True):
+                packed[start : start + row.numel()] = row.numpy().tobytes()
+            behind += packed
+        else:
+            place = self._place(size)
+            start = self.places[place][0]
+            memory = self.map(start + size)
+            for offset, row in zip(starts, parcel.payload, strict=True):
+                memory[start + offset : start + offset + row.numel()].copy_(row)
+        where = BEHIND if place == BEHIND else self.places[place][0] << 8 | place
+        self.write(NOTE.pack(kind, flags, form, message.slot, where, size, len(behind)) + behind)
+
+    def _place(self, size: int) -> int:
+        """A place of at least so many bytes, which nobody reads any more."""
+        self.free += self.read(256, at_once=True)
+        while not self.free and len(self.places) == self.most:
+            self.wait(self.socket, select.POLLIN)
+            self.free += self.read(256, at_once=True)
+        fitting = [p for p in self.free if self.places[p][1] >= size]
+        if fitting:
+            place = min(fitting, key=lambda p: self.places[p][1])
+            self.free.remove(place)
+            return place
+        if len(self.places) < self.most:
+            place = len(self.places)
+            self.places.append((0, 0))
+        else:
+            place = self.free.pop()
+        capacity = -(-size * 5 // 4 // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.places[place] = self.end, capacity
+        self.end += capacity
+        return place
+
+
+class _Receiver(_End):
+    """The end that messages come out of."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.forms: dict[int, Form] = {}
+
+    def receive(self) -> tuple[int, Message]:
+        note = Note._make(NOTE.unpack(self.read(NOTE.size)))
+        behind = memoryview(self.read(note.behind))
+        if note.flags & NEW_FORM:
+            (length,) = struct.unpack_from("<I", behind)
+            self.forms[note.form] = unpack_form(behind[4 : 4 + length])
+            behind = behind[4 + length :]
+
+        def fill(rows: list[torch.Tensor]) -> None:
+            if note.place == BEHIND:
+                source = (
+                    torch.frombuffer(behind[len(behind) - note.size :], dtype=torch.uint8)
+                    if note.size
+                    else None
+                )
+            else:
+                start = note.place >> 8
+                source = self.map(start + note.size)[start : start + note.size]
+            *starts, _ = places(rows)
+            for start, row in zip(starts, rows, strict=True):
+                if row.numel():
+                    assert source is not None
+                    row.copy_(source[start : start + row.numel()])
+
+        values = put_together(self.forms[note.form], behind, fill)
+        if note.place != BEHIND:
+            self.write(bytes([note.place & 0xFF]))
+        return note.kind, Message(note.slot, values, bool(note.flags & SKIP))
+
+
+def wait_forever(sock: socket.socket, event: int) -> None:
+    """Until the socket is ready, or its other end is closed."""
+    poll = select.poll()
+    poll.register(sock, event)
+    poll.poll()
+
+
+class SharedLinks:
+    """One process's ends of its lines.
+
+    Parameters
+    ----------
+    me : int
+        The stage, or `CALLER`.
+    lines : sequence of Line
+        Those that begin or end here. Descriptors of the other ends are not open here.
+    wait : callable
+        Waits for a socket.
+    most : mapping of int to int, optional
+        Places of the lines to these targets, where it is not the usual number.
+    """
+
+    def __init__(
+        self,
+        me: int,
+        lines: list[Line],
+        *,
+        wait: Callable[[socket.socket, int], None] = wait_forever,
+        most: int | None = None,
+    ) -> None:
+        self.me = me
+        self._senders: dict[int, _Sender] = {}
+        self._receivers: dict[int, _Receiver] = {}
+        for line in lines:
+            if line.source == me:
+                places = most or abs(line.target - line.source) + 2
+                self._senders[line.target] = _Sender(line.target, line.sends, line.memory, wait, most=places)
+            else:
+                self._receivers[line.source] = _Receiver(line.source, line.receives, line.memory, wait)
+        self._inboxes: dict[Channel, deque[Message]] = defaultdict(deque)
+        self._readable = select.poll()
+        for source, receiver in self._receivers.items():
+            if source != CALLER:
+                self._readable.register(receiver.socket, select.POLLIN)
+
+    def send(self, channel: Channel, message: Message) -> None:
+        self._senders[channel.target].send(KINDS.index(channel.kind), message)
+
+    def take(self, channel: Channel) -> Message:
+        """The next message on ``channel``; waits for it. What comes on the same line for other channels is
+        kept for them."""
+        inbox = self._inboxes[channel]
+        while not inbox:
+            self._read(channel.source)
+        return inbox.popleft()
+
+    def take_any(self, source: int) -> tuple[Channel, Message]:
+        """The next message of whatever kind from ``source``."""
+        kind, message = self._receivers[source].receive()
+        return Channel(cast(Kind, KINDS[kind]), source, self.me), message
+
+    def _read(self, source: int) -> None:
+        channel, message = self.take_any(source)
+        self._inboxes[channel].append(message)
+
+    def waiting(self) -> int:
+        return sum(map(len, self._inboxes.values())) + len(self._readable.poll(0))
+
+    def close(self, *, but: int | None = None) -> None:
+        """Close all ends (``but`` those to one process): whoever waits for this process hears of it."""
+        for ends in (self._senders, self._receivers):
+            for peer in [p for p in ends if p != but]:
+                ends.pop(peer).close()

@@ -1,0 +1,208 @@
+"""A worker process: one stage, told what to do over a private line.
+
+Batches and commands come in one order over the line from the caller. What the stage has to say goes back over
+a socket, as pickles with their lengths before them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import socket
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .batch import Feed, Update
+from .config import TrainConfig
+from .links import LostStage, Message
+from .program import StageProgram
+from .random import set_random_state
+from .shared import CALLER, Line, SharedLinks
+from .stage import Stage
+from .transfer import dumps
+from .vitals import Page, show_life
+
+LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is started with."""
+
+    program: StageProgram
+    config: TrainConfig
+    seed: int | None
+    record: bool
+    log_level: int  # of the caller's log
+    random: Any = None  # the caller's generators, where a single stage draws from them
+
+
+class Worker:
+    """Obeys what comes over the line from the caller."""
+
+    def __init__(self, stage: int, n_stages: int, lines: list[Line], replies: int, page: int) -> None:
+        self.index = stage
+        self.links = SharedLinks(stage, lines)
+        self.replies = socket.socket(fileno=replies)
+        self.speaking = threading.Lock()
+        self.stage: Stage | None = None
+        self.specs: list[pytree.TreeSpec] = []
+        self.failed = False
+        show_life(Page(page, n_stages), stage, self._look, lambda: os._exit(1))
+
+    def _look(self) -> tuple[int, bool, str]:
+        if self.stage is None:
+            return 0, False, "starting"
+        meter = self.stage.meter
+        return meter.done, meter.phase.startswith("waiting"), f"{meter.phase}, tick {meter.rounds}"
+
+    def tell(self, *message: Any) -> None:
+        """Say something to the caller."""
+        plain = message[0] in ("news", "print", "log", "ready")
+        data = pickle.dumps(message, protocol=5) if plain else dumps(message)
+        with self.speaking:
+            self.replies.sendall(LENGTH.pack(len(data)))
+            self.replies.sendall(data)
+
+    def run(self) -> None:
+        """Until told to stop. After a failure only questions are answered."""
+        while True:
+            channel, message = self.links.take_any(CALLER)
+            try:
+                if channel.kind == "feed":
+                    self._feed(message)
+                    continue
+                verb, *arguments = message.values[0]
+                if verb == "stop":
+                    return
+                if self.failed and verb != "ask":
+                    continue
+                getattr(self, f"do_{verb}")(*arguments)
+            except BaseException as e:
+                if self.failed:
+                    continue
+                self.failed = True
+                lost = e.stage if isinstance(e, LostStage) else None
+                self.tell("error", f"{type(e).__name__}: {e}", traceback.format_exc(), lost)
+                self.links.close(but=CALLER)  # peers that wait for this stage wait in vain
+
+    def _feed(self, message: Message) -> None:
+        if self.failed or self.stage is None:
+            return
+        spec, evaluates, part, parts, share, lr_scale, batches, inputs, *values = message.values
+        target = pytree.tree_unflatten(values[inputs:], self.specs[spec])
+        feed = Feed(message.slot, values[:inputs], target, Update(lr_scale, batches), part, parts, share)
+        if not evaluates:
+            _finish(self.stage.run(feed))
+            self._tell_news()
+            return
+        result = _finish(self.stage.evaluate(feed))
+        if self.stage.program.is_last:
+            self.tell("result", result)
+
+    def do_spec(self, spec: pytree.TreeSpec) -> None:
+        """The structure of targets to come."""
+        self.specs.append(spec)
+
+    def do_start(self, setup: Setup) -> None:
+        _forward_logs(self, setup.log_level)
+        sys.stdout, sys.stderr = _Printed(self, "stdout"), _Printed(self, "stderr")
+        torch.set_num_threads(setup.config.threads)
+        if setup.random is not None:
+            set_random_state(setup.random)
+        if setup.program.device.type == "cuda":
+            torch.cuda.set_device(setup.program.device)
+        self.stage = Stage(setup.program, setup.config, self.links, seed=setup.seed, record=setup.record)
+        self.tell("ready")
+
+    def do_drain(self, close_group: bool) -> None:
+        assert self.stage is not None
+        _finish(self.stage.drain(close_group=close_group))
+        self._tell_news()
+
+    def do_call(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        self._tell_news(wait=True)
+        self.do_ask(number, method, arguments)
+
+    def do_ask(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        """Also after a failure."""
+        self.tell("reply", number, getattr(self.stage, method)(*arguments))
+
+    def _tell_news(self, *, wait: bool = False) -> None:
+        """A loss is never waited for while rounds go on."""
+        assert self.stage is not None
+        for item in self.stage.news(wait=wait):
+            self.tell("news", item)
+
+
+def _finish(job: Generator[None, None, Any]) -> Any:
+    """Run to the end what waits by itself."""
+    try:
+        next(job)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("links between processes wait by themselves")
+
+
+class _Printed(io.TextIOBase):
+    """What is printed here appears at the caller's, line by line."""
+
+    def __init__(self, worker: Worker, name: str) -> None:
+        self.worker, self.name, self.rest = worker, name, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        if lines:
+            self.worker.tell("print", self.name, "".join(f"{line}\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+class _Forwarder(logging.Handler):
+    """Hands log records to the caller's log."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self.worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.worker.tell("log", record.name, record.levelno, self.format(record))
+        except OSError:
+            self.handleError(record)
+
+
+def _forward_logs(worker: Worker, level: int) -> None:
+    root = logging.getLogger()
+    root.addHandler(_Forwarder(worker))
+    root.setLevel(level)
+
+
+def main(boot: str) -> None:
+    """Entry point of a worker process; ``boot``: its place and its descriptors, as JSON."""
+    told = json.loads(boot)
+    lines = [Line(*line) for line in told["lines"]]
+    code = 1
+    try:
+        Worker(told["stage"], told["n_stages"], lines, told["replies"], told["page"]).run()
+        code = 0
+    except (LostStage, OSError):
+        pass  # the caller is gone
+    finally:
+        os._exit(code)  # whatever threads a library has started

@@ -1,0 +1,562 @@
+"""A process per stage, started and watched from here.
+
+Workers are fresh interpreters, so a script needs no ``if __name__ == "__main__"`` and notebooks work. Batches
+and commands go to each over a line (shared.py), in one order; what a worker has to say comes back over a
+socket. Nothing here ever waits without an end: each wait looks at what all workers say, at their signs of
+life, and at Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from ..errors import WorkerError
+from . import interrupts
+from .batch import Feed, Loss, Skip
+from .config import TrainConfig
+from .evaluation import Measure
+from .forms import Pickled
+from .links import Channel, LostStage, Message
+from .program import StageProgram
+from .random import random_state
+from .shared import CALLER, SharedLinks, open_line
+from .stats import StageStats
+from .transfer import dumps
+from .vitals import Page, Watch
+from .worker import LENGTH, Setup
+
+log = logging.getLogger("dtrp")
+
+BOOT = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])["path"]
+from dtrp.runtime.worker import main
+main(sys.argv[1])
+"""
+# A tick allocates and frees the same large tensors again and again. glibc hands each back to the system,
+# which clears its pages anew; kept, a stage runs about a fifth faster with the same peak. Set variables win.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+GRACE = 1.5  # seconds in which the first cause of a failure may still come in behind its consequences
+PATIENCE = 5.0  # seconds that workers get to end by themselves, or to say what they have trained
+STARTUP = 300.0  # seconds that a worker may take to import what it needs
+GLANCE = 0.25  # seconds between looks at the clock, and at Ctrl-C, while waiting
+
+
+class Workers:
+    """Runs each stage in a process of its own.
+
+    Parameters
+    ----------
+    programs, config, seed, record
+        As for `Inline`.
+    watchdog : float
+        Seconds without a sign of life, or without anything done while all stages wait for each other, after
+        which a run counts as stuck.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[StageProgram],
+        config: TrainConfig,
+        *,
+        seed: int | None,
+        record: bool = False,
+        watchdog: float = 60.0,
+    ) -> None:
+        if all(p.device.type == "cpu" for p in programs):
+            log.info("no CUDA devices are used: %d stages run on CPU worker processes", len(programs))
+        self.n_stages = len(programs)
+        self.failure: WorkerError | None = None
+        self._news: list[Loss | Skip] = []
+        self._results: deque[Any] = deque()  # of evaluation
+        self._replies: dict[tuple[int, int], Any] = {}
+        self._calls = 0
+        self._fed = self._finished = 0  # mini-batches
+        self._specs: dict[pytree.TreeSpec, int] = {}
+        self._rescued: list[dict[str, Any]] = []
+        self._stats: list[StageStats | None] = [None] * self.n_stages
+        self._asked: set[int] = set()
+        self._ready: set[int] = set()
+        setups = _pickled(programs, config, seed, record)
+        with interrupts.held():
+            self.crew = Processes(programs, config, self._wait)
+            self._kill = weakref.finalize(self, Processes.kill, self.crew)
+        self._watch = Watch(self.crew.page, self.n_stages, max(watchdog, STARTUP))
+        try:
+            for k, setup in enumerate(setups):
+                self._command(k, setup)
+            while len(self._ready) < self.n_stages:
+                self._listen()
+        except BaseException:
+            self._end()
+            raise
+        self._watch.limit = watchdog
+
+    # ---- what a trainer asks for -------------------------------------------------------------------------
+
+    def feed(self, feeds: Sequence[Feed]) -> None:
+        """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
+        self._check()
+        self._send_feeds(feeds, evaluates=False)
+        self._fed += feeds[-1].closes
+
+    def drain(self, *, close_group: bool = False) -> None:
+        """Until nothing is in flight; does not wait for it."""
+        self._check()
+        self._command_all("drain", close_group)
+
+    def throttle(self) -> None:
+        """Wait until the stages have caught up far enough for the next batch."""
+        # Let workers run ahead of the caller, and the caller a little ahead of the workers.
+        while self._fed - self._finished > self.n_stages + 2:
+            self._listen()
+        self._listen(block=False)
+
+    def news(self, *, wait: bool = False) -> list[Loss | Skip]:
+        """What the stages say of finished batches since the last call; ``wait``: of all that went in."""
+        if wait:
+            self.call("news")  # which comes behind what there is to say
+        else:
+            self._listen(block=False)
+        found, self._news = self._news, []
+        return found
+
+    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Iterator[Any]:
+        """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
+        self.call("begin_evaluation", measure)
+        self._results.clear()
+        awaited = 0
+        try:
+            for feeds in batches:
+                self._check()
+                self._send_feeds(feeds, evaluates=True)
+                awaited += 1
+                while awaited > self.n_stages + 2:
+                    yield self._result()
+                    awaited -= 1
+            for _ in range(awaited):
+                yield self._result()
+        finally:
+            if self.failure is None:
+                self.call("end_evaluation")
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """A method of every `Stage`, after all rounds so far; results in stage order."""
+        self._check()
+        return self._answers(self._ask("call", range(self.n_stages), method, arguments))
+
+    def glance(self) -> list[StageStats] | None:
+        """The stages' latest known measurements; does not wait."""
+        for k in range(self.n_stages):
+            if self.failure is None and k not in self._asked and (k, 0) not in self._replies:
+                self._asked.add(k)
+                self._command(k, dumps(("ask", 0, "stats", ())))
+            if (k, 0) in self._replies:
+                self._asked.discard(k)
+                self._stats[k] = self._replies.pop((k, 0))
+        known = [s for s in self._stats if s is not None]
+        return known if len(known) == self.n_stages else None
+
+    def rescued(self) -> list[dict[str, Any]]:
+        """After a failure: what those stages have trained whose processes lived on."""
+        return self._rescued
+
+    def close(self) -> None:
+        """No process, thread or file is left after this; may be called twice."""
+        if self._kill.alive and self.failure is None:
+            with interrupts.held(), contextlib.suppress(WorkerError, LostStage):
+                self._command_all("stop")
+                self.crew.wait(PATIENCE, self._drain_sockets)
+        self._end()
+
+    # ---- speaking ------------------------------------------------------------------------------------------
+
+    def _send_feeds(self, feeds: Sequence[Feed], *, evaluates: bool) -> None:
+        messages = []
+        for feed in feeds:
+            leaves, spec = pytree.tree_flatten(feed.target)
+            number = self._specs.get(spec)
+            if number is None:
+                number = self._specs[spec] = len(self._specs)
+                self._command_all("spec", spec)
+            update = feed.update
+            meta = [number, evaluates, feed.part, feed.parts, feed.share, update.lr_scale, update.batches]
+            values = [*meta, len(feed.inputs), *feed.inputs, *leaves]
+            messages.append(Message(feed.batch, values))
+        with interrupts.held():
+            for k, message in enumerate(messages):
+                self._post(k, Channel("feed", CALLER, k), message)
+
+    def _command_all(self, verb: str, *arguments: Any) -> None:
+        data = dumps((verb, *arguments))
+        with interrupts.held():
+            for k in range(self.n_stages):
+                self._command(k, data)
+
+    def _command(self, k: int, pickled: bytes) -> None:
+        self._post(k, Channel("command", CALLER, k), Message(0, [Pickled(pickled)]))
+
+    def _post(self, k: int, channel: Channel, message: Message) -> None:
+        try:
+            self.crew.links.send(channel, message)
+        except LostStage:
+            self._listen()  # it has said why, or its death is news
+            raise
+
+    def _ask(
+        self, verb: str, stages: Iterable[int], method: str, arguments: tuple[Any, ...]
+    ) -> list[tuple[int, int]]:
+        self._calls += 1
+        data = dumps((verb, self._calls, method, arguments))
+        asked = []
+        with interrupts.held():
+            for k in stages:
+                self._command(k, data)
+                asked.append((k, self._calls))
+        return asked
+
+    def _answers(self, asked: Iterable[tuple[int, int]]) -> list[Any]:
+        answers = []
+        for question in asked:
+            while question not in self._replies:
+                self._listen()
+            answers.append(self._replies.pop(question))
+        return answers
+
+    def _result(self) -> Any:
+        while not self._results:
+            self._listen()
+        return self._results.popleft()
+
+    # ---- listening -----------------------------------------------------------------------------------------
+
+    def _wait(self, sock: socket.socket, event: int) -> None:
+        """What a line does that cannot go on: listen meanwhile."""
+        poll = select.poll()
+        poll.register(sock, event)
+        while not poll.poll(GLANCE * 1e3):
+            self._listen(block=False)
+            self._look()
+
+    def _listen(self, *, block: bool = True) -> None:
+        """Take in what the workers say; with ``block``, wait for at least something.
+
+        Raises
+        ------
+        WorkerError
+            A worker failed, died or is stuck.
+        """
+        self._check()
+        while True:
+            interrupts.check()
+            with interrupts.held():
+                if self._take(GLANCE if block else 0.0) or not block:
+                    return
+                self._look()
+
+    def _look(self) -> None:
+        stuck = self._watch.look()
+        if stuck is not None:
+            self._fail(stuck[0], ("stuck", stuck[1]))
+
+    def _take(self, seconds: float) -> bool:
+        """What is there within so many seconds; whether there was anything."""
+        heard = self.crew.hear(seconds)
+        for stage, message in heard:
+            if message[0] in ("error", "died"):
+                self._fail(stage, message)
+            self._note(stage, message)
+        return bool(heard)
+
+    def _drain_sockets(self) -> None:
+        """While workers end: what they still say must not keep them."""
+        for stage, message in self.crew.hear(0.05):
+            if message[0] in ("print", "log"):
+                self._note(stage, message)
+
+    def _note(self, stage: int, message: tuple[Any, ...]) -> None:
+        match message:
+            case ("news", item):
+                self._news.append(item)
+                self._finished += isinstance(item, Loss)
+            case ("reply", number, value):
+                self._replies[stage, number] = value
+            case ("result", value):
+                self._results.append(value)
+            case ("print", name, text):
+                stream = getattr(sys, name)
+                if stream is not None:
+                    stream.write(
+                        "".join(f"[stage {stage}] {line}" for line in text.splitlines(keepends=True))
+                    )
+                    stream.flush()
+            case ("log", name, level, text):
+                logging.getLogger(name).log(level, "[stage %d] %s", stage, text)
+            case ("ready",):
+                self._ready.add(stage)
+
+    # ---- failing and ending --------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise self.failure.again()
+
+    def _fail(self, stage: int, message: tuple[Any, ...]) -> None:
+        """Find the first cause, ask the others what they have trained, end all workers, raise."""
+        seen = [(stage, message)]
+        deadline = time.monotonic() + GRACE
+        while _rank(seen[0][1]) > 0 and time.monotonic() < deadline:
+            for other in self.crew.hear(deadline - time.monotonic()):
+                if other[1][0] in ("error", "died"):
+                    seen.append(other)
+                else:
+                    self._note(*other)
+            seen.sort(key=lambda s: _rank(s[1]))
+        stage, message = seen[0]
+        trace = ""
+        if message[0] == "error":
+            text, trace = f"stage {stage} failed: {message[1]}", message[2]
+        elif message[0] == "stuck":
+            text = message[1]
+            self.crew.kill_one(stage)
+        else:
+            text = f"stage {stage}'s process died: {self.crew.epitaph(stage)}"
+        self.failure = WorkerError(text, stage=stage, remote_traceback=trace)
+        self._rescue()
+        self._end()
+        raise self.failure
+
+    def _rescue(self) -> None:
+        """What the stages have trained, of as many as still answer: a failed one does, and its peers."""
+        deadline = time.monotonic() + PATIENCE
+        awaited = set()
+        for k in self._ready & self.crew.alive():
+            with contextlib.suppress(LostStage, WorkerError):
+                self.crew.links.send(
+                    Channel("command", CALLER, k), Message(0, [Pickled(dumps(("ask", -1, "state", ())))])
+                )
+                awaited.add(k)
+        while awaited and time.monotonic() < deadline:
+            for stage, message in self.crew.hear(deadline - time.monotonic()):
+                if message[0] == "died":
+                    awaited.discard(stage)
+                elif message[0] == "reply" and message[1] == -1:
+                    self._rescued.append(message[2])
+                    awaited.discard(stage)
+                elif message[0] in ("news", "print", "log"):
+                    self._note(stage, message)
+
+    def _end(self) -> None:
+        self._kill.detach()
+        self.crew.kill()
+
+
+class Processes:
+    """The worker processes: started, heard, ended.
+
+    Parameters
+    ----------
+    programs, config
+        Of the stages.
+    wait : callable
+        What a line does that cannot go on.
+    """
+
+    def __init__(self, programs: Sequence[StageProgram], config: TrainConfig, wait: Any) -> None:
+        n = len(programs)
+        environment = {
+            **KEEP_FREED_MEMORY,
+            **os.environ,
+            "OMP_NUM_THREADS": str(config.threads),
+            "MKL_NUM_THREADS": str(config.threads),
+        }
+        pairs = [(CALLER, k) for k in range(n)] + sorted(_pairs(programs[0], config))
+        lines = [open_line(i, j) for i, j in pairs]
+        board = open_line(CALLER, CALLER)  # of which only the memory is used
+        self.page = Page(board.memory, n)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.sockets: list[socket.socket] = []
+        self._buffers = [bytearray() for _ in range(n)]
+        self._dead: set[int] = set()
+        mine = [line for line in lines if line.source == CALLER]
+        given: set[int] = {board.sends, board.receives, board.memory}
+        try:
+            for k in range(n):
+                ours, theirs = socket.socketpair()
+                self.sockets.append(ours)
+                ends = {theirs.fileno(), board.memory}
+                for line in lines:
+                    if k in (line.source, line.target):
+                        ends |= {line.memory, line.sends if line.source == k else line.receives}
+                given |= ends
+                boot = {
+                    "path": [os.fspath(p) for p in sys.path],
+                    "stage": k,
+                    "n_stages": n,
+                    "lines": [line for line in lines if k in (line.source, line.target)],
+                    "replies": theirs.detach(),
+                    "page": board.memory,
+                }
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", BOOT, json.dumps(boot)],
+                        pass_fds=sorted(ends),
+                        stdin=subprocess.DEVNULL,
+                        stdout=None if _is_open(1) else subprocess.DEVNULL,
+                        stderr=None if _is_open(2) else subprocess.DEVNULL,
+                        env=environment,
+                        start_new_session=True,  # Ctrl-C is this process's to handle
+                    )
+                )
+        except OSError as e:
+            self._close(given - {line.memory for line in mine})
+            self.kill()
+            raise WorkerError(f"the process of stage {len(self.processes)} cannot be started: {e}") from e
+        self._close(given - {line.memory for line in mine})
+        self.links = SharedLinks(CALLER, mine, wait=wait, most=(n + 4) * config.micro_batches)
+        self._poll = select.poll()
+        for sock in self.sockets:
+            sock.setblocking(False)
+            self._poll.register(sock, select.POLLIN)
+
+    @staticmethod
+    def _close(descriptors: Iterable[int]) -> None:
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def hear(self, seconds: float) -> list[tuple[int, tuple[Any, ...]]]:
+        """What workers said, within so many seconds, in order; ``("died",)`` is the last word of each."""
+        heard: list[tuple[int, tuple[Any, ...]]] = []
+        ready = {fd for fd, _ in self._poll.poll(max(0.0, seconds) * 1e3)}
+        for k, sock in enumerate(self.sockets):
+            if k not in self._dead and sock.fileno() in ready:
+                open_still = self._read(k)
+                heard += [(k, message) for message in self._frames(k)]
+                if not open_still:
+                    self._dead.add(k)
+                    self._poll.unregister(sock)
+                    heard.append((k, ("died",)))
+        return heard
+
+    def _read(self, k: int) -> bool:
+        """All that is there now; whether more may come."""
+        while True:
+            try:
+                data = self.sockets[k].recv(1 << 20)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            self._buffers[k] += data
+            if len(data) < 1 << 16:
+                return True
+
+    def _frames(self, k: int) -> Iterator[tuple[Any, ...]]:
+        buffer = self._buffers[k]
+        while len(buffer) >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(buffer)
+            if len(buffer) < LENGTH.size + length:
+                return
+            data = bytes(memoryview(buffer)[LENGTH.size : LENGTH.size + length])
+            del buffer[: LENGTH.size + length]
+            try:
+                message = pickle.loads(data)
+            except Exception as e:
+                message = ("error", f"its answer cannot be read here: {e}", "", None)
+            yield message
+
+    def alive(self) -> set[int]:
+        return {k for k, process in enumerate(self.processes) if process.poll() is None}
+
+    def epitaph(self, k: int) -> str:
+        """How a process ended."""
+        try:
+            code = self.processes[k].wait(timeout=2.0)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        if code >= 0:
+            return f"exit code {code}"
+        name = signal.Signals(-code).name
+        hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
+        return f"killed by {name}{hint}"
+
+    def wait(self, seconds: float, meanwhile: Any) -> None:
+        """Until all processes have ended by themselves, for so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while self.alive() and time.monotonic() < deadline:
+            meanwhile()
+
+    def kill_one(self, k: int) -> None:
+        self.processes[k].kill()
+        self.processes[k].wait()
+
+    def kill(self) -> None:
+        """End all processes now. May be called twice."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        for sock in self.sockets:
+            sock.close()
+        if hasattr(self, "links"):
+            self.links.close()
+
+
+def _pairs(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
+    """Who sends to whom in a pipeline."""
+    train, n = program.train, program.n_stages
+    pairs = {*train.sends, *program.evaluate.sends, *((j, i) for i, j in train.gradients)}
+    for tie in program.ties:
+        for guest, _ in tie.holders[1:]:
+            pairs |= {(guest, tie.owner), (tie.owner, guest)}
+    if config.max_grad_norm is not None or config.on_nonfinite == "skip":
+        pairs |= {(i, j) for i in range(n) for j in range(n) if i != j}
+    return pairs
+
+
+def _pickled(
+    programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
+) -> list[bytes]:
+    ambient = random_state() if seed is None else None
+    level = logging.getLogger("dtrp").getEffectiveLevel()
+    try:
+        return [dumps(("start", Setup(p, config, seed, record, level, ambient))) for p in programs]
+    except Exception as e:
+        raise TypeError(
+            f"a stage, loss_fn, optimizer or scheduler cannot be sent to a worker process: {e}. Avoid open "
+            f"files, locks and generators in them, or use executor='inline'"
+        ) from e
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _rank(message: tuple[Any, ...]) -> int:
+    """Causes before consequences: an exception, a death, a lost connection."""
+    if message[0] == "error":
+        return 0 if message[3] is None else 2
+    return 0 if message[0] == "stuck" else 1
