@@ -21,7 +21,7 @@ import torch
 
 
 def pass_seed(seed: int, batch: int, stage: int, part: int = 0) -> int:
-    """The 63-bit seed of stage ``stage``'s passes over micro-batch ``part`` of batch ``batch`` (all from 0)."""
+    """The 63-bit seed of a stage's passes over micro-batch ``part`` of batch ``batch`` (all from 0)."""
     entropy = (seed % 2**64, batch, stage, part) if part else (seed % 2**64, batch, stage)
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
