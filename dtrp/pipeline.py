@@ -153,6 +153,7 @@ class Pipeline:
         accumulate: int = 1,
         batch_compensation: int = 1,
         max_grad_norm: float | None = None,
+        max_grad_norm_lag: bool = False,
         autocast: torch.dtype | None = None,
         executor: str = "auto",
         seed: int | None = None,
@@ -167,6 +168,10 @@ class Pipeline:
         compensation_warmup: int = 100,
         tensorboard: str | os.PathLike[str] | None = None,
         record: bool = False,
+        schedule: Literal["auto", "fig1", "lean"] = "auto",
+        micro_batches: int | Literal["auto"] = "auto",
+        exact_start: int | float = 0,
+        autosave: tuple[str | os.PathLike[str], float] | None = None,
     ) -> Trainer:
         """Train the pipeline; use the result as a context manager.
 
@@ -179,10 +184,11 @@ class Pipeline:
             Parameters -> ``torch.optim.Optimizer``; called once per stage.
         lr_scheduler : callable, optional
             Optimizer -> scheduler, stepped once per update (see ``scheduler_step``).
-        method : {"dtrp", "dtr", "fdg", "adl", "bp"}
+        method : {"dtrp", "dtr", "fdg", "adl", "bp", "gpipe", "1f1b"}
             dtrp: re-computation and weight prediction (Peng et al. 2023). dtr: without prediction. fdg, adl:
             graphs kept instead of recomputed, gradients shrunk or accumulated (Zhuang et al. 2021, 2022).
-            bp: exact back-propagation, one batch at a time.
+            bp: exact back-propagation, one batch at a time. gpipe, 1f1b: exact, all micro-batches of one
+            batch at a time (Huang et al. 2019; Narayanan et al. 2021).
         predictor : str or Predictor
             ``"none"``, ``"linear"``, ``"geometric"``, ``"difference"``, ``"adam"``, ``"auto"``, or an object
             with `dtrp.Predictor`'s method.
@@ -199,8 +205,10 @@ class Pipeline:
         batch_compensation : int
             How many consecutive batches travel as one; the learning rate is scaled with it.
         max_grad_norm : float, optional
-            Clip by the gradients' norm over all stages in the same tick, tied weights counted once. Stages
-            then wait for each other in every tick.
+            Clip by the gradients' norm over all stages in the same tick ("lean" and exact orders: of the same
+            batch), tied weights counted once. Stages then wait for each other in every tick.
+        max_grad_norm_lag : bool
+            Clip by the norm of the last batch that all stages have finished, so that no stage waits: inexact.
         autocast : torch.dtype, optional
             Such as ``torch.bfloat16``; in every stage.
         executor : {"auto", "inline", "workers"}
@@ -230,6 +238,16 @@ class Pipeline:
             ``tensorboard``).
         record : bool
             Keep what each stage did (`Trainer.events`).
+        schedule : {"auto", "fig1", "lean"}
+            The order of the decoupled methods: the paper's, or the one with about half as many batches in
+            flight (ours, after PipeDream's asynchronous 1F1B). With two stages they are the same.
+        micro_batches : int or "auto"
+            In how many parts each batch travels; one update per batch, with the mean over its samples.
+        exact_start : int or float
+            Updates made with the exact order first: a number, or a share (below 1) of what `Trainer.fit` will
+            do.
+        autosave : (path, seconds), optional
+            Save the run to this file (`Trainer.save`) when so many seconds have passed since the last time.
 
         Returns
         -------
@@ -259,6 +277,10 @@ class Pipeline:
             scheduler_step=scheduler_step,
             compile_stages=compile_stages,
             threads=threads_per_stage(self.n_stages) if threads is None else threads,
+            max_grad_norm_lag=max_grad_norm_lag,
+            order="fig1" if schedule == "auto" else schedule,
+            micro_batches=1 if micro_batches == "auto" else micro_batches,
+            exact_start=exact_start,
         )
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -280,6 +302,7 @@ class Pipeline:
             batch_compensation=batch_compensation,
             compensation_warmup=compensation_warmup,
             tensorboard=tensorboard,
+            autosave=autosave,
         )
 
     # ---- deployment --------------------------------------------------------------------------------------

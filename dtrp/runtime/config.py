@@ -48,6 +48,7 @@ class TrainConfig:
     threads: int = 1
     order: Literal["fig1", "lean"] = "fig1"  # of the methods that are decoupled
     micro_batches: int = 1
+    exact_start: int | float = 0
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -69,6 +70,11 @@ class TrainConfig:
             _number("max_grad_norm", self.max_grad_norm, above=0.0)
         for name in ("accumulate", "threads", "micro_batches"):
             _count(name, getattr(self, name))
+        _number("exact_start", self.exact_start, low=0.0)
+        if isinstance(self.exact_start, float) and self.exact_start >= 1:
+            raise ValueError(
+                f"exact_start={self.exact_start!r}: expected an int (updates) or a share below 1"
+            )
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise TypeError(f"seed={self.seed!r}: expected an int or None")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
@@ -117,9 +123,10 @@ class TrainConfig:
         """Whether the pipeline is drained after each mini-batch."""
         return self.method in EXACT
 
-    def schedule(self, n_stages: int) -> Schedule:
-        """The order that stages follow."""
-        return Schedule(self.method if self.exact else self.order, n_stages, self.micro_batches)
+    def schedule(self, n_stages: int, *, exact: bool = False) -> Schedule:
+        """The order that stages follow; ``exact``: while the exact start lasts."""
+        order = self.method if self.exact else "1f1b" if exact else self.order
+        return Schedule(order, n_stages, self.micro_batches)
 
     def recompute(self, planned: bool) -> bool:
         """Whether a stage recomputes, given the plan's choice."""

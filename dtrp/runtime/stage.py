@@ -46,7 +46,7 @@ from .meter import Meter
 from .ports import Ports
 from .program import StageProgram
 from .random import pass_seed, random_state, seed_all, set_random_state
-from .schedule import Schedule, in_updates
+from .schedule import in_updates
 from .stats import StageStats
 from .tied import TiedGradients
 from .training_state import export_set, import_set
@@ -113,9 +113,9 @@ class Stage:
 
     # ---- rounds --------------------------------------------------------------------------------------------
 
-    def follow(self, schedule: Schedule) -> None:
-        """From the next segment on, follow another order."""
-        self.schedule = self.norms.schedule = schedule
+    def follow(self, exact: bool) -> None:
+        """From the next segment on, follow the exact order, or the run's own again."""
+        self.schedule = self.norms.schedule = self.config.schedule(self.n_stages, exact=exact)
 
     def run(self, feed: Feed | None) -> Steps:
         """The next round; ``feed`` is the slot that comes in with it, ``None`` while the pipeline drains."""

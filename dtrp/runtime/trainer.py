@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -104,7 +104,8 @@ class Trainer:
         self._in_flight = self._stale = (
             False  # in the pipeline; newer weights in the stages than in the model
         )
-        self._exact_left = 0
+        self._exact = False  # the exact order is followed for now
+        self._exact_updates: float = config.exact_start
         self._closed = False
 
     @property
@@ -210,10 +211,16 @@ class Trainer:
             run.feed(slot)
         self._history.enter(mini.update.batches, self.config.accumulate)
         self._in_flight = self._stale = True
-        if self.config.exact:
+        if self.config.exact or self._exact:
             run.drain()
             self._in_flight = False
+        if self._exact and self.updates >= self._exact_updates:
+            self._follow(run, exact=False)
         run.throttle()
+
+    def _follow(self, run: Running, *, exact: bool) -> None:
+        run.call("follow", exact)
+        self._exact = exact
 
     def fit(
         self,
@@ -253,6 +260,8 @@ class Trainer:
             raise ValueError(f"epochs={epochs!r}: expected an int >= 0")
         if epochs > 1:
             _refuse_once_only(loader, f"epochs={epochs}")
+        if 0 < self._exact_updates < 1:
+            self._exact_updates = self._share_of(loader, epochs)
         history: list[dict[str, float]] = []
         for epoch in range(epochs):
             before = self._history.fed
@@ -274,6 +283,15 @@ class Trainer:
             self.end_epoch(row.get("loss", row["train_loss"]))
             history.append(row)
         return history
+
+    def _share_of(self, loader: Iterable[Any], epochs: int) -> float:
+        """The exact start in updates, given as a share."""
+        if not isinstance(loader, Sized):
+            raise ValueError(
+                f"exact_start={self.config.exact_start!r} is a share of the run, whose length a "
+                f"{type(loader).__name__} does not tell; give a number of updates"
+            )
+        return round(self._exact_updates * len(loader) * epochs / self.config.accumulate)
 
     def end_epoch(self, *metrics: float) -> None:
         """Step the learning-rate schedulers, where they step per epoch (``scheduler_step="epoch"``).
@@ -490,12 +508,19 @@ class Trainer:
             run = Workers(
                 programs, self._stage_config, seed=self._seed, record=self._record, watchdog=self._watchdog
             )
-        if resume is not None:
-            try:
+        try:
+            if resume is not None:
                 self._hand_over(run, resume)
-            except BaseException:
-                run.close()
-                raise
+            if 0 < self._exact_updates < 1:
+                raise ValueError(
+                    f"exact_start={self.config.exact_start!r} is a share of the run, which only fit knows; "
+                    f"give a number of updates"
+                )
+            if self.updates < self._exact_updates and not self.config.exact:
+                self._follow(run, exact=True)
+        except BaseException:
+            run.close()
+            raise
         return run
 
     def _base_seed(self, n_stages: int, *, resumes: bool) -> int | None:
