@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,17 +70,18 @@ class ParameterSet:
         return made
 
     def __post_init__(self) -> None:
+        self.parameters: list[Tensor] = list(self.names.values())
         # Whether the scheduler is one of those that ReduceLROnPlateau is the model of.
         self.wants_metric = (
             self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters
         )
 
-    def write_ahead(self, targets: Sequence[Tensor], s: float, lr_scale: float) -> None:
+    def write_ahead(self, targets: list[Any], s: float, lr_scale: float) -> None:
         """Write each parameter's value ``s`` updates ahead into ``targets``, in the order of ``names``."""
         if s <= 0:
-            torch._foreach_copy_(list(targets), list(self.names.values()))
+            torch._foreach_copy_(targets, self.parameters)
             return
-        into = dict(zip(self.names.values(), targets, strict=True))
+        into = dict(zip(self.parameters, targets, strict=True))
         with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
             for group in self.optimizer.param_groups:
                 members = [p for p in group["params"] if p in into]

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Literal, NamedTuple
 
 Horizon = Literal["common", "stage"]
@@ -70,18 +71,20 @@ class Schedule:
             return 2 * above
         return {"lean": above + 1, "1f1b": above + 1, "gpipe": self.parts, "bp": 1}[self.order]
 
-    def round(self, stage: int, number: int) -> tuple[Action, ...]:
-        """What ``stage`` does in round ``number`` of a segment, on whatever slots exist."""
-        back = number - self.depth(stage)
-        backward = (Action("recompute", back), Action("backward", back), Action("step", back))
+    @cache  # noqa: B019  (a few schedules live as long as the process)
+    def pattern(self, stage: int) -> tuple[tuple[Kind, int], ...]:
+        """What ``stage`` does in every round: each kind of action, and to which slot, counted from the
+        round's own."""
+        back = -self.depth(stage)
         if stage == self.n_stages - 1:
-            return (Action("forward", number), *backward[1:])
-        return (*backward, Action("forward", number))
+            return ("forward", 0), ("backward", back), ("step", back)
+        return ("recompute", back), ("backward", back), ("step", back), ("forward", 0)
 
     def actions(self, stage: int, slots: int) -> list[Action]:
         """The whole list of a segment of so many slots, drained at its end."""
         rounds = range(slots + self.depth(stage))
-        return [a for r in rounds for a in self.round(stage, r) if 0 <= a.slot < slots]
+        every = (Action(kind, r + offset) for r in rounds for kind, offset in self.pattern(stage))
+        return [a for a in every if 0 <= a.slot < slots]
 
     # ---- what several stages have to agree on ----------------------------------------------------------
 

@@ -28,8 +28,7 @@ import math
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
-from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +100,7 @@ class Stage:
         self._aside: list[
             tuple[nn.Parameter, Tensor | None]
         ] = []  # gradients of earlier mini-batches, while this one may be bad
+        self._known_horizons: dict[tuple[str, str], tuple[float, float]] = {}
         self._measure: Measure | None = None
         self._modes: list[tuple[nn.Module, bool]] = []
         if config.compile_stages:
@@ -127,8 +127,8 @@ class Stage:
         for owner in self.tied.due:
             lag = self.schedule.depth(self.stage) + self.schedule.tied_lag(owner, self.stage)
             yield from self.tied.collect(owner, self._slot + number - lag)
-        for kind, place in self.schedule.round(self.stage, number):
-            slot = self._slot + place
+        for kind, offset in self.schedule.pattern(self.stage):
+            slot = self._slot + number + offset
             if kind == "forward":
                 if feed is not None:
                     yield from (
@@ -168,7 +168,7 @@ class Stage:
     def _forward(self, slot: int, feed: Feed) -> Steps:
         """The first forward of any stage but the last."""
         arrivals = yield from self.ports.arrivals(slot, feed)
-        horizons = self._horizons(self.schedule.forward_horizon(self.stage, self.config.horizon), first=True)
+        horizons = self._horizons("forward")
         flight = InFlight(feed, arrivals)
         twin: Twin | None = None
         graph = self.takes_part and not self.recomputes
@@ -196,7 +196,7 @@ class Stage:
     def _last_forward(self, slot: int, feed: Feed) -> Steps:
         """The last stage's forward, with a graph, up to the loss."""
         arrivals = self.ports.differentiable((yield from self.ports.arrivals(slot, feed)))
-        horizons = self._horizons(self.schedule.forward_horizon(self.stage, self.config.horizon))
+        horizons = self._horizons("forward")
         twin = self.weights.ahead(horizons, feed.update.lr_scale)
         skips = self.config.on_nonfinite == "skip"
         before = Snapshot(self.module) if skips else None
@@ -229,7 +229,7 @@ class Stage:
             yield from self._gradients(slot, flight)
             if flight.skip:
                 return
-        horizons = self._horizons(self.schedule.backward_horizon(self.stage, self.config.horizon))
+        horizons = self._horizons("recompute")
         flight.twin = self.weights.ahead(horizons, flight.feed.update.lr_scale)
         flight.arrivals = self.ports.differentiable(flight.arrivals)
         self.meter.graph(+1)
@@ -252,7 +252,8 @@ class Stage:
             mark = self.meter.start("backward")
             self.tied.before_backward()
             self._differentiate(flight)
-            self.weights.absorb(self.module if twin is None else twin.module)
+            if twin is not None:
+                self.weights.absorb(twin)
             self.meter.stop(mark, "backward", feed.batch)
             flight.skip = self.config.on_nonfinite == "skip" and not self._finite(flight.arrivals)
             self.meter.graph(-1)
@@ -419,17 +420,22 @@ class Stage:
         device = self.program.device
         return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), target)
 
-    def _horizons(self, slots: Fraction, *, first: bool = False) -> tuple[float, float]:
+    def _horizons(self, kind: Literal["forward", "recompute"]) -> tuple[float, float]:
         """In updates, of own parameters and of guests. A guest's update becomes visible one round after its
         owner's step, so that a first forward, which comes after the stage's own step, still misses one."""
-        if not self.config.predicts:
-            return 0.0, 0.0
-        per_update = self.config.accumulate * self.schedule.parts
-        scale = self.config.horizon_scale
-        return (
-            scale * float(in_updates(slots, per_update)),
-            scale * float(in_updates(slots + first, per_update)),
-        )
+        config, schedule = self.config, self.schedule
+        known = self._known_horizons.get((kind, schedule.order))
+        if known is None:
+            of = schedule.forward_horizon if kind == "forward" else schedule.backward_horizon
+            slots, late = of(self.stage, config.horizon), kind == "forward" and not self.program.is_last
+            per_update = config.accumulate * schedule.parts
+            scale = config.horizon_scale if config.predicts else 0.0
+            known = (
+                scale * float(in_updates(slots, per_update)),
+                scale * float(in_updates(slots + late, per_update)),
+            )
+            self._known_horizons[kind, schedule.order] = known
+        return known
 
     # ---- evaluation ----------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class Weights:
         self.sets = [*([self.own] if self.own else []), *self.guests.values()]
         self.own_parameters = list(own.values())
         self.predicts = config.predicts
+        self._targets: dict[Twin, list[list[nn.Parameter]]] = {}  # their parameters, as `sets` have them
         self._ahead: Twin | None = None
         self._first: Twin | None = None
         self._versions: list[Twin] = []  # with parameters of their own, free to be used
@@ -65,7 +66,7 @@ class Weights:
             pairs = zip(self.module.parameters(), base.parameters(), strict=True)
             self._first = Twin(self.module, pairs, traceless=True)
         if self.predicts:
-            self._write(self._twin_ahead().module, horizons, lr_scale)
+            self._write(self._twin_ahead(), horizons, lr_scale)
         return self._first
 
     def ahead(self, horizons: tuple[float, float], lr_scale: float) -> Twin | None:
@@ -73,28 +74,27 @@ class Weights:
         if not self.predicts or not any(horizons):
             return None
         twin = self._twin_ahead()
-        self._write(twin.module, horizons, lr_scale)
+        self._write(twin, horizons, lr_scale)
         return twin
 
     def version(self, horizons: tuple[float, float], lr_scale: float) -> Twin:
         """For a graph that is kept while updates go on: predicted (or true) weights that stay as they are
         until they are handed to `release`."""
         twin = self._versions.pop() if self._versions else self._twin()
-        self._write(twin.module, horizons, lr_scale)
+        self._write(twin, horizons, lr_scale)
         return twin
 
     def release(self, twin: Twin) -> None:
         """The graph on these weights is gone."""
         self._versions.append(twin)
 
-    def absorb(self, module: nn.Module) -> None:
-        """Move the gradients that a pass left on ``module``'s parameters to the stage's own."""
-        if module is self.module:
-            return
-        for theirs, mine in zip(module.parameters(), self.module.parameters(), strict=True):
-            if theirs is not mine and theirs.grad is not None:
-                mine.grad = theirs.grad if mine.grad is None else mine.grad + theirs.grad
-                theirs.grad = None
+    def absorb(self, twin: Twin) -> None:
+        """Move the gradients that a pass left on a twin's parameters to the stage's own."""
+        for parameters, targets in zip(self.sets, self._targets[twin], strict=True):
+            for mine, theirs in zip(parameters.parameters, targets, strict=True):
+                if theirs.grad is not None:
+                    mine.grad = theirs.grad if mine.grad is None else mine.grad + theirs.grad
+                    theirs.grad = None
 
     def _twin_ahead(self) -> Twin:
         if self._ahead is None:
@@ -104,14 +104,15 @@ class Weights:
     def _twin(self) -> Twin:
         """With trainable parameters of its own, in the own module's state."""
         tensors: list[Tensor] = [*self.module.parameters(), *self.module.buffers()]
-        return Twin(self.module, [(t, t) for t in tensors if not t.requires_grad], traceless=False)
+        twin = Twin(self.module, [(t, t) for t in tensors if not t.requires_grad], traceless=False)
+        into: dict[Tensor, nn.Parameter] = {}
+        into.update(zip(self.module.parameters(), twin.module.parameters(), strict=True))
+        self._targets[twin] = [[into[p] for p in parameters.parameters] for parameters in self.sets]
+        return twin
 
-    def _write(self, module: nn.Module, horizons: tuple[float, float], lr_scale: float) -> None:
-        """Write the weights so many updates ahead into ``module``'s parameters."""
-        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
-        into = {id(mine): theirs for mine, theirs in pairs}
+    def _write(self, twin: Twin, horizons: tuple[float, float], lr_scale: float) -> None:
+        """Write the weights so many updates ahead into a twin's parameters."""
         with torch.no_grad():
-            for parameters in self.sets:
+            for parameters, targets in zip(self.sets, self._targets[twin], strict=True):
                 s = horizons[0] if parameters is self.own else horizons[1]
-                targets = [into[id(p)] for p in parameters.names.values()]
                 parameters.write_ahead(targets, s if self.predicts else 0.0, lr_scale)
