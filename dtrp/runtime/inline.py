@@ -31,6 +31,9 @@ from .twins import private_copy
 Job = Callable[[], Generator[None, None, Any]]
 
 
+Results = Generator[Any, None, None]
+
+
 class Running(Protocol):
     """The stages of a run, wherever they are, as the trainer speaks to them."""
 
@@ -52,7 +55,7 @@ class Running(Protocol):
         """What the stages say of finished batches since the last call; ``wait``: of all that went in."""
         ...
 
-    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Iterator[Any]:
+    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
         """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
         ...
 
@@ -143,7 +146,7 @@ class Inline:
         """After a failure: what the stages have trained."""
         return [stage.state() for stage in self.stages]
 
-    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Iterator[Any]:
+    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
         """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
         try:
             self.call("begin_evaluation", measure)

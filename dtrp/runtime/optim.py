@@ -42,6 +42,18 @@ class ParameterSet:
     waiting: int = 0
 
     @classmethod
+    def of(
+        cls, names: Mapping[str, nn.Parameter], config: TrainConfig, lr_factor: float
+    ) -> ParameterSet | None:
+        """As `build`; ``None`` where a stage has nothing that the user's optimizer takes."""
+        try:
+            return cls.build(names, config, lr_factor) if names else None
+        except ValueError as e:
+            if "empty parameter list" in str(e):  # torch's own words
+                return None
+            raise
+
+    @classmethod
     def build(cls, names: Mapping[str, nn.Parameter], config: TrainConfig, lr_factor: float) -> ParameterSet:
         """Optimizer and scheduler as the user's callables make them for these parameters."""
         optimizer = build_optimizer(names, config)

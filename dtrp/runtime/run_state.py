@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .config import TrainConfig
@@ -197,5 +197,7 @@ def check_builds(owner: Owner, config: TrainConfig) -> float | None:
 
 
 def _all_parameters(owner: Owner, config: TrainConfig) -> ParameterSet:
-    """All trainable parameters, as one stage would hold them; fresh."""
-    return ParameterSet.build({n: p for n, p in owner.named_parameters() if p.requires_grad}, config, 1.0)
+    """All trainable parameters, as one stage would hold them; fresh. An optimizer over others is noticed: the
+    parameters are the same tensors here, but not the same objects."""
+    trainable = {n: nn.Parameter(p.detach()) for n, p in owner.named_parameters() if p.requires_grad}
+    return ParameterSet.build(trainable, config, 1.0)

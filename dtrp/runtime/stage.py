@@ -322,6 +322,9 @@ class Stage:
                 bad, steps = True, False
             elif steps and limit is not None and own is not None:
                 clip(own.names.values(), math.sqrt(total), limit, alone=self.n_stages == 1)
+        if own is None:  # nothing here is trained, whatever has a gradient
+            for p in self.weights.own_parameters:
+                p.grad = None
         if bad:
             self._put_back()
             if self.stage == min(self.trained):  # what is given up anywhere is given up here, too

@@ -113,7 +113,9 @@ class TiedGradients:
             due.popleft()
             if message.skip:
                 continue
-            parameters = self.weights.guests[owner]
+            parameters = self.weights.guests.get(owner)
+            if parameters is None:
+                continue
             for name, gradient in zip(self.held[owner], message.values, strict=True):
                 parameter = self.weights.trainable[name]
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import chain
 from types import TracebackType
@@ -335,8 +335,8 @@ class Trainer:
                 _, tensors, target = self._ready(*as_call(batch))
                 yield feeds(self._eval_wiring, number, tensors, target)
 
-        with self._rescued():
-            found = combine(run.evaluate(fed(), measure))
+        with self._rescued(), closing(run.evaluate(fed(), measure)) as results:
+            found = combine(results)
         if self._board is not None:
             self._board.evaluation(len(self.losses), found)
         return found

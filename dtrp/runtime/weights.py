@@ -44,11 +44,13 @@ class Weights:
         self.module = module
         self.trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
         own = {n: p for n, p in self.trainable.items() if n not in owner_of}
-        self.own = ParameterSet.build(own, config, lr_factors[stage]) if own else None
+        self.own = ParameterSet.of(own, config, lr_factors[stage])
         self.guests: dict[int, ParameterSet] = {}
         for owner in sorted(set(owner_of.values())):
             names = {n: self.trainable[n] for n, o in owner_of.items() if o == owner and n in self.trainable}
-            self.guests[owner] = ParameterSet.build(names, config, lr_factors[owner])
+            guests = ParameterSet.of(names, config, lr_factors[owner])
+            if guests is not None:
+                self.guests[owner] = guests
         self.sets = [*([self.own] if self.own else []), *self.guests.values()]
         self.own_parameters = list(own.values())
         self.predicts = config.predicts

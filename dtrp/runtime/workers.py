@@ -32,6 +32,7 @@ from .batch import Feed, Loss, Skip
 from .config import TrainConfig
 from .evaluation import Measure
 from .forms import Pickled
+from .inline import Results
 from .links import Channel, LostStage, Message
 from .program import StageProgram
 from .random import random_state
@@ -137,7 +138,7 @@ class Workers:
         found, self._news = self._news, []
         return found
 
-    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Iterator[Any]:
+    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
         """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
         self.call("begin_evaluation", measure)
         self._results.clear()
