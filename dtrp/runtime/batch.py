@@ -48,6 +48,7 @@ class InFlight:
     twin: Twin | None = None  # on whose parameters that graph was built
     gradients: dict[int, Tensor] | None = None  # of the outputs, once they have come
     skip: bool = False  # given up
+    scale: float = 0.0  # of the loss, where it is scaled
 
 
 class Loss(NamedTuple):

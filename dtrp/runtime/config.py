@@ -79,11 +79,6 @@ class TrainConfig:
             raise TypeError(f"seed={self.seed!r}: expected an int or None")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise TypeError(f"autocast={self.autocast!r}: expected a dtype such as torch.bfloat16")
-        if self.autocast is torch.float16:
-            raise ValueError(
-                "autocast=torch.float16 needs loss scaling, and a scale that changes while batches are in "
-                "flight would not fit their gradients; use torch.bfloat16"
-            )
         if self.autocast is not None and not self.autocast.is_floating_point:
             raise ValueError(f"autocast={self.autocast!r}: expected a dtype such as torch.bfloat16")
         self._check_combination()
@@ -117,6 +112,16 @@ class TrainConfig:
     def predicts(self) -> bool:
         """Whether passes run on predicted weights."""
         return self.method == "dtrp" and self.predictor != "none" and self.horizon_scale > 0
+
+    @property
+    def scales(self) -> bool:
+        """Whether the loss is scaled, so that small gradients do not vanish in float16."""
+        return self.autocast is torch.float16
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether mini-batches may be given up half-way."""
+        return self.scales or self.on_nonfinite == "skip"
 
     @property
     def exact(self) -> bool:

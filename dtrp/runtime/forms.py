@@ -23,7 +23,7 @@ from torch import Tensor
 from .links import canonical, dense_order, flat_bytes
 from .transfer import dumps, loads
 
-NOTE = struct.Struct("<BBxxiqqqI")
+NOTE = struct.Struct("<BBxxiqqqId")
 ALIGNMENT = 64
 NEW_FORM, SKIP = 1, 2  # flags
 BEHIND = -1  # the place of a payload that comes with the note
@@ -46,6 +46,7 @@ class Note(NamedTuple):
     place: int
     size: int  # bytes of the payload
     behind: int  # bytes that follow the note
+    scale: float
 
 
 class Parcel(NamedTuple):

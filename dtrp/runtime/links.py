@@ -31,6 +31,7 @@ class Message(NamedTuple):
     slot: int
     values: Sequence[Any]
     skip: bool = False  # the batch was given up: consume it, compute nothing
+    scale: float = 0.0  # with gradients: of the loss; with values: one that has overflowed (scaling.py)
 
 
 class LostStage(ConnectionError):
@@ -66,7 +67,7 @@ class QueueLinks:
 
     def send(self, channel: Channel, message: Message) -> None:
         values = [canonical(v) for v in message.values]
-        self.queues[channel].append(Message(message.slot, values, message.skip))
+        self.queues[channel].append(message._replace(values=values))
 
     def take(self, channel: Channel) -> Message | None:
         queue = self.queues[channel]

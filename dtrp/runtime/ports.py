@@ -51,6 +51,7 @@ class Ports:
         self.gradients_to = [(i, sent) for (i, j), sent in gradients.items() if j == self.stage]
         # The last stage's first: autograd's own order.
         self.gradients_from = [(j, sent) for (i, j), sent in gradients.items() if i == self.stage][::-1]
+        self.overflowed = 0.0  # the loss's scale that stages before have seen to overflow
         self.carrying = frozenset(Source(i, n) for i, sent in self.gradients_to for n in sent)
 
     # ---- values ----------------------------------------------------------------------------------------
@@ -59,10 +60,12 @@ class Ports:
         """All values that reach this stage for a slot, on its device."""
         callers, others = self.receives[training]
         found: Arrivals = dict(zip(callers, feed.inputs, strict=True))
+        self.overflowed = 0.0
         for i, sources in others:
             channel = Channel("forward" if training else "evaluate", i, self.stage)
             message = yield from receive(self.links, self.meter, channel, slot)
             found.update(zip(sources, message.values, strict=True))
+            self.overflowed = message.scale or self.overflowed
         return found if self.on_host else {s: self._here(v) for s, v in found.items()}
 
     def _here(self, value: Any) -> Any:
@@ -76,11 +79,13 @@ class Ports:
         """The arguments of the stage's module."""
         return [arrivals[s] for s in self.program.wiring(training).stages[self.stage].inputs]
 
-    def send(self, slot: int, outputs: Sequence[Any], *, training: bool = True) -> None:
+    def send(
+        self, slot: int, outputs: Sequence[Any], *, training: bool = True, overflowed: float = 0.0
+    ) -> None:
         """Outputs go downstream, to every stage that needs them."""
         for j, sent in self.sends[training]:
             channel = Channel("forward" if training else "evaluate", self.stage, j)
-            self.links.send(channel, Message(slot, [outputs[n] for n in sent]))
+            self.links.send(channel, Message(slot, [outputs[n] for n in sent], scale=overflowed))
 
     def result(self, arrivals: Arrivals, outputs: Sequence[Any], *, training: bool = True) -> Any:
         """The model's output in its own structure, on the last stage."""
@@ -97,29 +102,30 @@ class Ports:
 
     # ---- gradients -------------------------------------------------------------------------------------
 
-    def output_gradients(self, slot: int) -> Generator[None, None, tuple[dict[int, Tensor], bool]]:
-        """Sum of the gradients of each output; whether the slot was given up.
+    def output_gradients(self, slot: int) -> Generator[None, None, tuple[dict[int, Tensor], bool, float]]:
+        """Sum of the gradients of each output; whether the slot was given up; the loss's scale.
 
         A gradient is shrunk once per stage that it climbs, also where it was sent straight past some: that
         compounds to ``shrink ** (K - k)`` whichever way it went.
         """
         total: dict[int, Tensor] = {}
-        skip = False
+        skip, scale = False, 0.0
         for j, sent in self.gradients_from:
             message = yield from receive(self.links, self.meter, Channel("backward", j, self.stage), slot)
             skip |= message.skip
+            scale = message.scale
             for n, g in zip(sent, message.values, strict=True):
                 if g is not None:
                     g = g if self.on_host else g.to(self.device, non_blocking=True)
                     g = g if self.shrink == 1.0 else g * self.shrink ** (j - self.stage)
                     total[n] = g if n not in total else total[n] + g
-        return total, skip
+        return total, skip, scale
 
-    def send_gradients(self, slot: int, arrivals: Arrivals, *, skip: bool = False) -> None:
+    def send_gradients(self, slot: int, arrivals: Arrivals, *, skip: bool, scale: float) -> None:
         """The gradients of what arrived go back to where it came from."""
         for i, sent in self.gradients_to:
             values = [None if skip else arrivals[Source(i, n)].grad for n in sent]
-            self.links.send(Channel("backward", self.stage, i), Message(slot, values, skip))
+            self.links.send(Channel("backward", self.stage, i), Message(slot, values, skip, scale))
 
 
 def _ends(wiring: Wiring, stage: int) -> tuple[list[Source], list[tuple[int, list[Source]]]]:

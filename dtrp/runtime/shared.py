@@ -172,7 +172,9 @@ class _Sender(_End):
             for offset, row in zip(starts, parcel.payload, strict=True):
                 memory[start + offset : start + offset + row.numel()].copy_(row)
         where = BEHIND if place == BEHIND else self.places[place][0] << 8 | place
-        self.write(NOTE.pack(kind, flags, form, message.slot, where, size, len(behind)) + behind)
+        self.write(
+            NOTE.pack(kind, flags, form, message.slot, where, size, len(behind), message.scale) + behind
+        )
 
     def _place(self, size: int) -> int:
         """A place of at least so many bytes, which nobody reads any more."""
@@ -230,7 +232,7 @@ class _Receiver(_End):
         values = put_together(self.forms[note.form], behind, fill)
         if note.place != BEHIND:
             self.write(bytes([note.place & 0xFF]))
-        return note.kind, Message(note.slot, values, bool(note.flags & SKIP))
+        return note.kind, Message(note.slot, values, bool(note.flags & SKIP), note.scale)
 
 
 def wait_forever(sock: socket.socket, event: int) -> None:

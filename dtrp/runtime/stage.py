@@ -45,6 +45,7 @@ from .meter import Meter
 from .ports import Ports
 from .program import StageProgram
 from .random import pass_seed, random_state, seed_all, set_random_state
+from .scaling import LossScale, unscale
 from .schedule import in_updates
 from .stats import StageStats
 from .tied import TiedGradients
@@ -89,6 +90,7 @@ class Stage:
         self.norms = Norms(
             self.schedule, self.stage, self.trained, links, self.meter, lag=config.max_grad_norm_lag
         )
+        self.scaling = LossScale() if config.scales else None
         self.in_flight: dict[int, InFlight] = {}
         self.reports: deque[Report] = deque()
         self.skips: list[Skip] = []
@@ -190,16 +192,24 @@ class Stage:
             self.meter.stash(len(self.in_flight))
             self.tied.forwarded(slot, feed.update)
         mark = self.meter.start("send")
-        self.ports.send(slot, outputs)
+        self.ports.send(slot, outputs, overflowed=self._overflowed())
         self.meter.stop(mark, "send", feed.batch)
+
+    def _overflowed(self) -> float:
+        """What is to be said downstream of the loss's scale."""
+        if self.scaling is None:
+            return 0.0
+        self.scaling.heard(self.ports.overflowed)
+        return self.scaling.pass_on()
 
     def _last_forward(self, slot: int, feed: Feed) -> Steps:
         """The last stage's forward, with a graph, up to the loss."""
         arrivals = self.ports.differentiable((yield from self.ports.arrivals(slot, feed)))
+        if self.scaling is not None:
+            self.scaling.heard(self.ports.overflowed)
         horizons = self._horizons("forward")
         twin = self.weights.ahead(horizons, feed.update.lr_scale)
-        skips = self.config.on_nonfinite == "skip"
-        before = Snapshot(self.module) if skips else None
+        before = Snapshot(self.module) if self.config.gives_up else None
         self.meter.graph(+1)
         mark = self.meter.start("forward")
         with torch.enable_grad():
@@ -210,7 +220,7 @@ class Stage:
         if before is not None and not bool(torch.isfinite(value)):
             before.restore()
             flight.skip = True
-        elif self.config.on_nonfinite == "raise" and not value.is_cuda:  # before anything is trained with it
+        elif before is None and not value.is_cuda:  # before anything is trained with it
             check_finite(float(value), f"the loss of batch {feed.batch}")
         self.in_flight[slot] = flight
         self.tied.forwarded(slot, feed.update)
@@ -225,7 +235,7 @@ class Stage:
         flight = self.in_flight[slot]
         if flight.outputs is not None:
             return
-        if self.config.on_nonfinite == "skip":  # a slot that is given up must not change module state
+        if self.config.gives_up:  # a slot that is given up must not change module state
             yield from self._gradients(slot, flight)
             if flight.skip:
                 return
@@ -240,13 +250,15 @@ class Stage:
 
     def _gradients(self, slot: int, flight: InFlight) -> Steps:
         if flight.gradients is None:
-            flight.gradients, flight.skip = yield from self.ports.output_gradients(slot)
+            flight.gradients, flight.skip, flight.scale = yield from self.ports.output_gradients(slot)
 
     def _backward(self, slot: int) -> Steps:
         flight = self.in_flight[slot]
         yield from self._gradients(slot, flight)
         feed, twin = flight.feed, flight.twin
-        if feed.part == 0 and self.config.on_nonfinite == "skip":
+        if self.program.is_last and self.scaling is not None:
+            flight.scale = self.scaling.scale
+        if feed.part == 0 and self.config.gives_up:
             self._set_aside()
         if not flight.skip:
             mark = self.meter.start("backward")
@@ -255,7 +267,7 @@ class Stage:
             if twin is not None:
                 self.weights.absorb(twin)
             self.meter.stop(mark, "backward", feed.batch)
-            flight.skip = self.config.on_nonfinite == "skip" and not self._finite(flight.arrivals)
+            flight.skip = self.config.gives_up and not self._finite(flight.arrivals)
             self.meter.graph(-1)
         elif flight.outputs is not None:
             flight.outputs = None
@@ -263,7 +275,7 @@ class Stage:
         if twin is not None and not (self.recomputes or self.program.is_last):
             self.weights.release(twin)
         mark = self.meter.start("send")
-        self.ports.send_gradients(slot, flight.arrivals, skip=flight.skip)
+        self.ports.send_gradients(slot, flight.arrivals, skip=flight.skip, scale=flight.scale)
         self.meter.stop(mark, "send", feed.batch)
         flight.arrivals = {}
         self._bad |= flight.skip
@@ -276,7 +288,8 @@ class Stage:
         pairs: list[tuple[Tensor, Tensor | None]] = [(outputs[n], g) for n, g in gradients.items()]
         if self.program.is_last:
             loss = outputs[0] if share == 1.0 else outputs[0] * share
-            pairs = [(loss if self.config.accumulate == 1 else loss / self.config.accumulate, None)]
+            loss = loss if self.config.accumulate == 1 else loss / self.config.accumulate
+            pairs = [(loss if flight.scale == 0.0 else loss * flight.scale, None)]
             del loss
         pairs = [(o, g) for o, g in pairs if o.requires_grad]
         del outputs, gradients
@@ -290,7 +303,7 @@ class Stage:
         self.meter.stash(len(self.in_flight))
         steps = False
         if flight.feed.closes:
-            steps = yield from self._decide(flight.feed)
+            steps = yield from self._decide(flight.feed, flight.scale)
         if not flight.skip:
             self.tied.share(slot, stepped=steps)
         if steps:
@@ -298,15 +311,17 @@ class Stage:
             self._update(flight.feed.update)
             self.meter.stop(mark, "step", -1)
 
-    def _decide(self, feed: Feed) -> Generator[None, None, bool]:
+    def _decide(self, feed: Feed, scale: float) -> Generator[None, None, bool]:
         """Whether a complete mini-batch brings an update; its gradients are then ready for it."""
         config, own, limit = self.config, self.weights.own, self.config.max_grad_norm
         mini, self._minis_stepped = self._minis_stepped, self._minis_stepped + 1
         bad, self._bad = self._bad, False
         gathered = 0 if own is None else own.waiting + 1
         steps = own is not None and not bad and gathered >= config.accumulate
-        skips = config.on_nonfinite == "skip"
+        skips = config.gives_up
         if skips and not bad:
+            if scale:
+                unscale(self.weights.own_parameters, scale)
             self._gather()
         looks = self.ports.on_host or limit is not None or skips  # else a device would be waited for
         squared = squared_norm(own.names.values()) if own is not None and steps and looks else 0.0
@@ -327,10 +342,14 @@ class Stage:
                 p.grad = None
         if bad:
             self._put_back()
+            if self.scaling is not None:
+                self.scaling.heard(scale)
             if self.stage == min(self.trained):  # what is given up anywhere is given up here, too
                 self.skips.append(Skip(feed.batch, feed.update.batches))
         elif own is not None:
             own.waiting = gathered
+        if self.scaling is not None and self.program.is_last:
+            self.scaling.finished(overflowed=bad)
         if steps:
             self.squared_norm = squared
         return steps
@@ -488,7 +507,7 @@ class Stage:
         found: list[Loss | Skip] = []
         while self.reports and (wait or self.reports[0].ready()):
             loss = self.reports.popleft().value()
-            if self.config.on_nonfinite == "raise":
+            if not self.config.gives_up:
                 check_finite(loss.value, f"the loss of batch {loss.batch}")
             found.append(loss._replace(lr=next(iter(self.learning_rates()), None)))
         found += self.skips
@@ -517,6 +536,7 @@ class Stage:
         return {
             "parameters": export_set(own) if own is not None else None,
             "random": random_state() if self.seed is None else None,
+            "scale": (self.scaling.scale, self.scaling.good) if self.scaling is not None else None,
         }
 
     def load_training_state(

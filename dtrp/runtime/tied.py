@@ -87,8 +87,10 @@ class TiedGradients:
 
     def give_up(self, slot: int) -> Generator[None, None, None]:
         """The slot is skipped: tell the owner; take in and drop what guests say of it; no step comes."""
-        for owner in self.held:
+        for owner, names in self.held.items():
             self.links.send(Channel("tied-gradient", self.stage, owner), Message(slot, [], skip=True))
+            for name in names:
+                self.weights.trainable[name].grad = None
         for guest in self.senders:
             channel = Channel("tied-gradient", guest, self.stage)
             yield from receive(self.links, self.meter, channel, slot)

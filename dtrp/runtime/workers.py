@@ -529,7 +529,7 @@ def _pairs(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
     for tie in program.ties:
         for guest, _ in tie.holders[1:]:
             pairs |= {(guest, tie.owner), (tie.owner, guest)}
-    if config.max_grad_norm is not None or config.on_nonfinite == "skip":
+    if config.max_grad_norm is not None or config.gives_up:
         pairs |= {(i, j) for i in range(n) for j in range(n) if i != j}
     return pairs
 
