@@ -10,8 +10,8 @@ import dataclasses
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,123 +28,92 @@ from .stage import Stage
 from .stats import StageStats
 from .twins import private_copy
 
-Job = Callable[[], Generator[None, None, Any]]
-
-
+Job = Generator[None, None, Any]
 Results = Generator[Any, None, None]
 
 
-class Running(Protocol):
-    """The stages of a run, wherever they are, as the trainer speaks to them."""
-
-    failure: WorkerError | None
-
-    def feed(self, feeds: Sequence[Feed]) -> None:
-        """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
-        ...
-
-    def drain(self, *, close_group: bool = False) -> None:
-        """Until nothing is in flight; need not wait for it."""
-        ...
-
-    def throttle(self) -> None:
-        """Wait until the stages have caught up far enough for the next batch."""
-        ...
-
-    def news(self, *, wait: bool = False) -> list[Loss | Skip]:
-        """What the stages say of finished batches since the last call; ``wait``: of all that went in."""
-        ...
-
-    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
-        """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
-        ...
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """A method of every `Stage`, after all rounds so far, all with the same arguments; in stage order."""
-        ...
-
-    def glance(self) -> list[StageStats] | None:
-        """The stages' latest known measurements; does not wait."""
-        ...
-
-    def rescued(self) -> list[dict[str, Any]]:
-        """After a failure: the state of the stages, as far as it can be had."""
-        ...
-
-    def close(self) -> None:
-        """Let go of everything; may be called twice."""
-        ...
-
-
 class Inline:
-    """Runs the stages of one training run. Trains the model's own parameters, in place."""
+    """Runs the stages of one training run. Trains the model's own parameters, in place.
+
+    `Workers` has the same methods, for stages in processes of their own.
+    """
 
     def __init__(
         self, programs: Sequence[StageProgram], config: TrainConfig, *, seed: int | None, record: bool = False
     ) -> None:
         self.config = config
         self.failure: WorkerError | None = None
-        self.draws = seed is not None and any(p.draws for p in programs)
-        self.devices = {p.device for p in programs}
+        self._draws = seed is not None and any(p.draws for p in programs)
         queues: Any = defaultdict(deque)
         self.stages: list[Stage] = []
         for program in programs:
-            with _blamed(program.stage):
+            with self._told_by(program.stage):
                 links = QueueLinks(program.stage, queues)
                 self.stages.append(Stage(_private(program), config, links, seed=seed, record=record))
-        self._jobs: list[deque[Job]] = [deque() for _ in programs]  # rounds to come
-        self._running: list[Generator[None, None, Any] | None] = [None] * len(programs)
+        self._jobs: list[deque[Callable[[], Job]]] = [deque() for _ in programs]  # rounds to come
+        self._running: list[Job | None] = [None] * len(programs)
+
+    # ---- training ------------------------------------------------------------------------------------------
 
     def feed(self, feeds: Sequence[Feed]) -> None:
         """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
-        if len(self.stages) > 1:  # else nothing outlives this call
-            feeds = [f._replace(inputs=_owned(f.inputs), target=_owned(f.target)) for f in feeds]
         for stage, jobs, feed in zip(self.stages, self._jobs, feeds, strict=True):
+            if len(feeds) > 1:  # else nothing outlives this call
+                feed = feed._replace(inputs=_owned(feed.inputs), target=_owned(feed.target))
             jobs.append(lambda stage=stage, feed=feed: stage.run(feed))  # type: ignore[misc]
-        with self._all_or_failed():
+        with self._as_in_workers():
             self._sweep()
 
     def drain(self, *, close_group: bool = False) -> None:
-        """Until nothing is in flight."""
+        """Until nothing is in flight (`Workers` does not wait for it)."""
         for stage, jobs in zip(self.stages, self._jobs, strict=True):
             jobs.append(lambda stage=stage: stage.drain(close_group=close_group))  # type: ignore[misc]
-        with self._all_or_failed():
+        with self._as_in_workers():
             while any(self._jobs) or any(self._running):
                 if not self._sweep():
                     waiting = "; ".join(f"stage {s.stage}: {s.meter.phase}" for s in self.stages)
-                    raise WorkerError(f"no stage can go on: {waiting}")
+                    self.failure = WorkerError(f"no stage can go on: {waiting}")
+                    raise self.failure
 
     def throttle(self) -> None:
-        """Nothing runs behind the caller's back here."""
-
-    def _sweep(self) -> bool:
-        """Let each stage do its next round, as far as it comes; whether any did anything."""
-        moved = False
-        for k in reversed(range(len(self.stages))):
-            running = self._running[k]
-            if running is None and self._jobs[k]:
-                running = self._jobs[k].popleft()()
-                moved = True
-            if running is None:
-                continue
-            done = self.stages[k].meter.done
-            with _blamed(k):
-                self._running[k] = None if next(running, running) is running else running
-            moved |= self._running[k] is None or self.stages[k].meter.done > done
-        return moved
+        """Wait until the stages have caught up far enough for the next batch: here they always have."""
 
     def news(self, *, wait: bool = False) -> list[Loss | Skip]:
         """What the stages say of finished batches since the last call; ``wait``: of all that went in."""
         found: list[Loss | Skip] = []
-        with self._all_or_failed():
-            for stage in self.stages:
-                with _blamed(stage.stage):
+        for stage in self.stages:
+            if stage.reports or stage.skips:
+                with self._told_by(stage.stage):
                     found += stage.news(wait=wait)
         return found
 
-    def rescued(self) -> list[dict[str, Any]]:
-        """After a failure: what the stages have trained."""
-        return [stage.state() for stage in self.stages]
+    def _sweep(self) -> bool:
+        """Let each stage do its next round, as far as it comes; whether any did anything. What breaks off in
+        the middle leaves stages with different batches: the run cannot go on."""
+        if self.failure is not None:
+            raise self.failure.again()
+        moved = False
+        for k in reversed(range(len(self.stages))):
+            running, done = self._running[k], self.stages[k].meter.done
+            if running is None:
+                if not self._jobs[k]:
+                    continue
+                running = self._jobs[k].popleft()()
+            try:
+                next(running)
+                self._running[k] = running
+                moved |= self.stages[k].meter.done > done
+            except StopIteration:
+                self._running[k] = None
+                moved = True
+            except BaseException as e:
+                self.failure = _told(k, e)
+                if isinstance(e, Exception):
+                    raise self.failure from e
+                raise
+        return moved
+
+    # ---- questions -----------------------------------------------------------------------------------------
 
     def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
         """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
@@ -154,54 +123,67 @@ class Inline:
                 result = None
                 with self._as_in_workers():
                     for stage, feed in zip(self.stages, feeds, strict=True):
-                        with _blamed(stage.stage):
+                        with self._told_by(stage.stage):
                             result = _finish(stage.evaluate(feed))
                 yield result
         finally:
             self.call("end_evaluation")
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """A method of every stage, all with the same arguments."""
+        """A method of every `Stage`, after all rounds so far, all with the same arguments; in stage order."""
         results = []
         for stage in self.stages:
-            with _blamed(stage.stage):
+            with self._told_by(stage.stage):
                 results.append(getattr(stage, method)(*arguments))
         return results
 
-    def glance(self) -> list[StageStats]:
+    def glance(self) -> list[StageStats] | None:
+        """The stages' latest known measurements; does not wait."""
         return [stage.stats() for stage in self.stages]
+
+    def rescued(self) -> list[dict[str, Any]]:
+        """After a failure: the state of the stages, as far as it can be had."""
+        return [stage.state() for stage in self.stages]
 
     def close(self) -> None:
         """Let go of everything; may be called twice."""
         self._jobs, self._running = [], []
 
-    @contextmanager
-    def _all_or_failed(self) -> Iterator[None]:
-        """What breaks off in the middle leaves stages with different batches: the run cannot go on."""
-        if self.failure is not None:
-            raise self.failure.again()
-        try:
-            with self._as_in_workers():
-                yield
-        except WorkerError as e:
-            self.failure = e
-            raise
-        except BaseException as e:
-            self.failure = WorkerError(f"{type(e).__name__} in the middle of a tick")
-            raise
+    # ---- as if each stage had a process --------------------------------------------------------------------
 
     @contextmanager
     def _as_in_workers(self) -> Iterator[None]:
         """As many threads as a worker process would use (sums may depend on their number), and the caller's
         generators left alone."""
         before = torch.get_num_threads()
-        with ExitStack() as stack:
-            if self.draws:
-                stack.enter_context(preserved(self.devices))
-            if len(self.stages) > 1 and before != self.config.threads:
-                torch.set_num_threads(self.config.threads)
-                stack.callback(torch.set_num_threads, before)
+        threads = self.config.threads if len(self.stages) > 1 else before
+        with preserved(s.program.device for s in self.stages) if self._draws else nullcontext():
+            if before != threads:
+                torch.set_num_threads(threads)
+            try:
+                yield
+            finally:
+                if before != threads:
+                    torch.set_num_threads(before)
+
+    @contextmanager
+    def _told_by(self, stage: int) -> Iterator[None]:
+        """An exception in a stage reaches the caller as it would from a worker process."""
+        try:
             yield
+        except DtrpError:
+            raise
+        except Exception as e:
+            raise _told(stage, e) from e
+
+
+def _told(stage: int, error: BaseException) -> WorkerError:
+    if isinstance(error, WorkerError):
+        return error
+    text = "".join(traceback.format_exception(error)) if isinstance(error, Exception) else ""
+    return WorkerError(
+        f"stage {stage} failed: {type(error).__name__}: {error}", stage=stage, remote_traceback=text
+    )
 
 
 def _owned(tree: Any) -> Any:
@@ -209,7 +191,7 @@ def _owned(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 
-def _finish(job: Generator[None, None, Any]) -> Any:
+def _finish(job: Job) -> Any:
     """Run what cannot have to wait."""
     try:
         next(job)
@@ -226,17 +208,3 @@ def _private(program: StageProgram) -> StageProgram:
     tensors = [*program.module.parameters(), *program.module.buffers()]
     module = private_copy(program.module, [(t, t) for t in tensors if id(t) not in held])
     return dataclasses.replace(program, module=module)
-
-
-@contextmanager
-def _blamed(stage: int) -> Iterator[None]:
-    """An exception in a stage reaches the caller as it would from a worker process."""
-    try:
-        yield
-    except DtrpError:
-        raise
-    except Exception as e:
-        text = "".join(traceback.format_exception(e))
-        raise WorkerError(
-            f"stage {stage} failed: {type(e).__name__}: {e}", stage=stage, remote_traceback=text
-        ) from e

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+_MAIN = threading.main_thread().ident
 
 
 class _Holder:
@@ -34,28 +34,29 @@ class _Holder:
             self.handler(*came)
 
 
-@contextmanager
-def held() -> Iterator[None]:
+class held:
     """Inside, Ctrl-C waits for `check` or the end of the block. May be nested."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, _Holder) or not callable(handler):
-        yield
-        return
-    holder = _Holder(handler)
-    signal.signal(signal.SIGINT, holder)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    holder.release()
+
+    holder: _Holder | None = None
+
+    def __enter__(self) -> None:
+        if threading.get_ident() != _MAIN:
+            return
+        handler = signal.getsignal(signal.SIGINT)
+        if not isinstance(handler, _Holder) and callable(handler):
+            self.holder = _Holder(handler)
+            signal.signal(signal.SIGINT, self.holder)
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.holder is not None:
+            signal.signal(signal.SIGINT, self.holder.handler)
+            if error is None:
+                self.holder.release()
 
 
 def check() -> None:
     """A safe point: a Ctrl-C that waits strikes here."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.get_ident() == _MAIN:
         holder = signal.getsignal(signal.SIGINT)
         if isinstance(holder, _Holder):
             holder.release()

@@ -6,11 +6,11 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .evaluation import Measure, combine
 from .events import Event
 from .handback import Owner, loss_with_tensors
 from .history import History
-from .inline import Inline, Running
+from .inline import Inline
 from .loss import held_loss
 from .program import StageProgram
 from .progress import Bar
@@ -34,6 +34,9 @@ from .run_state import RunState, check_builds
 from .stats import StageStats
 from .tensorboard import TensorBoard
 from .timeline import write_timeline
+
+if TYPE_CHECKING:
+    from .workers import Workers
 
 
 class Compiled(Protocol):
@@ -98,12 +101,13 @@ class Trainer:
         self._board = None if tensorboard is None else TensorBoard(tensorboard)
         self._events: list[Event] = []
         self._stats: list[StageStats] = []
-        self._run: Running | None = None
+        self._run: Inline | Workers | None = None
         self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
         self._seed: int | None = None
         self._in_flight = self._stale = (
             False  # in the pipeline; newer weights in the stages than in the model
         )
+        self._rescued = _Rescued(self)
         self._exact = False  # the exact order is followed for now
         self._exact_updates: float = config.exact_start
         self._closed = False
@@ -170,7 +174,7 @@ class Trainer:
             The arguments do not fit the model.
         """
         run, tensors, target = self._ready(args, kwargs)
-        with self._safely():
+        with interrupts.held(), self._rescued:
             mini = self._joiner.add(tensors, target)
             self._history.fed += 1
             self._history.samples += n_samples(tensors)
@@ -188,7 +192,7 @@ class Trainer:
     def _drain(self, *, close_group: bool = False) -> None:
         if self._run is None:
             return
-        with self._safely():
+        with interrupts.held(), self._rescued:
             mini = self._joiner.rest()
             if mini is not None:
                 self._enter(self._run, mini)
@@ -201,7 +205,7 @@ class Trainer:
             self._collect(wait=True)
             self.sync()
 
-    def _enter(self, run: Running, mini: Mini) -> None:
+    def _enter(self, run: Inline | Workers, mini: Mini) -> None:
         """A mini-batch goes into the pipeline."""
         parts = list(split_batch(mini.tensors, mini.target, self.config.micro_batches))
         for i, (tensors, target, share) in enumerate(parts):
@@ -218,7 +222,7 @@ class Trainer:
             self._follow(run, exact=False)
         run.throttle()
 
-    def _follow(self, run: Running, *, exact: bool) -> None:
+    def _follow(self, run: Inline | Workers, *, exact: bool) -> None:
         run.call("follow", exact)
         self._exact = exact
 
@@ -335,7 +339,7 @@ class Trainer:
                 _, tensors, target = self._ready(*as_call(batch))
                 yield feeds(self._eval_wiring, number, tensors, target)
 
-        with self._rescued(), closing(run.evaluate(fed(), measure)) as results:
+        with self._rescued, closing(run.evaluate(fed(), measure)) as results:
             found = combine(results)
         if self._board is not None:
             self._board.evaluation(len(self.losses), found)
@@ -411,7 +415,7 @@ class Trainer:
         state = RunState.read(read_checkpoint(path), os.fspath(path))
         state.check(self._owner, self.config)
         self.flush()
-        with self._safely():
+        with interrupts.held(), self._rescued:
             state.restore_model(self._owner)
             state.restore_random()
             self._history.restore(state.counters)
@@ -440,7 +444,7 @@ class Trainer:
             if self._alive:
                 if finish:
                     self.flush()
-                with self._safely():
+                with interrupts.held(), self._rescued:
                     self.sync()
                     self._stats = self.stats
                     if self._timeline is not None:
@@ -461,23 +465,9 @@ class Trainer:
     def _alive(self) -> bool:
         return self._run is not None and self._run.failure is None
 
-    @contextmanager
-    def _safely(self) -> Iterator[None]:
-        """Ctrl-C at safe points only; what was trained is in the model when a stage has failed."""
-        with interrupts.held(), self._rescued():
-            yield
-
-    @contextmanager
-    def _rescued(self) -> Iterator[None]:
-        try:
-            yield
-        except WorkerError:
-            if self._run is not None:
-                for state in self._run.rescued():
-                    self._owner.take(state)
-            raise
-
-    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Running, list[Tensor], Any]:
+    def _ready(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Inline | Workers, list[Tensor], Any]:
         """The running stages, a batch's tensors and its target; what can be refused is refused first."""
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
@@ -492,7 +482,7 @@ class Trainer:
             self._run = self._start()
         return self._run, tensors, target
 
-    def _start(self) -> Running:
+    def _start(self) -> Inline | Workers:
         """Start the stages."""
         programs = self._compiled.programs(self._owner.loss)
         self._wiring, self._eval_wiring = programs[0].train, programs[0].evaluate
@@ -501,7 +491,7 @@ class Trainer:
         self._seed = self._base_seed(len(programs), resumes=resume is not None)
         kind = self._executor_kind
         if kind == "inline" or (kind == "auto" and len(programs) == 1):
-            run: Running = Inline(programs, self._stage_config, seed=self._seed, record=self._record)
+            run: Inline | Workers = Inline(programs, self._stage_config, seed=self._seed, record=self._record)
         else:
             from .workers import Workers
 
@@ -532,7 +522,7 @@ class Trainer:
             torch.manual_seed(seed)
         return None
 
-    def _hand_over(self, run: Running, state: RunState) -> None:
+    def _hand_over(self, run: Inline | Workers, state: RunState) -> None:
         """Bring the stages to a loaded state."""
         if self._seed is not None and state.counters["seed"] is not None:
             self._seed = state.counters["seed"]
@@ -550,6 +540,22 @@ class Trainer:
 
     def _counters(self) -> dict[str, Any]:
         return {**self._history.export(), "updates": self._joiner.updates, "seed": self._seed}
+
+
+class _Rescued:
+    """Around what stages do: what was trained is in the model also when one has failed."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        run = self.trainer._run
+        if isinstance(error, WorkerError) and run is not None:
+            for state in run.rescued():
+                self.trainer._owner.take(state)
 
 
 def _refuse_once_only(loader: Iterable[Any], what: str) -> None:
