@@ -7,7 +7,7 @@ multiplied by ``horizon_scale`` (our delay regulator), and may be fractional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Tensors = Sequence[Tensor]
+CACHED = 2**16  # elements
 
 
 @runtime_checkable
@@ -178,21 +179,28 @@ def predict_all(
         for weight, state, target in zip(weights, states, targets, strict=True):
             target.copy_(predictor.predict(weight.detach(), group, state, s))
         return
-    known = [predictor.knows(group, state) for state in states]
-    for formula, which in ((predictor.write, True), (_copy, False)):
-        chosen = [i for i, k in enumerate(known) if k is which]
-        if chosen:
-            formula(
-                [targets[i] for i in chosen],
-                [weights[i] for i in chosen],
-                group,
-                [states[i] for i in chosen],
-                s,
-            )
+    known = [i for i, state in enumerate(states) if predictor.knows(group, state)]
+    if len(known) < len(weights):
+        unknown = sorted(set(range(len(weights))).difference(known))
+        torch._foreach_copy_([targets[i] for i in unknown], [weights[i] for i in unknown])
+    for few in _cached(known, weights):
+        predictor.write(
+            [targets[i] for i in few], [weights[i] for i in few], group, [states[i] for i in few], s
+        )
 
 
-def _copy(targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
-    torch._foreach_copy_(targets, weights)
+def _cached(members: Sequence[int], weights: Tensors) -> Iterator[list[int]]:
+    """Members in groups that a core's cache holds: a formula goes over its tensors several times."""
+    few: list[int] = []
+    size = 0
+    for i in members:
+        few.append(i)
+        size += weights[i].numel()
+        if size >= CACHED:
+            yield few
+            few, size = [], 0
+    if few:
+        yield few
 
 
 BY_NAME: dict[str, Callable[[type[Optimizer]], Predictor]] = {

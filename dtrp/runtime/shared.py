@@ -49,6 +49,7 @@ from .links import Channel, Kind, LostStage, Message
 KINDS: tuple[str, ...] = get_args(Kind)
 MOST_BEHIND = 4096  # bytes of a payload that travel with the note; shared memory is no faster for so few
 CALLER = -1
+CHUNK = 1 << 16  # bytes read at once
 
 
 class Line(NamedTuple):
@@ -82,16 +83,18 @@ def _high(descriptor: int) -> int:
     return high
 
 
-class _End:
-    """One end of a line."""
+Wait = Callable[[socket.socket, int], None]
 
-    def __init__(
-        self, peer: int, descriptor: int, memory: int, wait: Callable[[socket.socket, int], None]
-    ) -> None:
+
+class _End:
+    """One end of a line. Without ``wait`` its socket blocks; with it, ``wait`` is called instead."""
+
+    def __init__(self, peer: int, descriptor: int, memory: int, wait: Wait | None) -> None:
         self.peer, self.memory, self.wait = peer, memory, wait
         self.socket = socket.socket(fileno=descriptor)
-        self.socket.setblocking(False)
+        self.socket.setblocking(wait is None)
         self.mapped = torch.empty(0, dtype=torch.uint8)
+        self.read = bytearray()  # and not used yet
 
     def map(self, size: int) -> torch.Tensor:
         """The memory, at least so many bytes of it."""
@@ -109,29 +112,28 @@ class _End:
             try:
                 view = view[self.socket.send(view) :]
             except BlockingIOError:
+                assert self.wait is not None
                 self.wait(self.socket, select.POLLOUT)
             except OSError as e:
                 raise LostStage(self.peer, str(e)) from None
 
-    def read(self, size: int, *, at_once: bool = False) -> bytearray:
-        """So many bytes; ``at_once``: up to so many, those that are there."""
-        data = bytearray(size)
-        view = memoryview(data)
-        got = 0
-        while got < size:
+    def fetch(self, *, at_once: bool = False) -> bool:
+        """Read what is there, at least something unless ``at_once``; whether anything was."""
+        while True:
             try:
-                more = self.socket.recv_into(view[got:])
+                data = self.socket.recv(CHUNK, socket.MSG_DONTWAIT if at_once else 0)
             except BlockingIOError:
                 if at_once:
-                    break
+                    return False
+                assert self.wait is not None
                 self.wait(self.socket, select.POLLIN)
                 continue
             except OSError as e:
                 raise LostStage(self.peer, str(e)) from None
-            if more == 0:
+            if not data:
                 raise LostStage(self.peer, "it was closed")
-            got += more
-        return data if got == size else data[:got]
+            self.read += data
+            return True
 
     def close(self) -> None:
         self.socket.close()
@@ -178,10 +180,9 @@ class _Sender(_End):
 
     def _place(self, size: int) -> int:
         """A place of at least so many bytes, which nobody reads any more."""
-        self.free += self.read(256, at_once=True)
-        while not self.free and len(self.places) == self.most:
-            self.wait(self.socket, select.POLLIN)
-            self.free += self.read(256, at_once=True)
+        while self.fetch(at_once=bool(self.free) or len(self.places) < self.most):
+            self.free += self.read
+            self.read.clear()
         fitting = [p for p in self.free if self.places[p][1] >= size]
         if fitting:
             place = min(fitting, key=lambda p: self.places[p][1])
@@ -205,9 +206,16 @@ class _Receiver(_End):
         super().__init__(*args)
         self.forms: dict[int, Form] = {}
 
+    def _next(self, size: int) -> bytearray:
+        while len(self.read) < size:
+            self.fetch()
+        data = self.read[:size]
+        del self.read[:size]
+        return data
+
     def receive(self) -> tuple[int, Message]:
-        note = Note._make(NOTE.unpack(self.read(NOTE.size)))
-        behind = memoryview(self.read(note.behind))
+        note = Note._make(NOTE.unpack(self._next(NOTE.size)))
+        behind = memoryview(self._next(note.behind))
         if note.flags & NEW_FORM:
             (length,) = struct.unpack_from("<I", behind)
             self.forms[note.form] = unpack_form(behind[4 : 4 + length])
@@ -235,13 +243,6 @@ class _Receiver(_End):
         return note.kind, Message(note.slot, values, bool(note.flags & SKIP), note.scale)
 
 
-def wait_forever(sock: socket.socket, event: int) -> None:
-    """Until the socket is ready, or its other end is closed."""
-    poll = select.poll()
-    poll.register(sock, event)
-    poll.poll()
-
-
 class SharedLinks:
     """One process's ends of its lines.
 
@@ -251,8 +252,8 @@ class SharedLinks:
         The stage, or `CALLER`.
     lines : sequence of Line
         Those that begin or end here. Descriptors of the other ends are not open here.
-    wait : callable
-        Waits for a socket.
+    wait : callable, optional
+        Waits for a socket, for whom it must not block.
     most : mapping of int to int, optional
         Places of the lines to these targets, where it is not the usual number.
     """
@@ -262,7 +263,7 @@ class SharedLinks:
         me: int,
         lines: list[Line],
         *,
-        wait: Callable[[socket.socket, int], None] = wait_forever,
+        wait: Wait | None = None,
         most: int | None = None,
     ) -> None:
         self.me = me
@@ -270,7 +271,7 @@ class SharedLinks:
         self._receivers: dict[int, _Receiver] = {}
         for line in lines:
             if line.source == me:
-                places = most or abs(line.target - line.source) + 2
+                places = min(most or abs(line.target - line.source) + 2, 255)
                 self._senders[line.target] = _Sender(line.target, line.sends, line.memory, wait, most=places)
             else:
                 self._receivers[line.source] = _Receiver(line.source, line.receives, line.memory, wait)
@@ -301,7 +302,8 @@ class SharedLinks:
         self._inboxes[channel].append(message)
 
     def waiting(self) -> int:
-        return sum(map(len, self._inboxes.values())) + len(self._readable.poll(0))
+        kept = sum(map(len, self._inboxes.values())) + sum(bool(r.read) for r in self._receivers.values())
+        return kept + len(self._readable.poll(0))
 
     def close(self, *, but: int | None = None) -> None:
         """Close all ends (``but`` those to one process): whoever waits for this process hears of it."""
