@@ -117,7 +117,7 @@ def test_stopped(nothing_left: None) -> None:
         os.kill(processes(t)[0], signal.SIGSTOP)
         with pytest.raises(
             dtrp.WorkerError,
-            match=r"stage 0 has not answered for \d+ s \(watchdog=1.5 s\); last heard of it: ",
+            match=r"stage 0 has shown no sign of life for \d+ s \(watchdog=1.5 s\); last heard of it: ",
         ):
             feed_large(t)
 
