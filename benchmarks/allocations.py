@@ -7,9 +7,8 @@ processes, and a value on its way belongs to nobody.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,34 +16,34 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils import _pytree as pytree
 
-from dtrp.runtime.links import InlineLinks
+from dtrp.runtime.links import QueueLinks
 from dtrp.runtime.ports import Ports
-from dtrp.runtime.stage import StageRunner
+from dtrp.runtime.stage import Stage
 from dtrp.wiring import CALLER
 
 _OWNER = "owner "
 _NOBODY = -1
 
 
-def peaks(train: Callable[[], Sequence[StageRunner]]) -> list[int]:
+def peaks(train: Callable[[], Sequence[Stage]]) -> list[int]:
     """Bytes that each stage had allocated at its fullest moment while ``train`` ran, weights included.
 
     ``train`` runs an inline trainer from its first batch on, and gives its stages.
     """
     patches = (
-        (StageRunner, "begin", _owned),
-        (StageRunner, "finish", _owned),
+        (Stage, "run", _owned),
+        (Stage, "drain", _owned),
         (Ports, "arrivals", _arrivals),
-        (InlineLinks, "send", _send),
-        (InlineLinks, "receive", _receive),
+        (QueueLinks, "send", _send),
+        (QueueLinks, "take", _take),
     )
     with ExitStack() as stack:
         for of, method, wrap in patches:
             stack.enter_context(mock.patch.object(of, method, wrap(getattr(of, method))))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            runners = train()
+            stages = train()
     owner: dict[int, int] = {}
-    now = [_weights(runner) for runner in runners]
+    now = [_weights(stage) for stage in stages]
     most = list(now)
     for stage, pointer, size in sorted_allocations(profiler):
         if size > 0:
@@ -72,32 +71,40 @@ def sorted_allocations(profiler: Any) -> list[tuple[int, int, int]]:
 
 
 def _owned(method: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(runner: StageRunner, *args: Any) -> Any:
-        with record_function(f"{_OWNER}{runner.stage}"):
-            return method(runner, *args)
+    """A stage works step by step, and others work between its steps."""
+
+    def wrapped(stage: Stage, *args: Any, **kwargs: Any) -> Generator[None, None, Any]:
+        steps = method(stage, *args, **kwargs)
+        while True:
+            with record_function(f"{_OWNER}{stage.stage}"):
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value
+            yield
 
     return wrapped
 
 
 def _send(send: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(links: InlineLinks, channel: Any, message: Any) -> None:
+    def wrapped(links: QueueLinks, channel: Any, message: Any) -> None:
         with record_function(f"{_OWNER}{_NOBODY}"):
-            send(links, channel, replace(message, values=_copied(message.values)))
+            send(links, channel, message._replace(values=_copied(message.values)))
 
     return wrapped
 
 
-def _receive(receive: Callable[..., Any]) -> Callable[..., Any]:
+def _take(take: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any) -> Any:
-        message = receive(*args)
-        return replace(message, values=_copied(message.values))
+        message = take(*args)
+        return None if message is None else message._replace(values=_copied(message.values))
 
     return wrapped
 
 
 def _arrivals(arrivals: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(*args: Any) -> Any:
-        values = arrivals(*args)  # those of other stages are copies already
+    def wrapped(*args: Any, **kwargs: Any) -> Generator[None, None, Any]:
+        values = yield from arrivals(*args, **kwargs)  # those of other stages are copies already
         return {s: _copied(v) if s.stage == CALLER else v for s, v in values.items()}
 
     return wrapped
@@ -107,6 +114,6 @@ def _copied(values: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), values)
 
 
-def _weights(runner: StageRunner) -> int:
-    tensors = [*runner.module.parameters(), *runner.module.buffers()]
+def _weights(stage: Stage) -> int:
+    tensors = [*stage.module.parameters(), *stage.module.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

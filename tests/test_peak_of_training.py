@@ -15,6 +15,8 @@ from torch import nn
 import dtrp
 from dtrp.partitioner.stage_cost import stage_costs
 
+from .runtime.inside import stages
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "allocations.py"
 
 
@@ -46,7 +48,7 @@ def test_predicted_peaks_come_true(recompute: bool, horizon: str, allocations: M
             for _ in range(8):
                 trainer.step(x, y)
             trainer.flush()
-            return trainer._executor.runners
+            return stages(trainer)
 
         measured = allocations.peaks(train)
     for cost, peak in zip(predicted, measured, strict=True):

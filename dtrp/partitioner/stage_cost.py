@@ -20,11 +20,10 @@ computing, receiving and sending. On the CPU the same cores do all three, so tha
 their way back included (`overlaps`).
 
 Planning adds up the memory as in the table; `stage_costs` simulates G + A instead, storage by storage (see
-`pass_peak`). The G in brackets is a copy for predicted weights, there if the backward pass is on such: not
-in a recomputing stage whose first forward alone predicts, which is rid of them before. A counts no stage
-inputs (they are I), so a stage that keeps its graphs has both. An update sweeps over the trainable parameters
-3 + 2o times (weight, gradient and state read, weight and state written), a prediction 2 + o times (weight and
-state read, prediction written).
+`pass_peak`). The G in brackets is a copy for predicted weights, which a stage that predicts keeps for good.
+A counts no stage inputs (they are I), so a stage that keeps its graphs has both. An update sweeps over the
+trainable parameters 3 + 2o times (weight, gradient and state read, weight and state written), a prediction
+2 + o times (weight and state read, prediction written).
 
 Two sides use this: `stage_models` puts it as weights on node attributes, which is what planning needs, and
 `stage_costs` evaluates a given assignment exactly (parameters that several stages hold, inputs that several
@@ -64,12 +63,8 @@ def predictions(k: int, n_stages: int, *, recompute: bool, predicts: bool, horiz
 
 
 def _copies(passes: int, *, recomputes: bool, is_last: bool) -> int:
-    """How many sets of predicted weights are there at the fullest moment, which is in the backward pass.
-
-    A recomputing stage that predicts for its first forward only is rid of them by then; one that keeps its
-    graphs has stashed them.
-    """
-    return int(passes > (0 if is_last else 1) and (recomputes or is_last))
+    """How many sets of predicted weights a stage holds; one that keeps its graphs has stashed them."""
+    return int(passes > 0 and (recomputes or is_last))
 
 
 def stage_models(

@@ -131,6 +131,11 @@ class Inline:
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """A method of every `Stage`, after all rounds so far, all with the same arguments; in stage order."""
+        if self.failure is None:
+            with self._as_in_workers():
+                while any(self._jobs) or any(self._running):
+                    if not self._sweep():
+                        break
         results = []
         for stage in self.stages:
             with self._told_by(stage.stage):

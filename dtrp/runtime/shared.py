@@ -138,6 +138,7 @@ class _End:
     def close(self) -> None:
         self.socket.close()
         os.close(self.memory)
+        self.mapped = torch.empty(0, dtype=torch.uint8)  # a traceback may hold this end much longer
 
 
 class _Sender(_End):
@@ -173,6 +174,7 @@ class _Sender(_End):
             memory = self.map(start + size)
             for offset, row in zip(starts, parcel.payload, strict=True):
                 memory[start + offset : start + offset + row.numel()].copy_(row)
+            del memory  # an error below must not keep it
         where = BEHIND if place == BEHIND else self.places[place][0] << 8 | place
         self.write(
             NOTE.pack(kind, flags, form, message.slot, where, size, len(behind), message.scale) + behind

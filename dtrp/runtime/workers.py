@@ -96,7 +96,7 @@ class Workers:
         self._ready: set[int] = set()
         setups = _pickled(programs, config, seed, record)
         with interrupts.held():
-            self.crew = Processes(programs, config, self._wait)
+            self.crew = Processes(programs, config, _weak(self._wait))
             self._kill = weakref.finalize(self, Processes.kill, self.crew)
         self._watch = Watch(self.crew.page, self.n_stages, max(watchdog, STARTUP))
         try:
@@ -546,6 +546,18 @@ def _pickled(
             f"a stage, loss_fn, optimizer or scheduler cannot be sent to a worker process: {e}. Avoid open "
             f"files, locks and generators in them, or use executor='inline'"
         ) from e
+
+
+def _weak(method: Any) -> Any:
+    """A method that does not keep its object: else a trainer that is dropped would never end its workers."""
+    found = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        bound = found()
+        assert bound is not None
+        return bound(*arguments)
+
+    return call
 
 
 def _is_open(descriptor: int) -> bool:

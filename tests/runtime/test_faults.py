@@ -25,6 +25,7 @@ from torch import Tensor
 
 import dtrp
 
+from .inside import processes
 from .toys import batches, compiled, mlp, same, trainer
 
 SOON = 30.0  # seconds; generous, for a busy machine
@@ -54,10 +55,6 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 
 def workers(**knobs: Any) -> Any:
     return trainer(compiled(mlp(3)), "workers", **knobs)
-
-
-def pids(t: Any) -> list[int]:
-    return [m.process.pid for m in t._executor.crew.members]
 
 
 def feed_until_it_fails(t: Any, n: int = 400) -> None:
@@ -104,7 +101,7 @@ def feed_until_it_fails_at_three(t: Any) -> None:
 def test_killed(nothing_left: None) -> None:
     with workers() as t:
         t.step(*batches(1)[0])
-        os.kill(pids(t)[0], signal.SIGKILL)
+        os.kill(processes(t)[0], signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(dtrp.WorkerError, match="stage 0's process died: killed by SIGKILL;") as caught:
             feed_until_it_fails(t)
@@ -117,10 +114,10 @@ def test_stopped(nothing_left: None) -> None:
     with workers(watchdog=1.5) as t:
         t.step(*batches(1)[0])
         t.flush()
-        os.kill(pids(t)[0], signal.SIGSTOP)
+        os.kill(processes(t)[0], signal.SIGSTOP)
         with pytest.raises(
             dtrp.WorkerError,
-            match=r"stage 0 has not answered for \d+ s \(watchdog=1.5 s\); last heard of it: ",
+            match=r"stage 0 has shown no sign of life for \d+ s \(watchdog=1.5 s\); last heard of it: ",
         ):
             feed_large(t)
 
@@ -162,7 +159,7 @@ def test_out_of_memory(nothing_left: None) -> None:
 def test_a_trainer_that_was_dropped(nothing_left: None) -> None:
     t = workers()
     t.step(*batches(1)[0])
-    assert all(psutil.pid_exists(p) for p in pids(t))
+    assert all(psutil.pid_exists(p) for p in processes(t))
     del t
 
 
@@ -202,12 +199,13 @@ def gone(process_ids: list[int]) -> bool:
 
 
 FOREVER = """
+    from tests.runtime.inside import entered, processes
     from tests.runtime.toys import batches, compiled, mlp, trainer
     import torch
     model = mlp(3)
     with trainer(compiled(model), "workers") as t:
         t.step(*batches(1)[0])
-        print(*(m.process.pid for m in t._executor.crew.members))
+        print(*processes(t))
         while True:
             for x, y in batches(50):
                 t.step(x, y)
@@ -229,17 +227,18 @@ def test_the_caller_was_killed(tmp_path: Path) -> None:
 INTERRUPTED = """
     import signal, sys
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    from tests.runtime.inside import entered, processes
     from tests.runtime.toys import batches, compiled, mlp, trainer
     import torch
     model = mlp(3)
     try:
         with trainer(compiled(model), "workers") as t:
             t.step(*batches(1)[0])
-            print(*(m.process.pid for m in t._executor.crew.members))
+            print(*processes(t))
             while True:
                 t.step(*batches(1)[0])
     except KeyboardInterrupt:
-        seen = {"model": model.state_dict(), "batches": t._ledger.entered, "losses": t.losses}
+        seen = {"model": model.state_dict(), "batches": entered(t), "losses": t.losses}
         torch.save(seen, sys.argv[0] + ".pt")
         print("interrupted")
     """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrp.runtime.predictors import BY_NAME, Auto, check_predictor, make_predictor, needs_previous
+from dtrp.runtime.predictors import BY_NAME, check_predictor, make_predictor, needs_previous, predict_all
 
 
 def trained(optimizer: Any, **options: Any) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -44,7 +44,7 @@ def test_geometric_with_momentum_one_is_its_limit() -> None:
     weight, made = trained(torch.optim.SGD, lr=0.1, momentum=0.5)
     near, limit = ({**made.param_groups[0], "momentum": m} for m in (1 - 1e-9, 1.0))
     state = made.state[weight]
-    geometric = BY_NAME["geometric"]()
+    geometric = make_predictor("geometric", torch.optim.SGD)
     torch.testing.assert_close(
         geometric.predict(weight.detach(), near, state, 3.0),
         geometric.predict(weight.detach(), limit, state, 3.0),
@@ -107,8 +107,7 @@ def test_before_the_first_update_nothing_is_predicted(name: str) -> None:
 )
 def test_auto_goes_by_the_optimizer(optimizer: Any, chosen: str) -> None:
     auto = make_predictor("auto", optimizer)
-    assert isinstance(auto, Auto)
-    assert type(auto.chosen).__name__ == chosen
+    assert type(auto).__name__ == chosen
     assert needs_previous(auto) == (chosen == "Difference")
 
 
@@ -125,3 +124,34 @@ def test_unknown_predictors_are_refused() -> None:
         check_predictor("quadratic")
     with pytest.raises(TypeError, match=r"a name or an object with predict\(weight, group, state, s\)"):
         check_predictor(object())
+
+
+class Backwards:
+    """A user's own predictor: one tensor at a time."""
+
+    def predict(self, weight: torch.Tensor, group: Any, state: Any, s: float) -> torch.Tensor:
+        return weight - s * group["lr"]
+
+
+@pytest.mark.parametrize("predictor", [*BY_NAME, Backwards()])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_many_tensors_at_once_are_what_each_is_alone(kind: Any, predictor: Any) -> None:
+    """Among them some without gradient so far, and some that have been stepped less often than others."""
+    torch.manual_seed(0)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {"weight_decay": 0.1}
+    weights = [nn.Parameter(torch.randn(n, 3)) for n in (1, 4, 2, 5)]
+    made = kind(weights, lr=0.1, **options)
+    for step in range(4):
+        for i, w in enumerate(weights):
+            w.grad = torch.randn_like(w) if i < 3 and step >= i else None
+        made.step()
+    states = [{**made.state.get(w, {}), "previous": w.detach() - 0.1} for w in weights]
+    group = made.param_groups[0]
+    chosen = make_predictor(predictor, kind)
+    targets = [torch.full_like(w, 9.0) for w in weights]
+    before = [w.detach().clone() for w in weights]
+    predict_all(chosen, weights, group, states, 1.5, targets)
+    for w, state, target, was in zip(weights, states, targets, before, strict=True):
+        assert torch.equal(w, was)
+        alone = chosen.predict(w.detach(), group, state, 1.5)
+        assert torch.equal(target, alone)

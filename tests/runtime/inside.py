@@ -1,0 +1,52 @@
+"""What tests and benchmarks look at inside a trainer, in one place: nothing else may know how it is built."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dtrp.runtime import workers
+from dtrp.runtime.inline import Inline
+from dtrp.runtime.shared import SharedLinks, open_line, wait_forever
+from dtrp.runtime.stage import Stage
+from dtrp.runtime.workers import Workers
+
+
+def stages(trainer: Any) -> list[Stage]:
+    """The stages of a run in this process."""
+    assert isinstance(trainer._run, Inline)
+    return trainer._run.stages
+
+
+def processes(trainer: Any) -> list[int]:
+    """The process of each stage of a run in worker processes."""
+    assert isinstance(trainer._run, Workers)
+    return [process.pid for process in trainer._run.crew.processes]
+
+
+def entered(trainer: Any) -> int:
+    """Mini-batches that have gone into the pipeline."""
+    count: int = trainer._history.entered
+    return count
+
+
+def refuse_workers(patch: pytest.MonkeyPatch) -> None:
+    """Make starting a worker process an error."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a worker was started")
+
+    patch.setattr(workers, "Processes", refuse)
+
+
+def both_ends(
+    most: int | None = None, wait: Callable[[socket.socket, int], None] = wait_forever
+) -> tuple[SharedLinks, SharedLinks]:
+    """Stages 0 and 1 with a line in each direction, as two processes have them: descriptors of their own."""
+    there, back = open_line(0, 1), open_line(1, 0)
+    mine = [line._replace(memory=os.dup(line.memory)) for line in (there, back)]
+    return SharedLinks(0, mine, most=most, wait=wait), SharedLinks(1, [there, back], most=most, wait=wait)
