@@ -204,8 +204,8 @@ def _pairs(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
 
 
 def hold_standard_descriptors() -> None:
-    """Where stdin, stdout or stderr are closed, as in daemons, they are the null device from now on, for good:
-    else the next file or memory that anybody opens is what libraries print into."""
+    """Where stdin, stdout or stderr are closed, as in daemons, they are the null device from now on: else the
+    next file or memory that anybody opens is what libraries print into."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

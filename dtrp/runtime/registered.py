@@ -84,8 +84,8 @@ class Registered:
             if where is None or not importable(where):
                 raise TypeError(
                     f"operator '{name}' is registered (torch.library.define, impl) where a worker process "
-                    f"cannot import it: {where or 'in the script'}. Register it with torch.library.custom_op, "
-                    f"or in a module of its own that the script imports, or use executor='inline'"
+                    f"cannot import it: {where or 'in the script'}. Register it with "
+                    f"torch.library.custom_op, or in a module of its own that the script imports, or use executor='inline'"
                 )
             if where != "torch":
                 imports[where] = None
@@ -94,8 +94,8 @@ class Registered:
         except Exception as e:
             raise TypeError(
                 f"an operator ({', '.join(ours)}) or pytree node that the script has registered cannot be "
-                f"sent to a worker process: {e}. Register it in a module of its own that the script imports, or use "
-                f"executor='inline'"
+                f"sent to a worker process: {e}. Register it in a module of its own that the script imports, "
+                f"or use executor='inline'"
             ) from e
         return cls(tuple(imports), tuple(Operator.of(n, op) for n, op in ours.items()), functions)
 

@@ -40,7 +40,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if module is not None and not known and not importable(name):
                 cloudpickle.register_pickle_by_value(module)
                 self.by_value.add(module)
-        if type(obj) is CustomOpDef and OPDEFS.get(obj._qualname) is obj:
+        if type(obj) is CustomOpDef and obj._qualname in OPDEFS:
             return _operator, (obj._qualname,)  # workers know it (registered.py)
         if type(obj) is Tensor and not obj.is_sparse and not obj.is_quantized and not obj.is_meta:
             plain = canonical(obj.detach().cpu())

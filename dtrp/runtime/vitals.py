@@ -113,11 +113,12 @@ class Watch:
             busy = [k for k, s in enumerate(signs) if not s.waits and s.phase != "idle"]
             if busy:
                 return busy[0], (
-                    f"stage {busy[0]} has not computed for {late_by:.0f} s (watchdog={self.limit:g} s), in the "
-                    f"middle of its work: its code waits for something, a lock or a connection ({phases})"
+                    f"stage {busy[0]} has not computed for {late_by:.0f} s (watchdog={self.limit:g} s), in "
+                    f"the middle of its work: its code waits for something, a lock or a connection ({phases})"
                 )
             return next(k for k, s in enumerate(signs) if s.waits), (
-                f"the stages have waited for each other for {late_by:.0f} s (watchdog={self.limit:g} s): {phases}"
+                f"the stages have waited for each other for {late_by:.0f} s (watchdog={self.limit:g} s): "
+                f"{phases}"
             )
         return None
 
