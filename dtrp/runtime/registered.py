@@ -85,7 +85,8 @@ class Registered:
                 raise TypeError(
                     f"operator '{name}' is registered (torch.library.define, impl) where a worker process "
                     f"cannot import it: {where or 'in the script'}. Register it with "
-                    f"torch.library.custom_op, or in a module of its own that the script imports, or use executor='inline'"
+                    f"torch.library.custom_op, or in a module of its own that the script imports, or use "
+                    f"executor='inline'"
                 )
             if where != "torch":
                 imports[where] = None

@@ -10,7 +10,6 @@ import io
 import os
 import pickle
 import sys
-import threading
 from functools import cache
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from types import FunctionType, ModuleType
@@ -22,9 +21,8 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS, CustomOpDef
 from torch.utils import _pytree as pytree
 
+from ..exclusive import EXCLUSIVE
 from .links import canonical, dense_order, flat_bytes
-
-_registry = threading.RLock()  # cloudpickle's list of modules that travel by value is everybody's
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -104,7 +102,7 @@ def dumps(obj: Any) -> bytes:
     have, travel by value."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, protocol=5)
-    with _registry:
+    with EXCLUSIVE:
         try:
             pickler.dump(obj)
         finally:
