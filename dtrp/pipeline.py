@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import DtrpError
+from .exclusive import EXCLUSIVE
 from .loss_check import check_scalar_loss
 from .partitioner.capture.fits import Fits
 from .partitioner.compiler import Compiled, Request, compile_model, threads_per_stage
@@ -377,9 +378,10 @@ class Pipeline:
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for a call with these arguments, unless planned already."""
-        if self._compiled is None:
-            self._compiled = compile_model(self.model, self._request, args, kwargs)
-            self._example = keep_example(self.bind(args, kwargs))
+        with EXCLUSIVE:
+            if self._compiled is None:
+                self._compiled = compile_model(self.model, self._request, args, kwargs)
+                self._example = keep_example(self.bind(args, kwargs))
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of one call, in the order of the wiring's model inputs.
@@ -390,14 +392,16 @@ class Pipeline:
             They do not fit the example that was compiled for.
         """
         tensors = self._planned.captured.signature.flatten(args, kwargs)
-        if self._fits is None:
-            self._fits = Fits(self._planned.captured)
-        self._fits.check(tensors, args, kwargs, self.model.training)
+        with EXCLUSIVE:  # a call of another shape may be traced
+            if self._fits is None:
+                self._fits = Fits(self._planned.captured)
+            self._fits.check(tensors, args, kwargs, self.model.training)
         return tensors
 
     def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
         """Refuse a loss that is no scalar, on fake tensors."""
-        check_scalar_loss(self._planned.captured, config.loss_fn, inputs, target)
+        with EXCLUSIVE:
+            check_scalar_loss(self._planned.captured, config.loss_fn, inputs, target)
 
     def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""

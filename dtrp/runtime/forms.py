@@ -108,7 +108,7 @@ def put_together(form: Form, behind: memoryview, fill: Callable[[list[Tensor]], 
         kind = spec[0]
         if kind == "t":
             _, dtype, shape, order = spec
-            dense = torch.empty([shape[d] for d in order], dtype=dtype)
+            dense = torch.empty([shape[d] for d in order], dtype=dtype, device="cpu")
             rows.append(
                 dense.reshape(-1).view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
             )

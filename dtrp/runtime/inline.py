@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import DtrpError, WorkerError
+from ..exclusive import EXCLUSIVE
 from .batch import Feed, Loss, Skip
 from .config import TrainConfig
 from .evaluation import Measure
@@ -162,7 +163,7 @@ class Inline:
         generators left alone."""
         before = torch.get_num_threads()
         threads = self.config.threads if len(self.stages) > 1 else before
-        with preserved(s.program.device for s in self.stages) if self._draws else nullcontext():
+        with EXCLUSIVE, preserved(s.program.device for s in self.stages) if self._draws else nullcontext():
             if before != threads:
                 torch.set_num_threads(threads)
             try:

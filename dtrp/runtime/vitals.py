@@ -1,7 +1,9 @@
 """Signs of life of worker processes: a page of shared memory that a thread of each writes.
 
-A thread, because the stage itself may compute for minutes. Two things are told apart: a process that shows no
-sign of life (stopped, out of memory), and processes that are all alive and wait for each other for ever.
+A thread, because the stage itself may compute for minutes. Three things are told apart: a process that shows
+no sign of life (stopped, out of memory); processes that are alive and wait for each other for ever; and one
+that is alive and in the middle of its work, but waits for something else, since it takes no processor time (a
+lock that nobody gives back, a connection).
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 PACE = 0.25  # seconds between signs of life
 SIZE = 256  # bytes for each process
-HEAD = struct.Struct("<QQ?")  # beats, things done, whether it waits for another stage
+HEAD = struct.Struct("<QQd?")  # beats, things done, processor time, whether it waits for another stage
+WORKING = 0.01  # of a processor: who takes less does not compute
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Sign:
 
     beats: int
     done: int
+    cpu: float  # seconds of processor time, without those of the thread that writes this
     waits: bool
     phase: str
 
@@ -38,14 +42,16 @@ class Page:
         self.memory = mmap.mmap(descriptor, n * SIZE)
 
     def write(self, k: int, sign: Sign) -> None:
-        data = HEAD.pack(sign.beats, sign.done, sign.waits) + sign.phase.encode()[: SIZE - HEAD.size]
+        data = (
+            HEAD.pack(sign.beats, sign.done, sign.cpu, sign.waits) + sign.phase.encode()[: SIZE - HEAD.size]
+        )
         self.memory[k * SIZE : (k + 1) * SIZE] = data.ljust(SIZE, b"\0")
 
     def read(self, k: int) -> Sign:
         data = self.memory[k * SIZE : (k + 1) * SIZE]
         phase = data[HEAD.size :].rstrip(b"\0").decode(errors="replace")
-        beats, done, waits = HEAD.unpack_from(data)
-        return Sign(beats, done, waits, phase)
+        beats, done, cpu, waits = HEAD.unpack_from(data)
+        return Sign(beats, done, cpu, waits, phase)
 
 
 def show_life(
@@ -58,7 +64,8 @@ def show_life(
         beats = 0
         while True:
             beats += 1
-            page.write(k, Sign(beats, *look()))
+            done, waits, phase = look()
+            page.write(k, Sign(beats, done, time.process_time() - time.thread_time(), waits, phase))
             if os.getppid() != parent:
                 gone()
             time.sleep(PACE)
@@ -74,19 +81,21 @@ class Watch:
         self.looked = time.monotonic()
         self.signs: list[Sign] = [page.read(k) for k in range(n)]
         self.lived = [self.looked] * n  # when each last showed life
-        self.moved = self.looked  # when any last did something
+        self.moved = self.looked  # when any last did something, or none had anything to do
+        self.then = self.signs  # what they said at that moment
 
     def look(self) -> tuple[int, str] | None:
         """The stage that is to blame, and why; ``None`` while all is well."""
         now = time.monotonic()
         signs = [self.page.read(k) for k in range(self.n)]
         if now - self.looked > max(2.0, self.limit / 2):  # nobody looked, or this process was stopped, too
-            self.lived, self.moved = [now] * self.n, now
+            self.lived, self.moved, self.then = [now] * self.n, now, signs
         for k, (old, new) in enumerate(zip(self.signs, signs, strict=True)):
             if new.beats != old.beats:
                 self.lived[k] = now
-        if not _stuck(signs) or [s.done for s in signs] != [s.done for s in self.signs]:
-            self.moved = now
+        idle = all(s.phase == "idle" for s in signs)
+        if idle or [s.done for s in signs] != [s.done for s in self.then]:
+            self.moved, self.then = now, signs
         self.looked, self.signs = now, signs
         late = min(range(self.n), key=lambda k: self.lived[k])
         if now - self.lived[late] > self.limit:
@@ -95,16 +104,25 @@ class Watch:
                 f"(watchdog={self.limit:g} s); last heard of it: {signs[late].phase}. Its process may be "
                 f"stopped or out of memory"
             )
-        if now - self.moved > self.limit:
-            first = next(k for k, s in enumerate(signs) if s.waits)
+        late_by = now - self.moved
+        if late_by > self.limit:
+            if any(self._works(k, late_by) for k in range(self.n)):
+                self.moved, self.then = now, signs
+                return None
             phases = "; ".join(f"stage {k}: {s.phase}" for k, s in enumerate(signs))
-            return first, (
-                f"the stages have waited for each other for {now - self.moved:.0f} s (watchdog="
-                f"{self.limit:g} s): {phases}"
+            busy = [k for k, s in enumerate(signs) if not s.waits and s.phase != "idle"]
+            if busy:
+                return busy[0], (
+                    f"stage {busy[0]} has not computed for {late_by:.0f} s (watchdog={self.limit:g} s), in "
+                    f"the middle of its work: its code waits for something, a lock or a connection ({phases})"
+                )
+            return next(k for k, s in enumerate(signs) if s.waits), (
+                f"the stages have waited for each other for {late_by:.0f} s (watchdog={self.limit:g} s): "
+                f"{phases}"
             )
         return None
 
-
-def _stuck(signs: Sequence[Sign]) -> bool:
-    """Whether nobody works and somebody waits for another stage."""
-    return any(s.waits for s in signs) and all(s.waits or s.phase == "idle" for s in signs)
+    def _works(self, k: int, seconds: float) -> bool:
+        """Whether stage k has computed in the last so many seconds, in which it has finished nothing."""
+        old, new = self.then[k], self.signs[k]
+        return not new.waits and new.phase != "idle" and new.cpu - old.cpu > WORKING * seconds

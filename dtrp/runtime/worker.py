@@ -1,21 +1,13 @@
 """A worker process: one stage, told what to do over a private line.
 
 Batches and commands come in one order over the line from the caller. What the stage has to say goes back over
-a socket, as pickles with their lengths before them.
+a socket (voice.py).
 """
 
 from __future__ import annotations
 
-import io
-import json
-import logging
 import os
 import pickle
-import socket
-import struct
-import sys
-import threading
-import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -25,37 +17,35 @@ from torch.utils import _pytree as pytree
 
 from .batch import Feed, Update
 from .config import TrainConfig
+from .environment import Environment
 from .links import LostStage, Message
 from .program import StageProgram
 from .random import set_random_state
+from .registered import Registered
 from .shared import CALLER, Line, SharedLinks
 from .stage import Stage
-from .transfer import dumps
+from .transfer import dumps, loads
 from .vitals import Page, show_life
-
-LENGTH = struct.Struct("<Q")
+from .voice import Voice
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is started with."""
+    """What a worker is started with, once its process is as the caller's."""
 
     program: StageProgram
     config: TrainConfig
     seed: int | None
     record: bool
-    log_level: int  # of the caller's log
     random: Any = None  # the caller's generators, where a single stage draws from them
 
 
 class Worker:
     """Obeys what comes over the line from the caller."""
 
-    def __init__(self, stage: int, n_stages: int, lines: list[Line], replies: int, page: int) -> None:
-        self.index = stage
-        self.links = SharedLinks(stage, lines)
-        self.replies = socket.socket(fileno=replies)
-        self.speaking = threading.Lock()
+    def __init__(self, stage: int, n_stages: int, lines: list[Any], voice: Voice, page: int) -> None:
+        self.links = SharedLinks(stage, [Line(*line) for line in lines])
+        self.voice = voice
         self.stage: Stage | None = None
         self.specs: list[pytree.TreeSpec] = []
         self.failed = False
@@ -69,16 +59,16 @@ class Worker:
 
     def tell(self, *message: Any) -> None:
         """Say something to the caller."""
-        plain = message[0] in ("news", "print", "log", "ready")
-        data = pickle.dumps(message, protocol=5) if plain else dumps(message)
-        with self.speaking:
-            self.replies.sendall(LENGTH.pack(len(data)))
-            self.replies.sendall(data)
+        plain = message[0] in ("news", "ready")
+        self.voice.send(pickle.dumps(message, protocol=5) if plain else dumps(message))
 
     def run(self) -> None:
         """Until told to stop. After a failure only questions are answered."""
         while True:
-            channel, message = self.links.take_any(CALLER)
+            try:
+                channel, message = self.links.take_any(CALLER)
+            except LostStage:
+                return  # the caller is gone
             try:
                 if channel.kind == "feed":
                     self._feed(message)
@@ -93,8 +83,7 @@ class Worker:
                 if self.failed:
                     continue
                 self.failed = True
-                lost = e.stage if isinstance(e, LostStage) else None
-                self.tell("error", f"{type(e).__name__}: {e}", traceback.format_exc(), lost)
+                self.voice.fail(e, e.stage if isinstance(e, LostStage) else None)
                 self.links.close(but=CALLER)  # peers that wait for this stage wait in vain
 
     def _feed(self, message: Message) -> None:
@@ -115,16 +104,22 @@ class Worker:
         """The structure of targets to come."""
         self.specs.append(spec)
 
-    def do_start(self, setup: Setup) -> None:
-        _forward_logs(self, setup.log_level)
-        sys.stdout, sys.stderr = _Printed(self, "stdout"), _Printed(self, "stderr")
+    def do_start(
+        self, environment: Environment, registered: Registered, device: torch.device, setup: bytes
+    ) -> None:
+        environment.apply(device)
+        registered.apply()
+        self._set_up(loads(setup))
+        environment.apply_filters()
+        self.tell("ready")
+
+    def _set_up(self, setup: Setup) -> None:
         torch.set_num_threads(setup.config.threads)
         if setup.random is not None:
             set_random_state(setup.random)
         if setup.program.device.type == "cuda":
             torch.cuda.set_device(setup.program.device)
         self.stage = Stage(setup.program, setup.config, self.links, seed=setup.seed, record=setup.record)
-        self.tell("ready")
 
     def do_drain(self, close_group: bool) -> None:
         assert self.stage is not None
@@ -153,56 +148,3 @@ def _finish(job: Generator[None, None, Any]) -> Any:
     except StopIteration as end:
         return end.value
     raise AssertionError("links between processes wait by themselves")
-
-
-class _Printed(io.TextIOBase):
-    """What is printed here appears at the caller's, line by line."""
-
-    def __init__(self, worker: Worker, name: str) -> None:
-        self.worker, self.name, self.rest = worker, name, ""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        *lines, self.rest = (self.rest + text).split("\n")
-        if lines:
-            self.worker.tell("print", self.name, "".join(f"{line}\n" for line in lines))
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-class _Forwarder(logging.Handler):
-    """Hands log records to the caller's log."""
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__()
-        self.worker = worker
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.worker.tell("log", record.name, record.levelno, self.format(record))
-        except OSError:
-            self.handleError(record)
-
-
-def _forward_logs(worker: Worker, level: int) -> None:
-    root = logging.getLogger()
-    root.addHandler(_Forwarder(worker))
-    root.setLevel(level)
-
-
-def main(boot: str) -> None:
-    """Entry point of a worker process; ``boot``: its place and its descriptors, as JSON."""
-    told = json.loads(boot)
-    lines = [Line(*line) for line in told["lines"]]
-    code = 1
-    try:
-        Worker(told["stage"], told["n_stages"], lines, told["replies"], told["page"]).run()
-        code = 0
-    except (LostStage, OSError):
-        pass  # the caller is gone
-    finally:
-        os._exit(code)  # whatever threads a library has started

@@ -9,19 +9,14 @@ life, and at Ctrl-C.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import pickle
 import select
-import signal
 import socket
-import subprocess
 import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -30,29 +25,23 @@ from ..errors import WorkerError
 from . import interrupts
 from .batch import Feed, Loss, Skip
 from .config import TrainConfig
+from .environment import Environment
 from .evaluation import Measure
 from .forms import Pickled
 from .inline import Results
 from .links import Channel, LostStage, Message
+from .processes import Processes
 from .program import StageProgram
 from .random import random_state
-from .shared import CALLER, SharedLinks, open_line
+from .registered import Registered
+from .shared import CALLER
 from .stats import StageStats
 from .transfer import dumps
-from .vitals import Page, Watch
-from .worker import LENGTH, Setup
+from .vitals import Watch
+from .worker import Setup
 
 log = logging.getLogger("dtrp")
 
-BOOT = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])["path"]
-from dtrp.runtime.worker import main
-main(sys.argv[1])
-"""
-# A tick allocates and frees the same large tensors again and again. glibc hands each back to the system,
-# which clears its pages anew; kept, a stage runs about a fifth faster with the same peak. Set variables win.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 GRACE = 1.5  # seconds in which the first cause of a failure may still come in behind its consequences
 PATIENCE = 5.0  # seconds that workers get to end by themselves, or to say what they have trained
 STARTUP = 300.0  # seconds that a worker may take to import what it needs
@@ -94,14 +83,17 @@ class Workers:
         self._stats: list[StageStats | None] = [None] * self.n_stages
         self._asked: set[int] = set()
         self._ready: set[int] = set()
-        setups = _pickled(programs, config, seed, record)
+        environment = Environment.capture()
         with interrupts.held():
             self.crew = Processes(programs, config, _weak(self._wait))
             self._kill = weakref.finalize(self, Processes.kill, self.crew)
         self._watch = Watch(self.crew.page, self.n_stages, max(watchdog, STARTUP))
         try:
-            for k, setup in enumerate(setups):
-                self._command(k, setup)
+            # Pickled while the processes load torch.
+            setups = _pickled(programs, config, seed, record)
+            registered = Registered.capture(setups)
+            for k, (program, setup) in enumerate(zip(programs, setups, strict=True)):
+                self._command(k, dumps(("start", environment, registered, program.device, setup)))
             while len(self._ready) < self.n_stages:
                 self._listen()
         except BaseException:
@@ -301,14 +293,18 @@ class Workers:
             case ("result", value):
                 self._results.append(value)
             case ("print", name, text):
-                stream = getattr(sys, name)
-                if stream is not None:
-                    stream.write(
-                        "".join(f"[stage {stage}] {line}" for line in text.splitlines(keepends=True))
-                    )
+                lines = (f"[stage {stage}] {line}" for line in text.splitlines(keepends=True))
+                with contextlib.suppress(
+                    AttributeError, OSError, ValueError
+                ):  # there is none, or it is closed
+                    stream = getattr(sys, name)
+                    stream.write("".join(lines))
                     stream.flush()
-            case ("log", name, level, text):
-                logging.getLogger(name).log(level, "[stage %d] %s", stage, text)
+            case ("log", name, level, text, file, line, function):
+                logger = logging.getLogger(name)
+                if logger.isEnabledFor(level):
+                    text = f"[stage {stage}] {text}"
+                    logger.handle(logger.makeRecord(name, level, file, line, text, (), None, function))
             case ("ready",):
                 self._ready.add(stage)
 
@@ -368,179 +364,12 @@ class Workers:
         self.crew.kill()
 
 
-class Processes:
-    """The worker processes: started, heard, ended.
-
-    Parameters
-    ----------
-    programs, config
-        Of the stages.
-    wait : callable
-        What a line does that cannot go on.
-    """
-
-    def __init__(self, programs: Sequence[StageProgram], config: TrainConfig, wait: Any) -> None:
-        n = len(programs)
-        environment = {
-            **KEEP_FREED_MEMORY,
-            **os.environ,
-            "OMP_NUM_THREADS": str(config.threads),
-            "MKL_NUM_THREADS": str(config.threads),
-        }
-        pairs = [(CALLER, k) for k in range(n)] + sorted(_pairs(programs[0], config))
-        lines = [open_line(i, j) for i, j in pairs]
-        board = open_line(CALLER, CALLER)  # of which only the memory is used
-        self.page = Page(board.memory, n)
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.sockets: list[socket.socket] = []
-        self._buffers = [bytearray() for _ in range(n)]
-        self._dead: set[int] = set()
-        mine = [line for line in lines if line.source == CALLER]
-        given: set[int] = {board.sends, board.receives, board.memory}
-        try:
-            for k in range(n):
-                ours, theirs = socket.socketpair()
-                self.sockets.append(ours)
-                ends = {theirs.fileno(), board.memory}
-                for line in lines:
-                    if k in (line.source, line.target):
-                        ends |= {line.memory, line.sends if line.source == k else line.receives}
-                given |= ends
-                boot = {
-                    "path": [os.fspath(p) for p in sys.path],
-                    "stage": k,
-                    "n_stages": n,
-                    "lines": [line for line in lines if k in (line.source, line.target)],
-                    "replies": theirs.detach(),
-                    "page": board.memory,
-                }
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", BOOT, json.dumps(boot)],
-                        pass_fds=sorted(ends),
-                        stdin=subprocess.DEVNULL,
-                        stdout=None if _is_open(1) else subprocess.DEVNULL,
-                        stderr=None if _is_open(2) else subprocess.DEVNULL,
-                        env=environment,
-                        start_new_session=True,  # Ctrl-C is this process's to handle
-                    )
-                )
-        except OSError as e:
-            self._close(given - {line.memory for line in mine})
-            self.kill()
-            raise WorkerError(f"the process of stage {len(self.processes)} cannot be started: {e}") from e
-        self._close(given - {line.memory for line in mine})
-        self.links = SharedLinks(CALLER, mine, wait=wait, most=(n + 4) * config.micro_batches)
-        self._poll = select.poll()
-        for sock in self.sockets:
-            sock.setblocking(False)
-            self._poll.register(sock, select.POLLIN)
-
-    @staticmethod
-    def _close(descriptors: Iterable[int]) -> None:
-        for descriptor in descriptors:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-    def hear(self, seconds: float) -> list[tuple[int, tuple[Any, ...]]]:
-        """What workers said, within so many seconds, in order; ``("died",)`` is the last word of each."""
-        heard: list[tuple[int, tuple[Any, ...]]] = []
-        ready = {fd for fd, _ in self._poll.poll(max(0.0, seconds) * 1e3)}
-        for k, sock in enumerate(self.sockets):
-            if k not in self._dead and sock.fileno() in ready:
-                open_still = self._read(k)
-                heard += [(k, message) for message in self._frames(k)]
-                if not open_still:
-                    self._dead.add(k)
-                    self._poll.unregister(sock)
-                    heard.append((k, ("died",)))
-        return heard
-
-    def _read(self, k: int) -> bool:
-        """All that is there now; whether more may come."""
-        while True:
-            try:
-                data = self.sockets[k].recv(1 << 20)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not data:
-                return False
-            self._buffers[k] += data
-            if len(data) < 1 << 16:
-                return True
-
-    def _frames(self, k: int) -> Iterator[tuple[Any, ...]]:
-        buffer = self._buffers[k]
-        while len(buffer) >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(buffer)
-            if len(buffer) < LENGTH.size + length:
-                return
-            data = bytes(memoryview(buffer)[LENGTH.size : LENGTH.size + length])
-            del buffer[: LENGTH.size + length]
-            try:
-                message = pickle.loads(data)
-            except Exception as e:
-                message = ("error", f"its answer cannot be read here: {e}", "", None)
-            yield message
-
-    def alive(self) -> set[int]:
-        return {k for k, process in enumerate(self.processes) if process.poll() is None}
-
-    def epitaph(self, k: int) -> str:
-        """How a process ended."""
-        try:
-            code = self.processes[k].wait(timeout=2.0)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
-        if code >= 0:
-            return f"exit code {code}"
-        name = signal.Signals(-code).name
-        hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-        return f"killed by {name}{hint}"
-
-    def wait(self, seconds: float, meanwhile: Any) -> None:
-        """Until all processes have ended by themselves, for so many seconds at most."""
-        deadline = time.monotonic() + seconds
-        while self.alive() and time.monotonic() < deadline:
-            meanwhile()
-
-    def kill_one(self, k: int) -> None:
-        self.processes[k].kill()
-        self.processes[k].wait()
-
-    def kill(self) -> None:
-        """End all processes now. May be called twice."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
-        for sock in self.sockets:
-            sock.close()
-        if hasattr(self, "links"):
-            self.links.close()
-
-
-def _pairs(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
-    """Who sends to whom in a pipeline."""
-    train, n = program.train, program.n_stages
-    pairs = {*train.sends, *program.evaluate.sends, *((j, i) for i, j in train.gradients)}
-    for tie in program.ties:
-        for guest, _ in tie.holders[1:]:
-            pairs |= {(guest, tie.owner), (tie.owner, guest)}
-    if config.max_grad_norm is not None or config.gives_up:
-        pairs |= {(i, j) for i in range(n) for j in range(n) if i != j}
-    return pairs
-
-
 def _pickled(
     programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
 ) -> list[bytes]:
     ambient = random_state() if seed is None else None
-    level = logging.getLogger("dtrp").getEffectiveLevel()
     try:
-        return [dumps(("start", Setup(p, config, seed, record, level, ambient))) for p in programs]
+        return [dumps(Setup(p, config, seed, record, ambient)) for p in programs]
     except Exception as e:
         raise TypeError(
             f"a stage, loss_fn, optimizer or scheduler cannot be sent to a worker process: {e}. Avoid open "
@@ -558,14 +387,6 @@ def _weak(method: Any) -> Any:
         return bound(*arguments)
 
     return call
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 def _rank(message: tuple[Any, ...]) -> int:
