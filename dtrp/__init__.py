@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compiling import compile
     from .partitioner.plan import Plan
     from .pipeline import Pipeline
+    from .runtime.handback import load_weights
     from .runtime.predictors import Predictor
     from .runtime.trainer import Trainer
     from .stages import Stage
@@ -41,6 +42,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "compile",
+    "load_weights",
 ]
 
 # No module of the package may be called like one of these: importing it would hide the name.
@@ -51,6 +53,7 @@ _HOMES = {
     "Stage": ".stages",
     "Trainer": ".runtime.trainer",
     "compile": ".compiling",
+    "load_weights": ".runtime.handback",
 }
 
 

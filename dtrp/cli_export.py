@@ -6,16 +6,10 @@ import argparse
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-_INSIDE = ("model", "state_dict", "model_state_dict")
-"""Where files hold a state_dict that is not the file itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +37,7 @@ def run(
     from dtrp.onnx import read_manifest
 
     if args.checkpoint is not None:
-        load_weights(model, Path(args.checkpoint))
+        dtrp.load_weights(model, args.checkpoint)
     example: Any = tuple(positional)
     if named:
         parameters = inspect.signature(model.forward).parameters
@@ -84,42 +78,3 @@ def _drawn(example: Any) -> Any:
         return torch.randint(0, 2, like.shape, generator=generator).to(like)
 
     return pytree.tree_map(draw, example)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a model's weights from a file of ``Trainer.save``, or one with a ``state_dict``.
-
-    Raises
-    ------
-    CheckpointError
-        The file cannot be read without running code from it, holds no weights, or another model's.
-    """
-    import torch
-
-    from .runtime.checkpoint import FORMAT, read_checkpoint
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}") from None
-    except Exception as e:
-        first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise CheckpointError(
-            f"{path} cannot be read as tensors and plain data: {first}. Expected a file of trainer.save or "
-            f"torch.save(model.state_dict(), ...)"
-        ) from e
-    extra: Mapping[str, Any] = {}
-    if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        content = read_checkpoint(path)  # checks the digest
-        extra = content["extra"]
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} holds no state_dict: expected names and tensors")
-    try:
-        model.load_state_dict(dict(content))
-        buffers = dict(model.named_buffers())
-        for name, value in extra.items():
-            buffers[name].copy_(value)
-    except (RuntimeError, KeyError) as e:
-        raise CheckpointError(f"{path} belongs to another model than {type(model).__name__}: {e}") from e

@@ -1,9 +1,9 @@
-"""A training run as one file: written whole or not at all, read without executing anything, checked first.
+"""A training run on disk: written whole or not at all, read without executing anything, checked first.
 
-The file is torch's own zip format and holds plain data only, so ``torch.load(path, weights_only=True)``
-reads it. ``["model"]`` is the model's ``state_dict``, original names, for
-``model.load_state_dict(..., strict=True)``. A digest over everything (SHA-256) tells a truncated or altered
-file; it is no signature: who can write the file can also write a fitting digest.
+A file is torch's own zip format and holds plain data only, so ``torch.load(path, weights_only=True)`` reads
+it. ``["model"]`` is the model's ``state_dict``, original names, for ``model.load_state_dict(...,
+strict=True)``. A folder (folder.py) has the same content. A digest over everything (SHA-256) tells what is
+truncated or altered; it is no signature: who can write a file can also write a fitting digest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -22,43 +23,69 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .folder import check_replaceable, existing, read_folder, replace_folder, sync, write_folder
 
 FORMAT = "dtrp checkpoint"
-VERSION = 1
+VERSION = 2
 
 
-def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def as_folder(path: str | os.PathLike[str], format: str | None) -> bool:
+    """Whether a run is to be written as a folder.
+
+    Raises
+    ------
+    ValueError
+        ``format`` is unknown.
+    """
+    if format not in (None, "file", "dcp"):
+        raise ValueError(f"format={format!r}: expected 'file', 'dcp' (a folder), or None")
+    return format == "dcp" or (format is None and os.fspath(path).endswith(("/", os.sep)))
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], content: Mapping[str, Any], *, folder: bool = False
+) -> None:
     """Write ``content`` aside, then put it in ``path``'s place.
 
     Raises
     ------
     CheckpointError
-        It cannot be written, or holds what cannot be read back safely. A previous file is as it was.
+        It cannot be written, or holds what cannot be read back safely. What was there is as it was.
     """
     target = Path(path)
     data = {"format": FORMAT, "version": VERSION, **{k: _compact(v, k) for k, v in content.items()}}
     data["digest"] = digest(data)
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        if target.is_dir():
+        if folder:
+            check_replaceable(target)
+        elif target.is_dir():
             raise IsADirectoryError(f"{target} is a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(aside, "wb") as file:
-                torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
+            if folder:
+                write_folder(aside, data)
+                replace_folder(aside, target)
+            else:
+                _write_file(aside, data)
+                os.replace(aside, target)
         except BaseException:
             with contextlib.suppress(OSError):
-                aside.unlink()
+                shutil.rmtree(aside) if folder else aside.unlink()
             raise
-        _sync_folder(target.parent)
+        sync(target.parent)
     except (OSError, RuntimeError) as e:
         raise CheckpointError(
-            f"{target} could not be written: {e}. A previous file of that name is as it was; see that the "
-            f"folder exists, is writable and has space, then save again"
+            f"{target} could not be written: {e}. A previous {'folder' if folder else 'file'} of that name "
+            f"is as it was; see that the place exists, is writable and has space, then save again"
         ) from e
+
+
+def _write_file(path: Path, data: Mapping[str, Any]) -> None:
+    with open(path, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -67,29 +94,58 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        No such file, or it is truncated, foreign or altered.
+        There is no such file or folder, or it is truncated, foreign or altered.
     """
-    source = Path(path)
+    content = read_content(path)
+    if "format" not in content:
+        raise CheckpointError(f"{Path(path)} is no file of `trainer.save`")
+    return {k: v for k, v in content.items() if k not in ("format", "version")}
+
+
+def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `read_checkpoint`, of any file of plain data; ours has a ``"format"``, and is as it was written.
+
+    Raises
+    ------
+    CheckpointError
+        There is nothing that can be read, or it is ours and damaged.
+    """
+    source = existing(Path(path))
     try:
-        data = torch.load(source, map_location="cpu", weights_only=True)
+        if source.is_dir():
+            data = read_folder(source)
+        else:
+            data = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {source}") from None
     except Exception as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise CheckpointError(
-            f"{source} cannot be read as a checkpoint; it is truncated, or no file of `trainer.save`: {first}"
+            f"{source} cannot be read as a checkpoint; it is truncated, or holds other things than tensors "
+            f"and plain data: {first}"
         ) from e
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{source} is no file of `trainer.save`")
-    if data.get("version") != VERSION:
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{source} is no file of `trainer.save`, and holds no state_dict")
+    if data.get("format") != FORMAT:
+        return {k: v for k, v in data.items() if k != "format"}
+    if data.get("version") not in (1, VERSION):
         raise CheckpointError(
-            f"{source} has version {data.get('version')!r} of the format, this dtrp reads {VERSION}; use the "
-            f"dtrp that wrote it"
+            f"{source} has version {data.get('version')!r} of the format, this dtrp reads 1 and {VERSION}; "
+            f"use the dtrp that wrote it"
         )
     stated = data.pop("digest", None)
     if stated != digest(data):
         raise CheckpointError(f"{source} is damaged: its content does not fit its digest")
-    return {k: v for k, v in data.items() if k not in ("format", "version")}
+    return data
+
+
+def is_savable(value: Any) -> bool:
+    """Whether a file can hold it."""
+    try:
+        _compact(value, "")
+    except CheckpointError:
+        return False
+    return True
 
 
 def digest(value: Any) -> str:
@@ -110,6 +166,8 @@ def _feed(sha: Any, value: Any) -> None:
         for k, v in value.items():
             _feed(sha, k)
             _feed(sha, v)
+    elif isinstance(value, set):
+        _feed(sha, sorted(value, key=repr))
     elif isinstance(value, (list, tuple)):
         sha.update(type(value).__name__.encode() + struct.pack("<q", len(value)))
         for v in value:
@@ -119,7 +177,7 @@ def _feed(sha: Any, value: Any) -> None:
         sha.update(struct.pack("<q", len(text)) + text)
 
 
-_PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.Size)
+_PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def _compact(value: Any, where: str) -> Any:
@@ -142,7 +200,7 @@ def _compact(value: Any, where: str) -> Any:
         return made
     elif type(value) in (list, tuple):
         return type(value)(_compact(v, f"{where}[{i}]") for i, v in enumerate(value))
-    elif type(value) in _PLAIN:
+    elif type(value) in _PLAIN or (type(value) is set and all(type(v) in _PLAIN for v in value)):
         return value
     elif hasattr(value, "item") and not isinstance(value, Tensor):  # numpy's numbers
         return value.item()
@@ -150,13 +208,3 @@ def _compact(value: Any, where: str) -> Any:
         f"{where} holds a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved so that "
         f"reading it executes no code; only tensors, numbers, text, lists, tuples and dicts can"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name is on disk, too."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

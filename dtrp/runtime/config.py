@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.optim import Optimizer
 
+from .groups import Group
 from .predictors import Predictor, check_predictor
 from .schedule import EXACT, Horizon, Schedule
 
@@ -49,6 +50,7 @@ class TrainConfig:
     order: Literal["fig1", "lean"] = "fig1"  # of the methods that are decoupled
     micro_batches: int = 1
     exact_start: int | float = 0
+    groups: tuple[Group, ...] | None = None  # of the whole model's optimizer, for the stages
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)

@@ -1,14 +1,18 @@
-"""The model and the loss that a run trains, and the way of trained tensors back into them."""
+"""The model and the loss that a run trains: the way of trained tensors back into them, and of saved ones."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+from .checkpoint import is_savable, read_content
 from .twins import attributes_of, set_attributes
 
 LOSS = "loss"
@@ -73,6 +77,117 @@ class Owner:
         if self.loss is not None:
             names = [n for n in attributes if n == LOSS or n.startswith(f"{LOSS}.")]
             set_attributes(self.loss, {n.removeprefix(LOSS).removeprefix("."): attributes[n] for n in names})
+
+    # ---- as a file has them --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """The sections of a saved run that are the modules'."""
+        model = self.model.state_dict()
+        savable = {
+            name: {k: v for k, v in values.items() if is_savable(v)}
+            for name, values in self.attributes().items()
+        }
+        return {
+            "model": model,
+            "extra": {name: b for name, b in self.model.named_buffers() if name not in model},
+            "loss": None if self.loss is None else self.loss.state_dict(),
+            "attributes": savable,
+        }
+
+    def check(self, saved: Mapping[str, Any], origin: str, *, dtypes: bool = True) -> None:
+        """Whether saved tensors fit these modules.
+
+        Raises
+        ------
+        CheckpointError
+            They do not; says which.
+        """
+        here, there = self.model.state_dict(), saved["model"]
+        lacks, has = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+        if lacks or has:
+            raise CheckpointError(
+                f"{origin} belongs to another model: it lacks {lacks[:3]}, and has {has[:3]} that "
+                f"{type(self.model).__name__} has not"
+            )
+        theirs, ours = set(saved["loss"] or ()), set(self.loss.state_dict() if self.loss is not None else ())
+        if theirs != ours:
+            raise CheckpointError(
+                f"{origin} was saved with another loss: its tensors are {sorted(theirs)[:3]}, this "
+                f"trainer's are {sorted(ours)[:3]}"
+            )
+        held = by_name(self.state())
+        for name, value in by_name(saved).items():
+            mine = held.get(name)
+            if isinstance(mine, Tensor) != isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{origin} belongs to another model: {name!r} is no tensor in one of them"
+                )
+            if isinstance(mine, Tensor) and (
+                mine.shape != value.shape or (dtypes and mine.dtype != value.dtype)
+            ):
+                raise CheckpointError(
+                    f"{origin} belongs to another model: {name!r} has shape {tuple(value.shape)} and "
+                    f"{value.dtype} there, {tuple(mine.shape)} and {mine.dtype} here"
+                )
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Overwrite tensors and plain attributes with saved ones that `check` has passed."""
+        self.model.load_state_dict(saved["model"], strict=True)
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, value in saved["extra"].items():
+                buffers[name].copy_(value)
+        if self.loss is not None:
+            self.loss.load_state_dict(saved["loss"], strict=True)
+        kept = self.attributes()  # what could not be saved stays as it is
+        self.set_attributes(
+            {
+                name: {k: v for k, v in kept.get(name, {}).items() if not is_savable(v)} | dict(values)
+                for name, values in saved["attributes"].items()
+            }
+        )
+
+
+def by_name(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections' tensors under the names that the stages have for them."""
+    loss = {f"{LOSS}.{name}": value for name, value in (saved["loss"] or {}).items()}
+    return {**saved["model"], **saved["extra"], **loss}
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the weights and buffers of a saved run into a plain model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of the same architecture; dtypes and devices may be others.
+    path : path-like
+        A file or a folder of `Trainer.save`, or a file with a ``state_dict``. Reading executes no code from
+        it.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be read, or belongs to another model. The model is as it was.
+
+    Examples
+    --------
+    >>> dtrp.load_weights(model, "run.ckpt")  # doctest: +SKIP
+    """
+    content, origin = read_content(path), os.fspath(path)
+    if "extra" not in content:
+        content = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), content)
+        if not content or not all(isinstance(v, Tensor) for v in content.values()):
+            raise CheckpointError(f"{Path(origin)} holds no state_dict: expected names and tensors")
+        content = {"model": content, "extra": {}}
+    owner = Owner(model, None)
+    saved = {"model": content["model"], "extra": content["extra"], "loss": None, "attributes": {}}
+    owner.check(saved, origin, dtypes=False)
+    owner.restore(saved)
+
+
+_INSIDE = ("model", "state_dict", "model_state_dict")
+"""Where files hold a state_dict that is not the file itself."""
 
 
 def loss_with_tensors(loss: Any) -> nn.Module | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import TrainConfig
+from .groups import arrange, groups_of, shown
 from .predictors import Predictor, check_fits, make_predictor, needs_previous, predict_all
 
 
@@ -26,6 +27,10 @@ class ParameterSet:
         The parameters by name.
     lr_factor : float
         Multiplies the learning rate, unseen by the scheduler.
+    groups : list of dict
+        All groups of the model, those without a parameter here included (groups.py).
+    members : list of frozenset of str
+        Of each group, the names in the model.
     previous : dict
         Values before the last update, where the predictor asks for them.
     waiting : int
@@ -38,6 +43,8 @@ class ParameterSet:
     predictor: Predictor
     lr_factor: float
     keeps_previous: bool
+    groups: list[dict[str, Any]]
+    members: list[frozenset[str]]
     previous: dict[Tensor, Tensor] = field(default_factory=dict)
     waiting: int = 0
 
@@ -58,9 +65,12 @@ class ParameterSet:
         """Optimizer and scheduler as the user's callables make them for these parameters."""
         optimizer = build_optimizer(names, config)
         predictor = make_predictor(config.predictor if config.predicts else "none", type(optimizer))
+        plan = groups_of(optimizer, names, {}) if config.groups is None else config.groups
+        groups = arrange(optimizer, names, plan)
         scheduler = None
         if config.lr_scheduler is not None:
-            scheduler = config.lr_scheduler(optimizer)
+            with shown(optimizer, groups):
+                scheduler = config.lr_scheduler(optimizer)
             if not callable(getattr(scheduler, "step", None)):
                 raise TypeError(
                     f"lr_scheduler: the callable returned {type(scheduler).__name__}, expected a scheduler; "
@@ -73,6 +83,8 @@ class ParameterSet:
             predictor,
             lr_factor,
             config.predicts and needs_previous(predictor),
+            groups,
+            [group.members for group in plan],
         )
         if made.wants_metric and config.scheduler_step == "update":
             raise ValueError(
@@ -117,7 +129,8 @@ class ParameterSet:
     def schedule(self, *metrics: float) -> None:
         """One step of the learning-rate scheduler, if there is one; a metric for those that ask for one."""
         if self.scheduler is not None:
-            self.scheduler.step(*(metrics if self.wants_metric else ()))
+            with shown(self.optimizer, self.groups):
+                self.scheduler.step(*(metrics if self.wants_metric else ()))
 
     def drop_gradients(self) -> None:
         """After a step, or instead of one. Also of parameters that the user's optimizer leaves out."""

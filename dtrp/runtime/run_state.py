@@ -1,4 +1,13 @@
-"""All that a training run is: what `Trainer.save` writes and `Trainer.load` takes over."""
+"""All that a training run is: what `Trainer.save` writes and `Trainer.load` takes over.
+
+Two levels of plain data, section -> name -> value, free of stages:
+
+    model, extra, loss, attributes      modules: state_dict, buffers that it leaves out, plain attributes
+    optimizer                           flat, by parameter name (training_state.py)
+    gradients, previous, waiting        by parameter name
+    training                            which optimizer, how many groups, the scheduler's state, the loss's scale
+    counters, random, ambient           batches, losses, seed; the caller's generators, a lone worker's
+"""
 
 from __future__ import annotations
 
@@ -6,15 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .config import TrainConfig
-from .handback import Owner
-from .optim import ParameterSet
+from .groups import Group, groups_of
+from .handback import Owner, by_name
+from .optim import ParameterSet, build_optimizer
 from .random import random_state, set_random_state
-from .training_state import check_set, export_set, renamed
+from .scaling import gathered
+from .training_state import SECTIONS, check_set, export_set
+from .version_1 import upgraded
 
 _COUNTERS = {
     "batches": int,
@@ -29,36 +40,17 @@ _COUNTERS = {
 
 @dataclass(frozen=True)
 class RunState:
-    """One moment of a run, between two batches, free of stages.
+    """One moment of a run, between two batches.
 
     Attributes
     ----------
-    model : mapping
-        The model's ``state_dict``; empty for a state that was just gathered.
-    extra : mapping of str to Tensor
-        Buffers that the ``state_dict`` leaves out.
-    loss : mapping or None
-        The ``state_dict`` of a loss with tensors of its own.
-    attributes : mapping
-        What modules of the user's keep in plain attributes, by module.
-    sets : tuple
-        Optimizers and schedulers by parameter name, the parameter's first name in the model.
-    counters : mapping
-        Batches, updates, losses, seed.
-    random : mapping
-        The caller's generators.
-    ambient : mapping or None
-        The generators that a single stage in a worker process draws from.
+    content : mapping
+        The sections; those of the modules are missing in a state that was just gathered.
+    origin : str
+        The file it was read from.
     """
 
-    model: Mapping[str, Any]
-    extra: Mapping[str, Tensor]
-    loss: Mapping[str, Any] | None
-    attributes: Mapping[str, Mapping[str, Any]]
-    sets: tuple[Mapping[str, Any], ...]
-    counters: Mapping[str, Any]
-    random: Mapping[str, Any]
-    ambient: Mapping[str, Any] | None
+    content: Mapping[str, Any]
     origin: str = ""
 
     @classmethod
@@ -70,12 +62,18 @@ class RunState:
         counters: Mapping[str, Any],
     ) -> Self:
         """From what the stages gave (`Stage.training_state`); none before the first batch."""
-        names = owner.first_names()
-        sets = [renamed(s["parameters"], names) for s in stages if s["parameters"] is not None]
-        if not stages:
-            sets = [renamed(export_set(_all_parameters(owner, config)), names)]
+        # A stage without gradients steps no scheduler: its state counts last.
+        ordered = sorted(stages, key=lambda stage: not stage["takes_part"])
+        sets = [stage["parameters"] for stage in ordered if stage["parameters"] is not None]
+        sets = sets or [export_set(_all_parameters(owner, config), {})]
+        content: dict[str, Any] = {key: {} for key in SECTIONS}
+        for one in sets:
+            for key in SECTIONS:
+                content[key] = one[key] | content[key]
         ambient = stages[0]["random"] if len(stages) == 1 else None
-        return cls({}, {}, None, {}, tuple(sets), counters, random_state(), ambient)
+        content["training"] = {**sets[0]["training"], "scale": gathered([s["scale"] for s in stages])}
+        content |= {"counters": dict(counters), "random": random_state(), "ambient": ambient}
+        return cls(content)
 
     @classmethod
     def read(cls, content: Mapping[str, Any], origin: str) -> Self:
@@ -87,38 +85,25 @@ class RunState:
             Something is missing in it.
         """
         try:
-            counters = {key: content["counters"][key] for key in _COUNTERS}
+            if "sets" in content:
+                content = upgraded(content, origin)
+            for key in ("model", "extra", "loss", "attributes", *SECTIONS, "training", "random", "ambient"):
+                _ = content[key]
             for key, kind in _COUNTERS.items():
-                if not isinstance(counters[key], kind):  # type: ignore[arg-type]
-                    raise TypeError(f"{key} is a {type(counters[key]).__name__}")
-            return cls(
-                content["model"],
-                content["extra"],
-                content.get("loss"),  # files of 0.1 have neither this nor attributes
-                content.get("attributes", {}),
-                tuple(content["sets"]),
-                counters,
-                content["random"],
-                content["ambient"],
-                origin,
-            )
+                if not isinstance(content["counters"][key], kind):  # type: ignore[arg-type]
+                    raise TypeError(f"{key} is a {type(content['counters'][key]).__name__}")
         except (KeyError, TypeError) as e:
             raise CheckpointError(f"{origin} is not a checkpoint of a training run: {e}") from None
+        return cls(content, origin)
 
-    def content(self, owner: Owner) -> dict[str, Any]:
-        """What is to be written."""
-        state = owner.model.state_dict()
-        kept = {name: b for name, b in owner.model.named_buffers() if name not in state}
-        return {
-            "model": state,
-            "extra": kept,
-            "loss": None if owner.loss is None else owner.loss.state_dict(),
-            "attributes": owner.attributes(),
-            "sets": list(self.sets),
-            "counters": dict(self.counters),
-            "random": dict(self.random),
-            "ambient": None if self.ambient is None else dict(self.ambient),
-        }
+    @property
+    def counters(self) -> Mapping[str, Any]:
+        counters: Mapping[str, Any] = self.content["counters"]
+        return counters
+
+    def to_write(self, owner: Owner) -> dict[str, Any]:
+        """All sections, with the modules' present state."""
+        return {**self.content, **owner.state()}
 
     def check(self, owner: Owner, config: TrainConfig) -> None:
         """Whether all of it fits.
@@ -128,60 +113,26 @@ class RunState:
         CheckpointError
             It does not; says what.
         """
-        model = owner.model
-        here = model.state_dict()
-        lacks, has = sorted(here.keys() - self.model.keys()), sorted(self.model.keys() - here.keys())
-        if lacks or has:
-            raise CheckpointError(
-                f"{self.origin} belongs to another model: it lacks {lacks[:3]}, and has {has[:3]} that "
-                f"{type(model).__name__} has not"
-            )
-        theirs, ours = set(self.loss or ()), set(owner.loss.state_dict() if owner.loss is not None else ())
-        if theirs != ours:
-            raise CheckpointError(
-                f"{self.origin} was saved with another loss: its tensors are {sorted(theirs)[:3]}, this "
-                f"trainer's are {sorted(ours)[:3]}"
-            )
-        buffers = dict(model.named_buffers())
-        for name, saved in (*self.model.items(), *self.extra.items()):
-            value = here.get(name, buffers.get(name))
-            if isinstance(value, Tensor) != isinstance(saved, Tensor):
-                raise CheckpointError(
-                    f"{self.origin} belongs to another model: {name!r} is no tensor in one of them"
-                )
-            if isinstance(value, Tensor) and (value.shape, value.dtype) != (saved.shape, saved.dtype):
-                raise CheckpointError(
-                    f"{self.origin} belongs to another model: {name!r} has shape {tuple(saved.shape)} and "
-                    f"{saved.dtype} there, {tuple(value.shape)} and {value.dtype} here"
-                )
+        owner.check(self.content, self.origin)
         try:
-            check_set(_all_parameters(owner, config), self.sets, {})
+            check_set(_all_parameters(owner, config), self.content)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{self.origin} does not fit this trainer: {e}") from e
 
-    def restore_model(self, owner: Owner) -> None:
-        """Overwrite the weights, buffers and attributes of model and loss."""
-        owner.model.load_state_dict(self.model, strict=True)
-        buffers = dict(owner.model.named_buffers())
-        with torch.no_grad():
-            for name, value in self.extra.items():
-                buffers[name].copy_(value)
-        if owner.loss is not None and self.loss is not None:
-            owner.loss.load_state_dict(self.loss, strict=True)
-        owner.set_attributes(self.attributes)
+    def restore(self, owner: Owner) -> None:
+        """Overwrite the modules' tensors and attributes, and set the caller's generators."""
+        owner.restore(self.content)
+        set_random_state(self.content["random"])
 
-    def restore_random(self) -> None:
-        """Set the caller's generators."""
-        set_random_state(self.random)
-
-    def module_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """Arguments of `Stage.load_state`."""
-        named = {**self.model, **self.extra, **{f"loss.{n}": t for n, t in (self.loss or {}).items()}}
-        return {n: t for n, t in named.items() if isinstance(t, Tensor)}, self.attributes
+    def modules(self, owner: Owner) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Arguments of `Stage.load_state`, after `restore`."""
+        tensors = {n: t for n, t in by_name(self.content).items() if isinstance(t, Tensor)}
+        return tensors, owner.attributes()
 
     def training(self, owner: Owner) -> tuple[Any, ...]:
         """Arguments of `Stage.load_training_state`."""
-        return self.sets, self.counters["seed"], self.ambient, owner.first_names()
+        saved = {key: self.content[key] for key in (*SECTIONS, "training")}
+        return saved, self.counters["seed"], self.content["ambient"], owner.first_names()
 
 
 def check_builds(owner: Owner, config: TrainConfig) -> float | None:
@@ -196,8 +147,17 @@ def check_builds(owner: Owner, config: TrainConfig) -> float | None:
     return float(groups[0]["lr"]) if "lr" in groups[0] else None
 
 
+def model_groups(owner: Owner, config: TrainConfig) -> tuple[Group, ...]:
+    """The groups that the user's optimizer has over the whole model (groups.py)."""
+    names = _trainable(owner)
+    return groups_of(build_optimizer(names, config), names, owner.first_names())
+
+
 def _all_parameters(owner: Owner, config: TrainConfig) -> ParameterSet:
-    """All trainable parameters, as one stage would hold them; fresh. An optimizer over others is noticed: the
-    parameters are the same tensors here, but not the same objects."""
-    trainable = {n: nn.Parameter(p.detach()) for n, p in owner.named_parameters() if p.requires_grad}
-    return ParameterSet.build(trainable, config, 1.0)
+    """All trainable parameters, as one stage would hold them; fresh."""
+    return ParameterSet.build(_trainable(owner), config, 1.0)
+
+
+def _trainable(owner: Owner) -> dict[str, nn.Parameter]:
+    """An optimizer over others is noticed: these are the same tensors, but not the same objects."""
+    return {n: nn.Parameter(p.detach()) for n, p in owner.named_parameters() if p.requires_grad}

@@ -8,7 +8,8 @@ who say so of the same scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -46,6 +47,20 @@ class LossScale:
                 self.scale *= GROWTH
                 self.good = 0
         self.overflowed = 0.0
+
+    def resume(self, saved: Mapping[str, Any] | None, *, hears: bool) -> None:
+        """Go on from what `gathered` gave; ``hears``: here is where an overflow is heard of in the end."""
+        if saved is not None:
+            self.scale, self.good = saved["scale"], saved["good"]
+            self.overflowed = saved["overflowed"] if hears else 0.0
+
+
+def gathered(states: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """One state of all stages' (their attributes): the last one's, with what others have not yet passed on."""
+    if not states or states[-1] is None:
+        return None
+    overflows = [state["overflowed"] for state in states if state is not None and state["overflowed"]]
+    return {**states[-1], "overflowed": min(overflows, default=0.0)}
 
 
 def unscale(parameters: Sequence[torch.nn.Parameter], scale: float) -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -530,21 +530,25 @@ class Stage:
                     tensor.copy_(tensors[name])
         set_attributes(self.module, attributes)
 
-    def training_state(self) -> dict[str, Any]:
-        """What besides weights and buffers the next batch's training depends on, by parameter name."""
+    def training_state(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """What besides weights and buffers the next batch's training depends on, by parameter name;
+        ``names``: names here -> names to save under."""
         own = self.weights.own
         return {
-            "parameters": export_set(own) if own is not None else None,
+            "parameters": export_set(own, names) if own is not None else None,
+            "takes_part": self.takes_part,
             "random": random_state() if self.seed is None else None,
-            "scale": (self.scaling.scale, self.scaling.good) if self.scaling is not None else None,
+            "scale": vars(self.scaling) if self.scaling is not None else None,
         }
 
     def load_training_state(
-        self, sets: Sequence[Mapping[str, Any]], seed: int | None, random: Any, names: Mapping[str, str]
+        self, saved: Mapping[str, Any], seed: int | None, random: Any, names: Mapping[str, str]
     ) -> None:
         """Take over what `training_state` gave, in whatever stages; ``names``: names here -> saved ones."""
         for parameters in self.weights.sets:
-            import_set(parameters, sets, names, gradients=parameters is self.weights.own)
+            import_set(parameters, saved, names, gradients=parameters is self.weights.own)
+        if self.scaling is not None:
+            self.scaling.resume(saved["training"].get("scale"), hears=self.program.is_last)
         if self.seed is not None and seed is not None:
             self.seed = seed
         if self.seed is None and random is not None:
@@ -558,7 +562,7 @@ class Stage:
     def learning_rates(self) -> list[float]:
         """Of the own parameters' groups, as the scheduler has them."""
         own = self.weights.own
-        return [] if own is None else [float(group["lr"]) for group in own.optimizer.param_groups]
+        return [] if own is None else [float(group["lr"]) for group in own.groups]
 
     def last_squared_norm(self) -> float:
         """Of the gradients that were stepped with last, before clipping."""

@@ -19,7 +19,7 @@ from ..errors import WorkerError
 from . import interrupts
 from .arguments import as_call, feeds, n_samples, split_batch, take_target
 from .batch import Feed
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import as_folder, read_checkpoint, write_checkpoint
 from .compensation import WARMUP, Joiner, Mini
 from .config import TrainConfig, check_launch
 from .evaluation import Measure, combine
@@ -30,7 +30,7 @@ from .inline import Inline
 from .loss import held_loss
 from .program import StageProgram
 from .progress import Bar
-from .run_state import RunState, check_builds
+from .run_state import RunState, check_builds, model_groups
 from .stats import StageStats
 from .tensorboard import TensorBoard
 from .timeline import write_timeline
@@ -378,24 +378,33 @@ class Trainer:
             self._owner.take(state)
         self._stale = self._in_flight
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the run to one file: weights, optimizers, schedulers, counters, losses, random states.
+    def save(self, path: str | os.PathLike[str], *, format: str | None = None) -> None:
+        """Write the run to disk: weights, optimizers, schedulers, counters, losses, random states.
 
-        Drains the pipeline first. The file is written aside and renamed: a crash or a full disk in the
-        middle leaves the previous one. It is plain data, so ``torch.load(path, weights_only=True)["model"]``
-        is the model's ``state_dict`` (original names), for ``load_state_dict`` with ``strict=True``.
+        Drains the pipeline first. What is written is written aside and renamed: a crash or a full disk in
+        the middle leaves the previous one. A file is plain data, so ``torch.load(path,
+        weights_only=True)["model"]`` is the model's ``state_dict`` (original names), for
+        ``load_state_dict`` with ``strict=True``.
+
+        Parameters
+        ----------
+        path : path-like
+            Of the file; ending in ``/``: of a folder of torch.distributed.checkpoint.
+        format : {"file", "dcp"}, optional
+            Says which of the two, whatever the path's end.
 
         Raises
         ------
         CheckpointError
-            It cannot be written; the previous file is as it was.
+            It cannot be written; the previous one is as it was.
         """
+        folder = as_folder(path, format)
         if self._closed:
             raise RuntimeError("this trainer is closed; save before leaving it")
         self.flush()
-        stages = [] if self._run is None else self._run.call("training_state")
+        stages = [] if self._run is None else self._run.call("training_state", self._owner.first_names())
         state = self._resume or RunState.gather(self._owner, self.config, stages, self._counters())
-        write_checkpoint(path, state.content(self._owner))
+        write_checkpoint(path, state.to_write(self._owner), folder=folder)
         self._saved = time.monotonic()
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -407,7 +416,7 @@ class Trainer:
         Raises
         ------
         CheckpointError
-            The file is truncated, foreign or altered, or belongs to another model or optimizer. Nothing in
+            It is truncated, foreign or altered, or belongs to another model or optimizer. Nothing in
             memory was changed.
         """
         if self._closed:
@@ -416,8 +425,7 @@ class Trainer:
         state.check(self._owner, self.config)
         self.flush()
         with interrupts.held(), self._rescued:
-            state.restore_model(self._owner)
-            state.restore_random()
+            state.restore(self._owner)
             self._history.restore(state.counters)
             self._joiner.updates = state.counters["updates"]
             if self._run is None:
@@ -489,15 +497,14 @@ class Trainer:
         self._owner.begin()
         resume, self._resume = self._resume, None
         self._seed = self._base_seed(len(programs), resumes=resume is not None)
+        config = replace(self._stage_config, groups=model_groups(self._owner, self.config))
         kind = self._executor_kind
         if kind == "inline" or (kind == "auto" and len(programs) == 1):
-            run: Inline | Workers = Inline(programs, self._stage_config, seed=self._seed, record=self._record)
+            run: Inline | Workers = Inline(programs, config, seed=self._seed, record=self._record)
         else:
             from .workers import Workers
 
-            run = Workers(
-                programs, self._stage_config, seed=self._seed, record=self._record, watchdog=self._watchdog
-            )
+            run = Workers(programs, config, seed=self._seed, record=self._record, watchdog=self._watchdog)
         try:
             if resume is not None:
                 self._hand_over(run, resume)
@@ -526,7 +533,7 @@ class Trainer:
         """Bring the stages to a loaded state."""
         if self._seed is not None and state.counters["seed"] is not None:
             self._seed = state.counters["seed"]
-        run.call("load_state", *state.module_state())
+        run.call("load_state", *state.modules(self._owner))
         run.call("load_training_state", *state.training(self._owner))
 
     def _collect(self, *, wait: bool = False) -> float | None:

@@ -1,183 +1,164 @@
 """Optimizer and scheduler of a set of parameters, by parameter name: what lets a run resume in other stages.
 
-An optimizer's own ``state_dict`` numbers parameters, and so belongs to one partition. Here each parameter's
-state carries its name, each group's options the names of its members. A set of another make-up takes what
-its own parameters need from whichever sets they were in.
+The names are those of ``torch.distributed.checkpoint.state_dict`` with ``flatten_optimizer_state_dict``:
+``state.<parameter>.<key>`` and ``param_groups.<parameter>.<option>``. Its functions themselves do not hold
+for what must work here: they step an optimizer that has no state yet (Adam then counts one step too many,
+and one that decays regardless of ``lr`` changes the weights), take nothing over where a gradient waits, and
+refuse parameters that have had no gradient so far, empty groups, and state that is no number or tensor.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .checkpoint import digest
 from .optim import ParameterSet
 
 Saved = Mapping[str, Any]
+SECTIONS = ("optimizer", "gradients", "previous", "waiting")
+"""What is kept by parameter name."""
 
 
-def export_set(parameters: ParameterSet) -> dict[str, Any]:
-    """The state of one set of parameters."""
-    optimizer = parameters.optimizer
-    name_of = {id(p): n for n, p in parameters.names.items()}
-    scheduler = parameters.scheduler
-    return {
-        "optimizer": type(optimizer).__name__,
-        "groups": [
-            {
-                "options": {k: v for k, v in group.items() if k not in ("params", "param_names")},
-                "names": [name_of[id(p)] for p in group["params"]],
-            }
-            for group in optimizer.param_groups
-        ],
-        "state": {
-            n: {k: _on_host(v) for k, v in optimizer.state[p].items()}
-            for n, p in parameters.names.items()
-            if p in optimizer.state
+def export_set(parameters: ParameterSet, names: Mapping[str, str]) -> dict[str, Any]:
+    """The state of one set of parameters; ``names``: names here -> names to save under, where they differ."""
+    optimizer, scheduler = parameters.optimizer, parameters.scheduler
+    saved_as: dict[Any, str] = {p: names.get(n, n) for n, p in parameters.names.items()}
+    flat: dict[str, Any] = {}
+    waiting: dict[str, int] = {}
+    for group in optimizer.param_groups:
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        for p in group["params"]:
+            flat.update(flat_options(saved_as[p], options))
+            waiting[saved_as[p]] = parameters.waiting
+    by_key: Mapping[Any, Any] = optimizer.state
+    whole = {k: v for k, v in by_key.items() if isinstance(k, str)}  # of no one parameter
+    flat.update(flat_state("", whole))
+    for p, name in saved_as.items():
+        if p in optimizer.state:
+            flat.update(flat_state(name, optimizer.state[p]))
+    saved = {
+        "optimizer": flat,
+        "gradients": {n: p.grad for p, n in saved_as.items() if p.grad is not None},
+        "previous": {n: parameters.previous[p] for p, n in saved_as.items() if p in parameters.previous},
+        "waiting": waiting,
+        "training": {
+            "optimizer": type(optimizer).__name__,
+            "groups": len(parameters.groups),
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
         },
-        "scheduler": None if scheduler is None else _without_callables(scheduler.state_dict()),
-        "previous": {
-            n: _on_host(parameters.previous[p])
-            for n, p in parameters.names.items()
-            if p in parameters.previous
-        },
-        "waiting": parameters.waiting,
-        "gradients": {n: _on_host(p.grad) for n, p in parameters.names.items() if p.grad is not None},
     }
+    on_host: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), saved)
+    return {key: _without_callables(value) for key, value in on_host.items()}
 
 
-def check_set(parameters: ParameterSet, sets: Sequence[Saved], names: Mapping[str, str]) -> None:
-    """Whether `import_set` would succeed.
+def check_set(parameters: ParameterSet, saved: Saved) -> None:
+    """Whether `import_set` would succeed, for all parameters of the model.
 
     Raises
     ------
     ValueError
         It would not; says why.
     """
-    kind = type(parameters.optimizer).__name__
-    for saved in sets:
-        if saved["optimizer"] != kind:
-            raise ValueError(
-                f"it was saved with the optimizer {saved['optimizer']}, this trainer uses {kind}"
-            )
-        if (saved["scheduler"] is None) != (parameters.scheduler is None):
-            was, is_ = ("without", "with") if saved["scheduler"] is None else ("with", "without")
-            raise ValueError(f"it was saved {was} a learning-rate scheduler, this trainer is {is_} one")
-    known = {n for saved in sets for group in saved["groups"] for n in group["names"]}
-    mine = {names.get(n, n) for n in parameters.names}
+    there, kind = saved["training"], type(parameters.optimizer).__name__
+    if there["optimizer"] != kind:
+        raise ValueError(f"it was saved with the optimizer {there['optimizer']}, this trainer uses {kind}")
+    if (there["scheduler"] is None) != (parameters.scheduler is None):
+        was, is_ = ("without", "with") if there["scheduler"] is None else ("with", "without")
+        raise ValueError(f"it was saved {was} a learning-rate scheduler, this trainer is {is_} one")
+    if parameters.scheduler is not None and there["groups"] != len(parameters.groups):
+        raise ValueError(
+            f"its learning-rate scheduler has {there['groups']} groups of parameters, this trainer's has "
+            f"{len(parameters.groups)}"
+        )
+    known, mine = set(saved["waiting"]), {n for members in parameters.members for n in members}
     if known != mine:
         lacks, has = sorted(mine - known), sorted(known - mine)
         raise ValueError(
             f"trained parameters differ: it lacks {lacks[:3]}, and has {has[:3]} that are not here"
         )
-    for members in _members(parameters):
-        places = [_place(sets, names.get(n, n)) for n in members]
-        first = digest(places[0][0]["groups"][places[0][1]]["options"])
-        for n, (saved, at) in zip(members, places, strict=True):
-            if digest(saved["groups"][at]["options"]) != first:
-                raise ValueError(f"parameters {members[0]!r} and {n!r} were in groups of different options")
+    options, _ = _by_name(saved["optimizer"])
+    for group in parameters.members:
+        first, *others = sorted(group)
+        for n in others:
+            if digest(options.get(n, {})) != digest(options.get(first, {})):
+                raise ValueError(f"parameters {first!r} and {n!r} were in groups of different options")
 
 
-def import_set(
-    parameters: ParameterSet, sets: Sequence[Saved], names: Mapping[str, str], *, gradients: bool
-) -> None:
+def import_set(parameters: ParameterSet, saved: Saved, names: Mapping[str, str], *, gradients: bool) -> None:
     """Take over the saved state of these parameters.
 
     Parameters
     ----------
-    sets
-        What `export_set` gave, of all stages.
+    saved
+        What `export_set` gave, of all stages together.
     names
         The names here -> the names there, where they differ.
     gradients : bool
         Whether gradients that wait for their update belong here (a guest's wait at the owner).
     """
-    places = {n: _place(sets, names.get(n, n)) for n in parameters.names}
-    first_of_group = [places[members[0]] for members in _members(parameters)]
-    index: dict[int, int] = {}
+    optimizer = parameters.optimizer
+    options, state = _by_name(saved["optimizer"])
+    saved_as = {p: names.get(n, n) for n, p in parameters.names.items()}
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     packed: list[dict[str, Any]] = []
-    for group, (saved, at) in zip(parameters.optimizer.param_groups, first_of_group, strict=True):
-        for p in group["params"]:
-            index[id(p)] = len(index)
-        options = copy.deepcopy(saved["groups"][at]["options"])
-        packed.append({**options, "params": [index[id(p)] for p in group["params"]]})
-    state, parameters.previous = {}, {}
-    for n, p in parameters.names.items():
-        saved, there = places[n][0], names.get(n, n)
-        if there in saved["state"]:
-            state[index[id(p)]] = copy.deepcopy(saved["state"][there])
-        if there in saved["previous"]:
-            parameters.previous[p] = saved["previous"][there].to(p.device, copy=True)
-        waits = gradients and there in saved["gradients"]
-        p.grad = saved["gradients"][there].to(p.device, copy=True) if waits else None
-    parameters.optimizer.load_state_dict({"state": state, "param_groups": packed})
-    parameters.waiting = first_of_group[0][0]["waiting"] if gradients else 0
-    if parameters.scheduler is not None:
-        counts = [len(saved["groups"]) for saved, _ in first_of_group]
-        parameters.scheduler.load_state_dict(
-            _regrouped(
-                parameters.scheduler.state_dict(),
-                [copy.deepcopy(saved["scheduler"]) for saved, _ in first_of_group],
-                [at for _, at in first_of_group],
-                counts,
-            )
-        )
-
-
-def renamed(saved: Saved, names: Mapping[str, str]) -> dict[str, Any]:
-    """The same state under other names."""
-    swap = {
-        key: {names.get(n, n): v for n, v in saved[key].items()} for key in ("state", "previous", "gradients")
+    for group, members in zip(parameters.groups, parameters.members, strict=True):
+        candidates = [*(saved_as[p] for p in group["params"]), *sorted(members)]
+        group.update(copy.deepcopy(next((options[n] for n in candidates if n in options), {})))
+        if group["params"]:
+            packed.append({**group, "params": [index[p] for p in group["params"]]})
+    states = {index[p]: state[n] for p, n in saved_as.items() if p in index and n in state}
+    states |= state.get("", {})  # of the optimizer as a whole
+    optimizer.load_state_dict({"state": copy.deepcopy(states), "param_groups": packed})
+    loaded = iter(optimizer.param_groups)  # other objects than before
+    parameters.groups = [next(loaded) if group["params"] else group for group in parameters.groups]
+    parameters.previous = {
+        p: saved["previous"][n].to(p.device, copy=True) for p, n in saved_as.items() if n in saved["previous"]
     }
-    groups = [{**g, "names": [names.get(n, n) for n in g["names"]]} for g in saved["groups"]]
-    return {**saved, **swap, "groups": groups}
+    for p, n in saved_as.items():
+        waits = gradients and n in saved["gradients"]
+        p.grad = saved["gradients"][n].to(p.device, copy=True) if waits else None
+    counts = [saved["waiting"][n] for n in saved_as.values() if n in saved["waiting"]]
+    parameters.waiting = counts[0] if gradients and counts else 0
+    if parameters.scheduler is not None:
+        parameters.scheduler.load_state_dict(copy.deepcopy(saved["training"]["scheduler"]))
 
 
-def _members(parameters: ParameterSet) -> list[list[str]]:
-    name_of = {id(p): n for n, p in parameters.names.items()}
-    return [[name_of[id(p)] for p in group["params"]] for group in parameters.optimizer.param_groups]
+def flat_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's group's options."""
+    return {f"param_groups.{name}.{k}": v for k, v in options.items()}
 
 
-def _place(sets: Sequence[Saved], name: str) -> tuple[Saved, int]:
-    """The set, and the index of the group in it, that holds ``name``."""
-    for saved in sets:
-        for at, group in enumerate(saved["groups"]):
-            if name in group["names"]:
-                return saved, at
-    raise KeyError(name)
+def flat_state(name: str, state: Any) -> dict[str, Any]:
+    """A parameter's state; what is not keyed by simple names stays whole, under an empty key."""
+    if isinstance(state, Mapping) and all(isinstance(k, str) and k and "." not in k for k in state):
+        return {f"state.{name}.{k}": v for k, v in state.items()}
+    return {f"state.{name}.": state}
 
 
-def _regrouped(fresh: Any, saved: list[Any], at: list[int], counts: list[int]) -> Any:
-    """A scheduler's state, its per-group lists put together anew.
-
-    ``saved[i]`` is the state of the scheduler that had this set's group i as its group ``at[i]`` of
-    ``counts[i]``; ``fresh`` is the state of the scheduler that will take it, whose lists of one entry per
-    group show which lists are meant. All else is the same in every saved state.
-    """
-    first = saved[0]
-    if isinstance(first, dict):
-        inner = fresh if isinstance(fresh, dict) else {}
-        made = {k: _regrouped(inner.get(k), [s[k] for s in saved], at, counts) for k in first}
-        return type(first)(made)
-    if isinstance(first, list) and isinstance(fresh, list):
-        if len(fresh) == len(first) and any(isinstance(v, dict) for v in first):
-            return [_regrouped(f, [s[i] for s in saved], at, counts) for i, f in enumerate(fresh)]
-        if len(fresh) == len(at) and all(len(s) == n for s, n in zip(saved, counts, strict=True)):
-            return [s[i] for s, i in zip(saved, at, strict=True)]
-    return first
+def _by_name(flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and state, by parameter."""
+    options: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for full, value in flat.items():
+        kind, _, rest = full.partition(".")
+        name, _, key = rest.rpartition(".")
+        found = options if kind == "param_groups" else state
+        if key:
+            found.setdefault(name, {})[key] = value
+        else:
+            found[name] = value
+    return options, state
 
 
 def _without_callables(value: Any) -> Any:
-    """Functions stay with the scheduler that has them; everything else is plain data."""
+    """Functions stay with the optimizer or scheduler that has them; everything else is plain data."""
     if isinstance(value, dict):
         return type(value)({k: _without_callables(v) for k, v in value.items() if not callable(v)})
     if isinstance(value, list):
         return [_without_callables(v) for v in value]
     return value
-
-
-def _on_host(value: Any) -> Any:
-    return value.detach().to("cpu") if isinstance(value, torch.Tensor) else value
