@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from dtrp import load_weights
 from dtrp.cli import main
-from dtrp.cli_export import load_weights
 from dtrp.errors import CheckpointError
 from dtrp.runtime.checkpoint import write_checkpoint
 

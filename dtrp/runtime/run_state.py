@@ -5,7 +5,7 @@ Two levels of plain data, section -> name -> value, free of stages:
     model, extra, loss, attributes      modules: state_dict, buffers that it leaves out, plain attributes
     optimizer                           flat, by parameter name (training_state.py)
     gradients, previous, waiting        by parameter name
-    training                            which optimizer, how many groups, the scheduler's state, the loss's scale
+    training                            which optimizer, how many groups, scheduler's state, loss's scale
     counters, random, ambient           batches, losses, seed; the caller's generators, a lone worker's
 """
 

@@ -56,7 +56,7 @@ class LossScale:
 
 
 def gathered(states: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """One state of all stages' (their attributes): the last one's, with what others have not yet passed on."""
+    """One state of all stages' attributes: the last one's, with what others have not yet passed on."""
     if not states or states[-1] is None:
         return None
     overflows = [state["overflowed"] for state in states if state is not None and state["overflowed"]]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from dtrp.runtime import workers
 from dtrp.runtime.inline import Inline
-from dtrp.runtime.shared import SharedLinks, open_line, wait_forever
+from dtrp.runtime.shared import SharedLinks, Wait, open_line
 from dtrp.runtime.stage import Stage
 from dtrp.runtime.workers import Workers
 
@@ -43,9 +41,7 @@ def refuse_workers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(workers, "Processes", refuse)
 
 
-def both_ends(
-    most: int | None = None, wait: Callable[[socket.socket, int], None] = wait_forever
-) -> tuple[SharedLinks, SharedLinks]:
+def both_ends(most: int | None = None, wait: Wait | None = None) -> tuple[SharedLinks, SharedLinks]:
     """Stages 0 and 1 with a line in each direction, as two processes have them: descriptors of their own."""
     there, back = open_line(0, 1), open_line(1, 0)
     mine = [line._replace(memory=os.dup(line.memory)) for line in (there, back)]
