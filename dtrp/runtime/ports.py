@@ -41,6 +41,8 @@ class Ports:
         self.stage, self.device = program.stage, program.device
         self.on_host = program.device.type == "cpu"
         self.receives = {True: _ends(program.train, self.stage), False: _ends(program.evaluate, self.stage)}
+        self.sources = {True: program.train.stages[self.stage].inputs}
+        self.sources[False] = program.evaluate.stages[self.stage].inputs
         self.sends = {
             training: [
                 (j, sent) for (i, j), sent in program.wiring(training).sends.items() if i == self.stage
@@ -77,7 +79,7 @@ class Ports:
 
     def inputs(self, arrivals: Arrivals, *, training: bool = True) -> list[Any]:
         """The arguments of the stage's module."""
-        return [arrivals[s] for s in self.program.wiring(training).stages[self.stage].inputs]
+        return [arrivals[s] for s in self.sources[training]]
 
     def send(
         self, slot: int, outputs: Sequence[Any], *, training: bool = True, overflowed: float = 0.0

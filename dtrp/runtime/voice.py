@@ -45,8 +45,11 @@ class Voice:
     def send(self, data: bytes) -> None:
         """A pickled message."""
         with self.speaking:
-            self.socket.sendall(LENGTH.pack(len(data)))
-            self.socket.sendall(data)
+            if len(data) < 1 << 16:
+                self.socket.sendall(LENGTH.pack(len(data)) + data)
+            else:
+                self.socket.sendall(LENGTH.pack(len(data)))
+                self.socket.sendall(data)
 
     def fail(self, error: BaseException, lost: int | None = None) -> None:
         """The last words; ``lost``: the stage whose end is the cause."""
