@@ -40,6 +40,13 @@ class Owner:
             for name, p in self.loss.named_parameters(remove_duplicate=not all_names):
                 yield f"{LOSS}.{name}", p
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's and the loss's, under every name that they have."""
+        yield from self.model.named_buffers(remove_duplicate=False)
+        if self.loss is not None:
+            for name, b in self.loss.named_buffers(remove_duplicate=False):
+                yield f"{LOSS}.{name}", b
+
     def first_names(self) -> dict[str, str]:
         """Every name of every parameter -> the first one that it has."""
         first: dict[int, str] = {}
@@ -48,9 +55,7 @@ class Owner:
     def begin(self) -> None:
         """A run begins with the tensors that are here now, and will give them back to these."""
         self._tensors = dict(self.named_parameters(all_names=True))
-        self._tensors |= dict(self.model.named_buffers(remove_duplicate=False))
-        if self.loss is not None:
-            self._tensors |= {f"{LOSS}.{n}": b for n, b in self.loss.named_buffers()}
+        self._tensors |= dict(self.named_buffers())
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Copy what a stage gave (`Stage.state`) into the tensors of the same names; constants of the graph
@@ -82,15 +87,16 @@ class Owner:
 
     def state(self) -> dict[str, Any]:
         """The sections of a saved run that are the modules'."""
-        model = self.model.state_dict()
+        model, loss = self.model.state_dict(), None if self.loss is None else self.loss.state_dict()
+        known = {*model, *(f"{LOSS}.{name}" for name in loss or ())}
         savable = {
             name: {k: v for k, v in values.items() if is_savable(v)}
             for name, values in self.attributes().items()
         }
         return {
             "model": model,
-            "extra": {name: b for name, b in self.model.named_buffers() if name not in model},
-            "loss": None if self.loss is None else self.loss.state_dict(),
+            "extra": {name: b for name, b in self.named_buffers() if name not in known},
+            "loss": loss,
             "attributes": savable,
         }
 
@@ -133,19 +139,23 @@ class Owner:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Overwrite tensors and plain attributes with saved ones that `check` has passed."""
         self.model.load_state_dict(saved["model"], strict=True)
-        buffers = dict(self.model.named_buffers())
+        buffers = dict(self.named_buffers())
         with torch.no_grad():
             for name, value in saved["extra"].items():
                 buffers[name].copy_(value)
         if self.loss is not None:
             self.loss.load_state_dict(saved["loss"], strict=True)
-        kept = self.attributes()  # what could not be saved stays as it is
-        self.set_attributes(
-            {
-                name: {k: v for k, v in kept.get(name, {}).items() if not is_savable(v)} | dict(values)
-                for name, values in saved["attributes"].items()
-            }
-        )
+        self.set_attributes(completed(saved["attributes"], self.attributes()))
+
+
+def completed(
+    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Saved attributes, with those present ones that could not be saved."""
+    return {
+        name: {k: v for k, v in present.get(name, {}).items() if not is_savable(v)} | dict(values)
+        for name, values in saved.items()
+    }
 
 
 def by_name(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +191,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{Path(origin)} holds no state_dict: expected names and tensors")
         content = {"model": content, "extra": {}}
     owner = Owner(model, None)
-    saved = {"model": content["model"], "extra": content["extra"], "loss": None, "attributes": {}}
+    here = dict(owner.named_buffers())
+    extra = {n: b for n, b in content["extra"].items() if n in here or not n.startswith(f"{LOSS}.")}
+    saved = {"model": content["model"], "extra": extra, "loss": None, "attributes": {}}
     owner.check(saved, origin, dtypes=False)
     owner.restore(saved)
 
