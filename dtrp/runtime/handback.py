@@ -87,18 +87,15 @@ class Owner:
 
     def state(self) -> dict[str, Any]:
         """The sections of a saved run that are the modules'."""
-        model, loss = self.model.state_dict(), None if self.loss is None else self.loss.state_dict()
-        known = {*model, *(f"{LOSS}.{name}" for name in loss or ())}
-        savable = {
+        loss = None if self.loss is None else self.loss.state_dict()
+        state: dict[str, Any] = {"model": self.model.state_dict(), "extra": {}, "loss": loss}
+        known = by_name(state)
+        state["extra"] = {name: b for name, b in self.named_buffers() if name not in known}
+        state["attributes"] = {
             name: {k: v for k, v in values.items() if is_savable(v)}
             for name, values in self.attributes().items()
         }
-        return {
-            "model": model,
-            "extra": {name: b for name, b in self.named_buffers() if name not in known},
-            "loss": loss,
-            "attributes": savable,
-        }
+        return state
 
     def check(self, saved: Mapping[str, Any], origin: str, *, dtypes: bool = True) -> None:
         """Whether saved tensors fit these modules.
@@ -108,32 +105,25 @@ class Owner:
         CheckpointError
             They do not; says which.
         """
-        here, there = self.model.state_dict(), saved["model"]
+        mine = self.state()
+        here, there = by_name({**mine, "extra": {}}), by_name({**saved, "extra": {}})
         lacks, has = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+        other = f"{origin} belongs to another model:"
         if lacks or has:
             raise CheckpointError(
-                f"{origin} belongs to another model: it lacks {lacks[:3]}, and has {has[:3]} that "
-                f"{type(self.model).__name__} has not"
+                f"{other} it lacks {lacks[:3]}, and has {has[:3]} that {type(self.model).__name__} has not"
             )
-        theirs, ours = set(saved["loss"] or ()), set(self.loss.state_dict() if self.loss is not None else ())
-        if theirs != ours:
-            raise CheckpointError(
-                f"{origin} was saved with another loss: its tensors are {sorted(theirs)[:3]}, this "
-                f"trainer's are {sorted(ours)[:3]}"
-            )
-        held = by_name(self.state())
+        here = by_name(mine)
         for name, value in by_name(saved).items():
-            mine = held.get(name)
-            if isinstance(mine, Tensor) != isinstance(value, Tensor):
+            tensor = here.get(name)
+            if not isinstance(tensor, Tensor) and not isinstance(value, Tensor):
+                continue
+            if not isinstance(tensor, Tensor) or not isinstance(value, Tensor):
+                raise CheckpointError(f"{other} {name!r} is no tensor in one of them")
+            if tensor.shape != value.shape or (dtypes and tensor.dtype != value.dtype):
                 raise CheckpointError(
-                    f"{origin} belongs to another model: {name!r} is no tensor in one of them"
-                )
-            if isinstance(mine, Tensor) and (
-                mine.shape != value.shape or (dtypes and mine.dtype != value.dtype)
-            ):
-                raise CheckpointError(
-                    f"{origin} belongs to another model: {name!r} has shape {tuple(value.shape)} and "
-                    f"{value.dtype} there, {tuple(mine.shape)} and {mine.dtype} here"
+                    f"{other} {name!r} has shape {tuple(value.shape)} and {value.dtype} there, "
+                    f"{tuple(tensor.shape)} and {tensor.dtype} here"
                 )
 
     def restore(self, saved: Mapping[str, Any]) -> None:
