@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .partitioner.capture import Captured
 from .runtime.loss import as_scalar, own_loss, scalar_loss
+from .runtime.twins import Snapshot
 
 
 def check_scalar_loss(
@@ -36,6 +37,7 @@ def check_scalar_loss(
     if loss_fn is None:
         scalar_loss(None, own_loss(output), None)
         return
+    before = Snapshot(loss_fn) if isinstance(loss_fn, nn.Module) else None
     allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
         with mode:
@@ -45,4 +47,6 @@ def check_scalar_loss(
         return
     finally:
         mode.allow_non_fake_inputs = allowed
+        if before is not None:  # what it counts or keeps outside tensors
+            before.restore()
     as_scalar(loss_fn, loss)

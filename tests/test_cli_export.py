@@ -86,7 +86,7 @@ class TestWeights:
     def test_of_another_model(self, tmp_path, trained):
         torch.save(trained.state_dict(), tmp_path / "w.pt")
         with pytest.raises(
-            CheckpointError, match=r"w.pt belongs to another model than Net: (.|\n)*size mismatch"
+            CheckpointError, match=r"w.pt belongs to another model: '[a-z.]+' has shape"
         ):
             load_weights(Net(8), tmp_path / "w.pt")
 
@@ -97,7 +97,7 @@ class TestWeights:
 
     def test_that_run_code(self, tmp_path):
         torch.save(Net(), tmp_path / "w.pt")
-        with pytest.raises(CheckpointError, match="cannot be read as tensors and plain data"):
+        with pytest.raises(CheckpointError, match="holds other things than tensors and plain data"):
             load_weights(Net(), tmp_path / "w.pt")
 
     def test_that_were_altered(self, tmp_path, trained):

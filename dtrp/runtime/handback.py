@@ -40,6 +40,13 @@ class Owner:
             for name, p in self.loss.named_parameters(remove_duplicate=not all_names):
                 yield f"{LOSS}.{name}", p
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's and the loss's, under every name that they have."""
+        yield from self.model.named_buffers(remove_duplicate=False)
+        if self.loss is not None:
+            for name, b in self.loss.named_buffers(remove_duplicate=False):
+                yield f"{LOSS}.{name}", b
+
     def first_names(self) -> dict[str, str]:
         """Every name of every parameter -> the first one that it has."""
         first: dict[int, str] = {}
@@ -48,9 +55,7 @@ class Owner:
     def begin(self) -> None:
         """A run begins with the tensors that are here now, and will give them back to these."""
         self._tensors = dict(self.named_parameters(all_names=True))
-        self._tensors |= dict(self.model.named_buffers(remove_duplicate=False))
-        if self.loss is not None:
-            self._tensors |= {f"{LOSS}.{n}": b for n, b in self.loss.named_buffers()}
+        self._tensors |= dict(self.named_buffers())
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Copy what a stage gave (`Stage.state`) into the tensors of the same names; constants of the graph
@@ -82,17 +87,15 @@ class Owner:
 
     def state(self) -> dict[str, Any]:
         """The sections of a saved run that are the modules'."""
-        model = self.model.state_dict()
-        savable = {
+        loss = None if self.loss is None else self.loss.state_dict()
+        state: dict[str, Any] = {"model": self.model.state_dict(), "extra": {}, "loss": loss}
+        known = by_name(state)
+        state["extra"] = {name: b for name, b in self.named_buffers() if name not in known}
+        state["attributes"] = {
             name: {k: v for k, v in values.items() if is_savable(v)}
             for name, values in self.attributes().items()
         }
-        return {
-            "model": model,
-            "extra": {name: b for name, b in self.model.named_buffers() if name not in model},
-            "loss": None if self.loss is None else self.loss.state_dict(),
-            "attributes": savable,
-        }
+        return state
 
     def check(self, saved: Mapping[str, Any], origin: str, *, dtypes: bool = True) -> None:
         """Whether saved tensors fit these modules.
@@ -102,50 +105,47 @@ class Owner:
         CheckpointError
             They do not; says which.
         """
-        here, there = self.model.state_dict(), saved["model"]
+        mine = self.state()
+        here, there = by_name({**mine, "extra": {}}), by_name({**saved, "extra": {}})
         lacks, has = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+        other = f"{origin} belongs to another model:"
         if lacks or has:
             raise CheckpointError(
-                f"{origin} belongs to another model: it lacks {lacks[:3]}, and has {has[:3]} that "
-                f"{type(self.model).__name__} has not"
+                f"{other} it lacks {lacks[:3]}, and has {has[:3]} that {type(self.model).__name__} has not"
             )
-        theirs, ours = set(saved["loss"] or ()), set(self.loss.state_dict() if self.loss is not None else ())
-        if theirs != ours:
-            raise CheckpointError(
-                f"{origin} was saved with another loss: its tensors are {sorted(theirs)[:3]}, this "
-                f"trainer's are {sorted(ours)[:3]}"
-            )
-        held = by_name(self.state())
+        here = by_name(mine)
         for name, value in by_name(saved).items():
-            mine = held.get(name)
-            if isinstance(mine, Tensor) != isinstance(value, Tensor):
+            tensor = here.get(name)
+            if not isinstance(tensor, Tensor) and not isinstance(value, Tensor):
+                continue
+            if not isinstance(tensor, Tensor) or not isinstance(value, Tensor):
+                raise CheckpointError(f"{other} {name!r} is no tensor in one of them")
+            if tensor.shape != value.shape or (dtypes and tensor.dtype != value.dtype):
                 raise CheckpointError(
-                    f"{origin} belongs to another model: {name!r} is no tensor in one of them"
-                )
-            if isinstance(mine, Tensor) and (
-                mine.shape != value.shape or (dtypes and mine.dtype != value.dtype)
-            ):
-                raise CheckpointError(
-                    f"{origin} belongs to another model: {name!r} has shape {tuple(value.shape)} and "
-                    f"{value.dtype} there, {tuple(mine.shape)} and {mine.dtype} here"
+                    f"{other} {name!r} has shape {tuple(value.shape)} and {value.dtype} there, "
+                    f"{tuple(tensor.shape)} and {tensor.dtype} here"
                 )
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Overwrite tensors and plain attributes with saved ones that `check` has passed."""
         self.model.load_state_dict(saved["model"], strict=True)
-        buffers = dict(self.model.named_buffers())
+        buffers = dict(self.named_buffers())
         with torch.no_grad():
             for name, value in saved["extra"].items():
                 buffers[name].copy_(value)
         if self.loss is not None:
             self.loss.load_state_dict(saved["loss"], strict=True)
-        kept = self.attributes()  # what could not be saved stays as it is
-        self.set_attributes(
-            {
-                name: {k: v for k, v in kept.get(name, {}).items() if not is_savable(v)} | dict(values)
-                for name, values in saved["attributes"].items()
-            }
-        )
+        self.set_attributes(completed(saved["attributes"], self.attributes()))
+
+
+def completed(
+    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Saved attributes, with those present ones that could not be saved."""
+    return {
+        name: {k: v for k, v in present.get(name, {}).items() if not is_savable(v)} | dict(values)
+        for name, values in saved.items()
+    }
 
 
 def by_name(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{Path(origin)} holds no state_dict: expected names and tensors")
         content = {"model": content, "extra": {}}
     owner = Owner(model, None)
-    saved = {"model": content["model"], "extra": content["extra"], "loss": None, "attributes": {}}
+    here = dict(owner.named_buffers())
+    extra = {n: b for n, b in content["extra"].items() if n in here or not n.startswith(f"{LOSS}.")}
+    saved = {"model": content["model"], "extra": extra, "loss": None, "attributes": {}}
     owner.check(saved, origin, dtypes=False)
     owner.restore(saved)
 

@@ -142,6 +142,8 @@ def _assign(root: nn.Module, name: str, value: Any) -> None:
         module = child
     if getattr(module, last, None) is value:
         return
+    if last in module.__dict__:  # a plain attribute of a module that is kept whole; its own value is newer
+        return
     if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(last, value, persistent=False)
     else:

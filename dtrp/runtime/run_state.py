@@ -124,10 +124,10 @@ class RunState:
         owner.restore(self.content)
         set_random_state(self.content["random"])
 
-    def modules(self, owner: Owner) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """Arguments of `Stage.load_state`, after `restore`."""
+    def modules(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Arguments of `Stage.load_state`."""
         tensors = {n: t for n, t in by_name(self.content).items() if isinstance(t, Tensor)}
-        return tensors, owner.attributes()
+        return tensors, self.content["attributes"]
 
     def training(self, owner: Owner) -> tuple[Any, ...]:
         """Arguments of `Stage.load_training_state`."""

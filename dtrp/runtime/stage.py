@@ -39,6 +39,7 @@ from .clipping import Norms, clip, squared_norm
 from .config import TrainConfig
 from .evaluation import Measure
 from .events import Event
+from .handback import completed
 from .links import Links
 from .loss import Report, check_finite, held_loss, scalar_loss
 from .meter import Meter
@@ -528,7 +529,7 @@ class Stage:
             for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
                 if name in tensors:
                     tensor.copy_(tensors[name])
-        set_attributes(self.module, attributes)
+        set_attributes(self.module, completed(attributes, attributes_of(self.module)))
 
     def training_state(self, names: Mapping[str, str]) -> dict[str, Any]:
         """What besides weights and buffers the next batch's training depends on, by parameter name;

@@ -533,7 +533,7 @@ class Trainer:
         """Bring the stages to a loaded state."""
         if self._seed is not None and state.counters["seed"] is not None:
             self._seed = state.counters["seed"]
-        run.call("load_state", *state.modules(self._owner))
+        run.call("load_state", *state.modules())
         run.call("load_training_state", *state.training(self._owner))
 
     def _collect(self, *, wait: bool = False) -> float | None:

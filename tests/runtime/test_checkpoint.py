@@ -279,7 +279,7 @@ def malicious(path: Path) -> None:
         (emptied, "cannot be read as a checkpoint; it is truncated"),
         (altered, "is damaged: its content does not fit its digest"),
         (foreign, "is no file of `trainer.save`"),
-        (of_another_version, "has version 99 of the format, this dtrp reads 1"),
+        (of_another_version, "has version 99 of the format, this dtrp reads 1 and 2"),
         (malicious, "cannot be read as a checkpoint"),
         (Path.unlink, "there is no file"),
     ],
