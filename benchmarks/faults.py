@@ -36,6 +36,10 @@ from torch import Tensor, nn
 
 import dtrp
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests say how to look inside a trainer
+
+from tests.runtime.inside import processes
+
 WATCHDOG = 2.0
 MOST_TICKS = 40
 
@@ -145,7 +149,7 @@ def in_a_stage(fault: Callable[[Any], Any], text: str, tick: int, **knobs: Any) 
 
 
 def send_signal(trainer: Any, number: int) -> None:
-    os.kill(random.choice(trainer._executor.crew.members).process.pid, number)
+    os.kill(random.choice(processes(trainer)), number)
 
 
 def feed(trainer: Any, *shape: int) -> None:
@@ -190,13 +194,13 @@ SCRIPT = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path[:0] = {path!r}
-from faults import batch, start
+from faults import batch, processes, start
 model, trainer = start()
 try:
     with trainer:
         for _ in range({tick}):
             trainer.step(*batch())
-        print(*(m.process.pid for m in trainer._executor.crew.members), flush=True)
+        print(*processes(trainer), flush=True)
         while True:
             trainer.step(*batch())
 except KeyboardInterrupt:
@@ -239,7 +243,7 @@ KINDS: dict[str, tuple[str, Callable[[int], tuple[float, bool, str]]]] = {
     ),
     "stop": (
         f"worker stopped (SIGSTOP), watchdog {WATCHDOG:g} s",
-        partial(in_a_stage, lambda t: send_signal(t, signal.SIGSTOP), "has not answered for"),
+        partial(in_a_stage, lambda t: send_signal(t, signal.SIGSTOP), "has shown no sign of life for"),
     ),
     "memory": ("worker out of memory (RLIMIT_AS)", partial(in_a_stage, lambda t: feed(t, 6), "memory")),
     "forward": (

@@ -18,7 +18,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,11 @@ from throughput import cifar_model
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.runtime.stage import StageRunner
+from dtrp.runtime.stage import Stage
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests say how to look inside a trainer
+
+from tests.runtime.inside import stages
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 METHODS = ("bp", "fdg", "dtrp")
@@ -88,8 +92,9 @@ SUBJECTS = {
 class Ledger:
     """Live bytes of one stage."""
 
-    def __init__(self, runner: StageRunner) -> None:
-        self.runner = runner
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.weights: set[int] = set()
         self.held: dict[int, int] = {}  # storage -> how often autograd keeps it
         self.live = self.stash = 0
         self.most_live = self.most_stash = self.most = 0
@@ -116,12 +121,14 @@ class Ledger:
 
     def look(self) -> None:
         """Count what is in flight."""
-        flights = self.runner.in_flight.values()
-        values = [v for f in flights for v in (*f.arrivals.values(), *(f.outputs or ()), *f.leaves.values())]
+        flights = self.stage.in_flight.values()
+        values = [v for f in flights for v in (*f.arrivals.values(), *(f.outputs or ()))]
+        if not (self.stage.recomputes or self.stage.program.is_last):
+            values += [p for f in flights if f.twin is not None for p in f.twin.module.parameters()]
         sizes = storages(v for v in values if isinstance(v, Tensor))
-        own = storages(self.runner.module.parameters())
+        own = storages(self.stage.module.parameters())
         self.stash = sum(size for key, size in sizes.items() if key not in self.held and key not in own)
-        self.weights = {*own, *storages(v for f in flights for v in f.leaves.values())}
+        self.weights |= own.keys()
         self.most_stash = max(self.most_stash, self.stash)
         self.most = max(self.most, self.live + self.stash)
 
@@ -129,7 +136,7 @@ class Ledger:
     def fixed(self) -> int:
         """Weights, gradients, optimizer state, predicted copy."""
         total = 0
-        for parameters in self.runner.weights.sets:
+        for parameters in self.stage.weights.sets:
             own = sum(storages(parameters.names.values()).values())
             state = storages(
                 v
@@ -138,7 +145,7 @@ class Ledger:
                 if isinstance(v, Tensor)
             )
             total += own + own + sum(state.values())
-            total += own if self.runner.config.predicts and self.runner.n_stages > 1 else 0
+            total += own if self.stage.config.predicts and self.stage.n_stages > 1 else 0
         return total
 
 
@@ -156,30 +163,40 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def measured(runner: StageRunner) -> Ledger:
+def measured(stage: Stage) -> Ledger:
     """Watch a stage from now on."""
-    ledger = Ledger(runner)
+    ledger = Ledger(stage)
     ledger.look()
-    ahead = runner.weights.ahead
-
-    def predicted(*args: Any) -> dict[str, Tensor]:
-        leaves = ahead(*args)
-        ledger.weights |= storages(leaves.values()).keys()  # counted in `fixed`, not as activations
-        return leaves
-
-    runner.weights.ahead = predicted  # type: ignore[method-assign]
-    for name in ("begin", "finish", "_first_forward"):
-        setattr(runner, name, _watched(ledger, getattr(runner, name)))
+    for name in ("first", "ahead", "version"):
+        setattr(stage.weights, name, _known(ledger, getattr(stage.weights, name)))
+    for name in ("_forward", "_last_forward", "_recompute", "_backward"):
+        setattr(stage, name, _watched(ledger, getattr(stage, name)))
     return ledger
 
 
+def _known(ledger: Ledger, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Weights on which a pass runs are counted as such, not as activations."""
+
+    def call(*args: Any) -> Any:
+        twin = method(*args)
+        if twin is not None:
+            ledger.weights |= storages(twin.module.parameters()).keys()
+        return twin
+
+    return call
+
+
 def _watched(ledger: Ledger, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        ledger.look()
-        with torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
-            result = method(*args, **kwargs)
-        ledger.look()
-        return result
+    def call(*args: Any) -> Generator[None, None, None]:
+        steps = method(*args)
+        done = False
+        while not done:
+            ledger.look()
+            with torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
+                done = next(steps, steps) is steps
+            ledger.look()
+            if not done:
+                yield
 
     return call
 
@@ -204,7 +221,7 @@ def measure(subject: Subject, pipe: dtrp.Pipeline, method: str) -> list[Row]:
         for _ in range(2 * n_stages + 2):
             trainer.step(*subject.batch())
             if not ledgers:
-                ledgers = [measured(r) for r in trainer._executor.runners]
+                ledgers = [measured(stage) for stage in stages(trainer)]
         return [Row(g.most_stash, g.most_live, g.fixed + g.most) for g in ledgers]
 
 

@@ -30,6 +30,10 @@ from torch import Tensor, nn
 
 import dtrp
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests say how to look inside a trainer
+
+from tests.runtime.inside import processes
+
 WARM = 1000
 EVERY = 500
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -71,7 +75,7 @@ def long_run(ticks: int) -> list[str]:
             assert new == [float(b) for b in range(reported, reported + len(new))], "a loss out of order"
             reported += len(new)
             if tick == 0:
-                workers = [psutil.Process(m.process.pid) for m in trainer._executor.crew.members]
+                workers = [psutil.Process(pid) for pid in processes(trainer)]
                 watched = {"caller": psutil.Process(), **{f"stage {k}": p for k, p in enumerate(workers)}}
             if tick + 1 >= WARM and (tick + 1) % EVERY == 0:
                 for name, process in watched.items():

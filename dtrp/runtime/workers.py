@@ -266,15 +266,19 @@ class Workers:
     def _look(self) -> None:
         stuck = self._watch.look()
         if stuck is not None:
-            self._fail(stuck[0], ("stuck", stuck[1]))
+            self._fail([(stuck[0], ("stuck", stuck[1]))])
 
     def _take(self, seconds: float) -> bool:
         """What is there within so many seconds; whether there was anything."""
         heard = self.crew.hear(seconds)
+        bad = []
         for stage, message in heard:
             if message[0] in ("error", "died"):
-                self._fail(stage, message)
-            self._note(stage, message)
+                bad.append((stage, message))  # the cause may come behind its consequences
+            else:
+                self._note(stage, message)
+        if bad:
+            self._fail(bad)
         return bool(heard)
 
     def _drain_sockets(self) -> None:
@@ -314,9 +318,9 @@ class Workers:
         if self.failure is not None:
             raise self.failure.again()
 
-    def _fail(self, stage: int, message: tuple[Any, ...]) -> None:
+    def _fail(self, seen: list[tuple[int, tuple[Any, ...]]]) -> None:
         """Find the first cause, ask the others what they have trained, end all workers, raise."""
-        seen = [(stage, message)]
+        seen.sort(key=lambda s: _rank(s[1]))
         deadline = time.monotonic() + GRACE
         while _rank(seen[0][1]) > 0 and time.monotonic() < deadline:
             for other in self.crew.hear(deadline - time.monotonic()):

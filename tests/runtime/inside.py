@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from dtrp.runtime import workers
 from dtrp.runtime.inline import Inline
 from dtrp.runtime.shared import SharedLinks, Wait, open_line
 from dtrp.runtime.stage import Stage
 from dtrp.runtime.workers import Workers
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def stages(trainer: Any) -> list[Stage]:

@@ -327,21 +327,20 @@ def test_a_full_ring_throttles(most: int) -> None:
         end.close()
 
 
+def until_ready(sock: Any, event: int) -> None:
+    poll = select.poll()
+    poll.register(sock, event)
+    poll.poll()
+
+
+@pytest.mark.parametrize("wait", [None, until_ready])
 @pytest.mark.parametrize("doing", ["take", "send", "place"])
-def test_a_closed_peer_wakes_who_waits_for_it(doing: str) -> None:
-    """A reader; a writer of more than the socket holds; one that waits for a place."""
+def test_a_closed_peer_wakes_who_waits_for_it(doing: str, wait: Any) -> None:
+    """A reader; a writer of more than the socket holds; one that waits for a place. As in a worker, whose
+    sockets block, and as in the caller, which listens meanwhile."""
     before = psutil.Process().num_fds()
-    ends = both_ends(1)
-    waits = threading.Event()
-    for end in (*ends[0]._senders.values(), *ends[0]._receivers.values()):
-        forever = end.wait
-        end.wait = lambda sock, event, forever=forever: waits.set() or forever(sock, event)  # type: ignore
-
-    def close() -> None:
-        waits.wait(10)
-        ends[1].close()
-
-    closing = threading.Thread(target=close)
+    ends = both_ends(1, wait)
+    closing = threading.Timer(0.2, ends[1].close)
     closing.start()
 
     def use() -> None:
