@@ -1,52 +1,279 @@
-"""Refuses a loss function that gives no scalar before any worker starts: it is tried on fake tensors."""
+"""Tells mistakes with a loss before any worker starts: it is tried on stand-ins for the model's output.
+
+First on fake tensors, which have shapes and no values. A loss that looks at values fails there; it is tried
+on random numbers, where these are few. Only what is sure is said: nothing of a loss that raises for values
+it dislikes, nor of one that works as it was given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .partitioner.capture import Captured
-from .runtime.loss import as_scalar, own_loss, scalar_loss
-from .runtime.twins import Snapshot
+from .partitioner.capture.sizes import batch_of
+from .runtime.batch import WithExtra
+from .runtime.config import TrainConfig
+from .runtime.loss import as_scalar, call_loss, own_loss, told
+from .runtime.random import preserved
+from .runtime.twins import private_copy
+from .torch_losses import TargetMistake, Watch, described, part_of
+
+_FEW = 2**22  # numbers in an output, up to which random ones are made
+_CERTAIN = (TypeError, AttributeError, NameError, ImportError)  # that no values bring about
 
 
-def check_scalar_loss(
-    captured: Captured, loss_fn: Callable[[Any, Any], Any] | None, inputs: Sequence[Tensor], target: Any
-) -> None:
-    """Raise ``TypeError`` if the loss of a batch like the example's is surely no scalar tensor.
+def check_loss(captured: Captured, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
+    """Refuse a loss that surely cannot be trained with, as a batch like the example's shows.
 
-    Nothing is said of batches of other shapes, nor where the loss cannot be had without computing (it
-    looks at values, say): then a stage will say.
+    Raises
+    ------
+    TypeError
+        The loss gives no scalar, or none that depends on the output, or cannot be called so.
+    ValueError
+        The target is not what one of torch's losses wants.
     """
-    graph = captured.train.module.graph
-    examples = [n.meta.get("val") for n in graph.find_nodes(op="placeholder")]
-    if any(
-        not isinstance(e, FakeTensor) or e.shape != x.shape for e, x in zip(examples, inputs, strict=True)
-    ):
+    loss_fn = config.loss_fn
+    if loss_fn is not None:
+        _check_call(loss_fn, target.extra if isinstance(target, WithExtra) else {})
+    stand_in = _StandIn.of(captured, config, inputs, target)
+    if stand_in is None:
         return
-    (output_node,) = graph.find_nodes(op="output")
-    leaves = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in output_node.args[0]]
-    mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
-    if mode is None:
-        return
-    output = pytree.tree_unflatten(leaves, captured.train.out_spec)
     if loss_fn is None:
-        scalar_loss(None, own_loss(output), None)
+        as_scalar(None, own_loss(stand_in.output()))
         return
-    before = Snapshot(loss_fn) if isinstance(loss_fn, nn.Module) else None
+    try:
+        stand_in.judge_fakes(loss_fn)
+        return
+    except _Refused as e:
+        raise e.error from e.__cause__
+    except TargetMistake as mistake:
+        if not stand_in.works_swapped(loss_fn):
+            raise ValueError(stand_in.in_real_sizes(str(mistake))) from None
+    except Exception:
+        if not stand_in.works_swapped(loss_fn):
+            stand_in.judge_random(loss_fn)
+            return
+    raise TypeError(
+        f"{told(loss_fn)} fails as loss_fn(output, target) and works as loss_fn(target, output): swap its "
+        f"arguments"
+    )
+
+
+class _Refused(Exception):
+    """What the user is to be told."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _check_call(loss_fn: Callable[..., Any], extra: Mapping[str, Any]) -> None:
+    """Refuse a loss that takes other arguments, as far as its signature says."""
+    function = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None, **extra)
+    except TypeError as e:
+        named = "".join(f", {name}=..." for name in extra)
+        do = "what else it needs comes with step(x, y, extra={...}), or by functools.partial"
+        if "missing" not in str(e):
+            do = "let it take these"
+        raise TypeError(
+            f"loss_fn is called as loss_fn(output, target{named}), but {told(loss_fn)} takes {signature}: "
+            f"{e}; {do}"
+        ) from None
+
+
+@dataclass
+class _StandIn:
+    """What stands for output and target of a batch like the example's."""
+
+    config: TrainConfig
+    mode: FakeTensorMode
+    leaves: list[Any]  # of the output, as captured
+    spec: pytree.TreeSpec
+    target: Any
+    batch: int  # samples of the batch
+    example: int  # and of the example
+
+    @classmethod
+    def of(
+        cls, captured: Captured, config: TrainConfig, inputs: Sequence[Tensor], target: Any
+    ) -> _StandIn | None:
+        """None where the graph does not say what the output will be."""
+        graph = captured.train.module.graph
+        examples = [n.meta.get("val") for n in graph.find_nodes(op="placeholder")]
+        if not all(isinstance(e, FakeTensor) for e in examples):
+            return None
+        size, batched = batch_of(examples)
+        now = inputs[batched[0]].shape[0] if batched and inputs[batched[0]].dim() else size
+        for i, (example, tensor) in enumerate(zip(examples, inputs, strict=True)):
+            wanted = (now, *example.shape[1:]) if i in batched else tuple(example.shape)
+            if tuple(tensor.shape) != wanted or now == 0:
+                return None
+        (output_node,) = graph.find_nodes(op="output")
+        leaves = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in output_node.args[0]]
+        mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+        if mode is None:
+            return None
+        return cls(config, mode, leaves, captured.train.out_spec, target, now, size)
+
+    def output(self) -> Any:
+        """The output, of fakes."""
+        return pytree.tree_unflatten(self.leaves, self.spec)
+
+    def in_real_sizes(self, text: str) -> str:
+        """Shapes in a message as they are in the batch."""
+        return text.replace(f"({self.example},", f"({self.batch},")
+
+    def judge_fakes(self, loss_fn: Callable[..., Any], *, swapped: bool = False) -> None:
+        """Try it on fake tensors. Raises `_Refused` where it runs and is wrong, or whatever it raises."""
+        if isinstance(loss_fn, nn.Module):  # the user's own must not keep fakes
+            loss_fn = private_copy(loss_fn, [(t, t) for t in (*loss_fn.parameters(), *loss_fn.buffers())])
+        with _faking(self.mode):
+            place = next(leaf.device for leaf in self.leaves if isinstance(leaf, FakeTensor))
+            pairs: list[tuple[Tensor, Tensor]] = []
+
+            def fake(real: Tensor) -> Tensor:
+                made = self.mode.from_tensor(real.detach()).to(place)
+                if self._follows_batch(real):
+                    made = made.new_empty((self.example, *real.shape[1:]))
+                pairs.append((made, real))
+                return made
+
+            target = pytree.tree_map_only(Tensor, fake, self.target)
+            self._judge(loss_fn, Tensor.detach, target, pairs, swapped)
+
+    def judge_random(self, loss_fn: Callable[..., Any]) -> None:
+        """It cannot run on fakes: refuse it where it does the same wrong with whatever numbers."""
+        if sum(leaf.numel() for leaf in self.leaves if isinstance(leaf, Tensor)) > _FEW:
+            return
+        found: list[Exception] = []
+        for source in (torch.zeros, torch.rand, torch.randn):
+            try:
+                own = deepcopy(loss_fn)
+            except Exception:
+                return
+            try:
+                with preserved(()), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self._judge_random(own, source)
+                return
+            except _Refused as e:
+                found.append(e.error)
+            except _CERTAIN as e:
+                found.append(self._failure(loss_fn, e))
+            except Exception:
+                return
+        if len({str(e) for e in found}) == 1:
+            raise found[0]
+
+    def works_swapped(self, loss_fn: Callable[..., Any]) -> bool:
+        """Whether output and target in each other's place give a loss that can be trained with."""
+        try:
+            self.judge_fakes(loss_fn, swapped=True)
+        except Exception:
+            return False
+        return True
+
+    def _judge_random(self, loss_fn: Callable[..., Any], source: Callable[..., Tensor]) -> None:
+        def made(leaf: Tensor) -> Tensor:
+            return (source if leaf.is_floating_point() else torch.zeros)(leaf.shape, dtype=leaf.dtype)
+
+        def sized(real: Tensor) -> Tensor:
+            return real[torch.arange(self.example) % self.batch] if self._follows_batch(real) else real
+
+        self._judge(loss_fn, made, pytree.tree_map_only(Tensor, sized, self.target), [], False)
+
+    def _judge(
+        self,
+        loss_fn: Callable[..., Any],
+        stand_in: Callable[[Tensor], Tensor],
+        target: Any,
+        pairs: list[tuple[Tensor, Tensor]],
+        swapped: bool,
+    ) -> None:
+        leaves = [stand_in(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        roots = [x.requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        with torch.enable_grad():
+            leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]  # may be changed in place
+        output = pytree.tree_unflatten(leaves, self.spec)
+
+        def turned(output: Any, target: Any, **extra: Any) -> Any:
+            return loss_fn(target, output, **extra)
+
+        formats: Any = nullcontext()
+        if self.config.autocast is not None and roots:
+            formats = torch.autocast(roots[0].device.type, dtype=self.config.autocast)
+        with torch.enable_grad(), Watch(pairs), formats:
+            given = call_loss(turned if swapped else loss_fn, output, target)
+        try:
+            loss = as_scalar(loss_fn, given)
+        except TypeError as e:
+            raise _Refused(e) from None
+        if any(root.grad is not None for root in roots):
+            raise _Refused(
+                TypeError(f"{told(loss_fn)} calls backward(); only return the loss: the stages go backward")
+            )
+        if not roots or (loss.requires_grad and loss.is_leaf):  # made so on purpose
+            return
+        if not loss.requires_grad or not any(_reaches(loss, root) for root in roots):
+            raise _Refused(
+                TypeError(
+                    f"{told(loss_fn)} gave a tensor without a gradient back to the model's output: it does "
+                    f"not depend on it, or leaves torch on the way (.item(), .detach(), .numpy(), "
+                    f"torch.tensor, no_grad); compute it from the output with torch operations"
+                )
+            )
+
+    def _failure(self, loss_fn: Callable[..., Any], error: Exception) -> TypeError:
+        output, use = self.output(), ""
+        if not isinstance(output, Tensor):
+            use = f"; the model gives {described(output)}: the loss may be meant for {part_of(output)}"
+        refusal = TypeError(f"{told(loss_fn)} fails on the first batch: {type(error).__name__}: {error}{use}")
+        refusal.__cause__ = error
+        return refusal
+
+    def _follows_batch(self, tensor: Tensor) -> bool:
+        return self.batch != self.example and tensor.dim() > 0 and tensor.shape[0] == self.batch
+
+
+def _reaches(loss: Tensor, root: Tensor) -> bool:
+    """Whether ``root`` is in the graph of ``loss``; nothing is computed."""
+    wanted = torch.autograd.graph.get_gradient_edge(root).node
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is wanted:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return False
+
+
+@contextmanager
+def _faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Fake tensors and others may meet; what torch logs of operators that refuse fakes is of no use here."""
     allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True
     try:
         with mode:
-            fakes = pytree.tree_map_only(Tensor, mode.from_tensor, target)
-            loss = loss_fn(output, fakes)
-    except Exception:
-        return
+            yield
     finally:
-        mode.allow_non_fake_inputs = allowed
-        if before is not None:  # what it counts or keeps outside tensors
-            before.restore()
-    as_scalar(loss_fn, loss)
+        mode.allow_non_fake_inputs, log.disabled = allowed, silent

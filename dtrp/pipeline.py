@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from .errors import DtrpError
 from .exclusive import EXCLUSIVE
-from .loss_check import check_scalar_loss
+from .loss_check import check_loss
 from .partitioner.capture.fits import Fits
 from .partitioner.compiler import Compiled, Request, compile_model, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
@@ -141,7 +141,7 @@ class Pipeline:
 
     def trainer(
         self,
-        loss_fn: Callable[[Any, Any], Tensor] | None,
+        loss_fn: Callable[..., Tensor] | None,
         optimizer: Callable[[Any], Optimizer],
         *,
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
@@ -179,7 +179,8 @@ class Pipeline:
         Parameters
         ----------
         loss_fn : callable or None
-            ``(output, target) -> scalar``. ``None``: the model gives its own loss (a scalar output, or its
+            ``(output, target) -> scalar``, or ``(output, target, **extra)`` where batches have ``extra``
+            (`Trainer.step`). ``None``: the model gives its own loss (a scalar output, or its
             ``loss`` entry), and `Trainer.step` takes no target.
         optimizer : callable
             Parameters -> ``torch.optim.Optimizer``; called once per stage.
@@ -399,9 +400,9 @@ class Pipeline:
         return tensors
 
     def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
-        """Refuse a loss that is no scalar, on fake tensors."""
+        """Refuse a loss that surely cannot be trained with, before any worker starts."""
         with EXCLUSIVE:
-            check_scalar_loss(self._planned.captured, config.loss_fn, inputs, target)
+            check_loss(self._planned.captured, config, inputs, target)
 
     def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""

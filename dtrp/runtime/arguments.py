@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..wiring import Wiring
-from .batch import Feed, Update
+from .batch import Feed, Update, WithExtra
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def take_target(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, has_target: bool
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, has_target: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Inputs, inputs by name and target of a call of `Trainer.step`.
+    """Inputs, inputs by name and target (with what else the loss takes) of a call of `Trainer.step`.
 
     Raises
     ------
     TypeError
-        There is no target where there should be one.
+        There is no target where there should be one; ``extra`` is none, or may be meant for the model.
     """
     if not has_target:
         return args, kwargs, None
-    if "target" in kwargs:
-        named = {k: v for k, v in kwargs.items() if k != "target"}
-        return args, named, kwargs["target"]
+    named = dict(kwargs)
+    extra = named.pop("extra", None)
+    args, target = (args, named.pop("target")) if "target" in named else _last_off(args)
+    if extra is None:
+        return args, named, target
+    if "extra" in inspect.signature(model.forward).parameters:
+        raise TypeError(
+            f"extra= gives arguments to loss_fn, but forward of {type(model).__name__} has a parameter "
+            f"'extra' too: pass the model's by position, or rename it"
+        )
+    if not isinstance(extra, Mapping) or not all(isinstance(name, str) for name in extra):
+        raise TypeError(
+            f"extra={extra!r}: expected a dict of arguments of loss_fn by name, such as {{'beta': 0.5}}"
+        )
+    return args, named, WithExtra(target, dict(extra)) if extra else target
+
+
+def _last_off(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     if not args:
         raise TypeError(
             "step() got no target: the last positional argument is the target; pass loss_fn=None to "
             "trainer() if the model gives its own loss"
         )
-    return args[:-1], kwargs, args[-1]
+    return args[:-1], args[-1]
 
 
 def as_call(item: Any) -> Call:
@@ -83,3 +99,14 @@ def split_batch(
 def n_samples(tensors: Sequence[Tensor]) -> int:
     """Samples in a batch, as far as its first tensor with a dimension says."""
     return next((t.shape[0] for t in tensors if t.dim() > 0), 1)
+
+
+def what_step_takes(args: tuple[Any, ...], has_target: bool) -> str:
+    """What to do about arguments of `Trainer.step` that do not fit the model."""
+    if any(type(value).__module__ == "numpy" for value in args):
+        return "give tensors, as by torch.as_tensor"
+    if not has_target:
+        return "with loss_fn=None, step takes the model's arguments alone, no target and no extra"
+    if len(args) == 1 and isinstance(args[0], (tuple, list)):
+        return "step takes a batch's parts one by one: step(*batch)"
+    return "step takes the model's arguments, then the target: step(x, y)"

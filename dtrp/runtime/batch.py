@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,13 @@ from ..wiring import Source
 from .twins import Twin
 
 Arrivals = dict[Source, Any]
+
+
+class WithExtra(NamedTuple):
+    """What stands in the place of a target that the loss takes together with arguments by name."""
+
+    target: Any
+    extra: Mapping[str, Any]
 
 
 class Update(NamedTuple):

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .batch import Update
+from .arguments import n_samples
+from .batch import Update, WithExtra
 
 WARMUP = 100  # updates
 
@@ -89,21 +90,30 @@ def _joined(batches: list[tuple[tuple[Tensor, ...], Any]]) -> tuple[tuple[Tensor
     ValueError
         A tensor has no dimension along which to join, and differs between the batches.
     """
-    flat = [pytree.tree_flatten(batch) for batch in batches]
-    leaves = [_join([leaves[i] for leaves, _ in flat]) for i in range(len(flat[0][0]))]
-    made: tuple[tuple[Tensor, ...], Any] = pytree.tree_unflatten(leaves, flat[0][1])
+    if isinstance(batches[0][1], WithExtra):
+        sizes = [n_samples(tensors) for tensors, _ in batches]
+        tensors, target = _joined([(tensors, target.target) for tensors, target in batches])
+        return tensors, WithExtra(target, _joined_trees([target.extra for _, target in batches], sizes))
+    made: tuple[tuple[Tensor, ...], Any] = _joined_trees(batches)
     return made
 
 
-def _join(values: list[Any]) -> Any:
+def _joined_trees(trees: Sequence[Any], sizes: list[int] | None = None) -> Any:
+    """``sizes``: of the batches, where only tensors that are as long are joined."""
+    flat = [pytree.tree_flatten(tree) for tree in trees]
+    leaves = [_join([leaves[i] for leaves, _ in flat], sizes) for i in range(len(flat[0][0]))]
+    return pytree.tree_unflatten(leaves, flat[0][1])
+
+
+def _join(values: list[Any], sizes: list[int] | None) -> Any:
     first = values[0]
     if not isinstance(first, Tensor):
         return first
-    if first.dim() > 0:
+    if first.dim() > 0 and sizes in (None, [len(v) for v in values]):
         return torch.cat(values)
     if all(torch.equal(first, v) for v in values):
         return first
     raise ValueError(
-        "batch_compensation joins batches along their first dimension, but a tensor without dimensions "
+        "batch_compensation joins batches along their first dimension, but a tensor without that dimension "
         "differs between them; give it a batch dimension, or use batch_compensation=1"
     )

@@ -7,6 +7,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ class TrainConfig:
     say what they mean.
     """
 
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None
+    loss_fn: Callable[..., torch.Tensor] | None
     optimizer: Callable[[Any], Optimizer]
     lr_scheduler: Callable[[Optimizer], Any] | None = None
     method: str = "dtrp"
@@ -65,6 +66,11 @@ class TrainConfig:
                 continue
             if not callable(value) or isinstance(value, Optimizer):
                 raise TypeError(f"{name}={_short(value)}: expected {_EXPECTED[name]}")
+        loss = self.loss_fn.func if isinstance(self.loss_fn, partial) else self.loss_fn
+        if isinstance(loss, type) and issubclass(loss, torch.nn.Module):
+            raise TypeError(
+                f"loss_fn={_short(self.loss_fn)} is a class: make the loss first, {loss.__name__}(...)"
+            )
         _number("horizon_scale", self.horizon_scale, low=0.0)
         _number("lr_shrink", self.lr_shrink, above=0.0)
         _number("grad_shrink", self.grad_shrink, above=0.0)
@@ -145,7 +151,8 @@ class TrainConfig:
 _EXPECTED = {
     "optimizer": "a callable that takes parameters and returns a torch.optim.Optimizer, such as "
     "partial(torch.optim.SGD, lr=0.1)",
-    "loss_fn": "a callable (output, target) -> scalar tensor, or None if the model gives its own loss",
+    "loss_fn": "a callable (output, target) -> scalar tensor, such as F.cross_entropy, or None if the model "
+    "gives its own loss",
     "lr_scheduler": "a callable that takes an optimizer and returns a scheduler, such as "
     "partial(torch.optim.lr_scheduler.StepLR, step_size=30)",
     "param_groups": "a callable (name, parameter) -> dict of optimizer options",

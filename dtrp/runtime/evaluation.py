@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import WorkerError
+from .batch import WithExtra
 from .loss import scalar_loss
 
 Metric = Callable[[Any, Any], Any]
@@ -29,12 +30,12 @@ class Failed:
 class Measure:
     """Maps ``(output, target)`` of a batch to ``{name: (mean, weight)}``; the weight is the batch size."""
 
-    loss_fn: Callable[[Any, Any], Tensor] | None
+    loss_fn: Callable[..., Tensor] | None
     metrics: Mapping[str, Metric]
     accuracy: bool
 
     @classmethod
-    def of(cls, loss_fn: Callable[[Any, Any], Tensor] | None, metric: Any) -> Measure:
+    def of(cls, loss_fn: Callable[..., Tensor] | None, metric: Any) -> Measure:
         """From what the user passed as ``metric``: nothing, a callable, or callables by name.
 
         Raises
@@ -53,13 +54,16 @@ class Measure:
             f"name, or None"
         )
 
-    def with_loss(self, loss_fn: Callable[[Any, Any], Tensor]) -> Measure:
+    def with_loss(self, loss_fn: Callable[..., Tensor]) -> Measure:
         """The same with another loss: the last stage's own module."""
         return replace(self, loss_fn=loss_fn)
 
     def __call__(self, output: Any, target: Any) -> dict[str, tuple[float, float]] | Failed:
+        loss = float(scalar_loss(self.loss_fn, output, target))
+        if isinstance(target, WithExtra):
+            target = target.target
         size = float(_batch_size(target if target is not None else output))
-        found = {"loss": (float(scalar_loss(self.loss_fn, output, target)), size)}
+        found = {"loss": (loss, size)}
         for name, metric in self.metrics.items():
             try:
                 found[name] = (float(metric(output, target)), size)

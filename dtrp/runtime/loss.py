@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Loss
+from .batch import Loss, WithExtra
 
 
 def held_loss(output: Any, target: Any) -> Tensor:
@@ -18,26 +18,49 @@ def held_loss(output: Any, target: Any) -> Tensor:
     raise AssertionError("the last stage calls its own module")
 
 
-def scalar_loss(loss_fn: Callable[[Any, Any], Tensor] | None, output: Any, target: Any) -> Tensor:
-    """The loss of a batch.
+def scalar_loss(loss_fn: Callable[..., Tensor] | None, output: Any, target: Any) -> Tensor:
+    """The loss of a batch; ``target`` may be one `WithExtra`.
 
     Raises
     ------
     TypeError
         It is not a scalar tensor.
     """
-    return as_scalar(loss_fn, own_loss(output) if loss_fn is None else loss_fn(output, target))
+    if loss_fn is None:
+        return as_scalar(None, own_loss(output))
+    return as_scalar(loss_fn, call_loss(loss_fn, output, target))
 
 
-def as_scalar(loss_fn: Callable[[Any, Any], Tensor] | None, loss: Any) -> Tensor:
+def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> Any:
+    """Whatever ``loss_fn`` gives."""
+    target, extra = target if isinstance(target, WithExtra) else (target, {})
+    return loss_fn(output, target, **extra)
+
+
+def as_scalar(loss_fn: Callable[..., Tensor] | None, loss: Any) -> Tensor:
     """``loss``, which ``loss_fn`` (or the model) gave, without dimensions; refused as by `scalar_loss`."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        origin = "the model (loss_fn=None)"
-        if loss_fn is not None:
-            origin = f"loss_fn {getattr(loss_fn, '__name__', loss_fn)!r}"
-        raise TypeError(f"{origin} gave {got}, expected a scalar tensor; reduce it, for example with .mean()")
+        origin = "the model (loss_fn=None)" if loss_fn is None else told(loss_fn)
+        raise TypeError(f"{origin} gave {got}, expected a scalar tensor; {_remedy(loss_fn, loss)}")
     return loss.reshape(())
+
+
+def told(loss_fn: Any) -> str:
+    """A loss's name, for messages."""
+    return f"loss_fn {getattr(loss_fn, '__name__', loss_fn)!r}"
+
+
+def _remedy(loss_fn: Any, given: Any) -> str:
+    if loss_fn is None:
+        return "pass a loss_fn such as F.cross_entropy where the model does not compute its loss itself"
+    if isinstance(given, Tensor):
+        return "reduce it, for example with .mean()"
+    if given is None:
+        return "is there a return in it?"
+    if isinstance(given, (tuple, list, dict)):
+        return "return the loss alone; trainer.evaluate(metric=...) is for other numbers"
+    return "return the tensor itself, without .item(), float() or numpy: a number has no gradient"
 
 
 def own_loss(output: Any) -> Any:

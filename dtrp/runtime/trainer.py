@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import WorkerError
 from . import interrupts
-from .arguments import as_call, feeds, n_samples, split_batch, take_target
+from .arguments import as_call, feeds, n_samples, split_batch, take_target, what_step_takes
 from .batch import Feed
 from .checkpoint import as_folder, read_checkpoint, write_checkpoint
 from .compensation import WARMUP, Joiner, Mini
@@ -158,7 +158,9 @@ class Trainer:
         """Feed one batch: ``step(*inputs, target, **inputs_by_name)``.
 
         The last positional argument is the target (with ``loss_fn=None`` there is none), keyword arguments
-        go to the model. The batch is copied: its tensors may be filled again at once.
+        go to the model. ``extra={"beta": 0.5}`` gives the loss of this batch arguments by name: tensors
+        (cut into micro-batches where they are as long as the batch), numbers, strings. The batch is copied:
+        its tensors may be filled again at once.
 
         Returns
         -------
@@ -242,7 +244,7 @@ class Trainer:
         Parameters
         ----------
         loader : iterable
-            Of ``(*inputs, target)``, or dicts of keyword arguments (with a ``"target"``).
+            Of ``(*inputs, target)``, or dicts of keyword arguments of `step` (with a ``"target"``).
         epochs : int
             How often.
         val_loader : iterable, optional
@@ -479,12 +481,17 @@ class Trainer:
         """The running stages, a batch's tensors and its target; what can be refused is refused first."""
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        inputs, named, target = take_target(args, kwargs, has_target=self.config.loss_fn is not None)
+        inputs, named, target = take_target(
+            self._compiled.model, args, kwargs, has_target=self.config.loss_fn is not None
+        )
         if self._run is None:
             if not self._compiled.model.training:
                 self._compiled.model.train()
             self._compiled.prepare(inputs, named)
-        tensors = self._compiled.bind(inputs, named)
+        try:
+            tensors = self._compiled.bind(inputs, named)
+        except TypeError as e:
+            raise TypeError(f"{e}; {what_step_takes(args, self.config.loss_fn is not None)}") from None
         if self._run is None:
             self._compiled.check_loss(self.config, tensors, target)
             self._run = self._start()
