@@ -148,7 +148,7 @@ class _Recording:
             mode.observer = recorder
             if self._by_methods:
                 recorder.watch_methods(model)
-            with torch.compiler.set_stance("force_eager"), observed(recorder), recorder:
+            with torch.compiler.set_stance("force_eager"), observed(recorder, model), recorder:
                 states = foreign_randomness()
                 output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
                 if foreign_randomness() != states:
@@ -163,6 +163,7 @@ class _Recording:
             out_spec,
             kept,
             tuple(f"the model's check at {place} became a guard in the graph" for place in places),
+            answers=() if decisions is None else tuple(decisions.made),
             constants=recorder.writer.constants,
             methods=recorder.writer.methods,
             keepers=recorder.keepers,

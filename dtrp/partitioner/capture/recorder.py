@@ -16,6 +16,7 @@ passed through) stops the recording of the module in question, rather than being
 from __future__ import annotations
 
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
-from .custom import GradientFunction, SameForm
+from .custom import GradientFunction, SameForm, Under
 from .decisions import Decisions, Undecided
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
@@ -77,6 +78,7 @@ class Recorder(TorchFunctionMode):
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
         self._updates: dict[str, torch.Tensor] = {}
+        self._regions: list[str | None] = []  # of torch.autocast, by device
 
     def placeholder(self, name: str, fake: torch.Tensor) -> None:
         """Make ``fake`` the graph's next input."""
@@ -86,7 +88,8 @@ class Recorder(TorchFunctionMode):
         """Write the updates of buffers and the flat output."""
         for name, value in self._updates.items():
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
-            self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
+            node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
+            node.meta["update"] = name
         self.writer.output(leaves)
 
     # What the model does
@@ -133,7 +136,10 @@ class Recorder(TorchFunctionMode):
         name = self._names.get(module)
         if name is None or name == "":  # made on the way, or the root called by itself
             return proceed(module, *args, **kwargs)
-        if is_leaf(module, name, closed=self._closed, opened=self._opened):
+        region = self._region()
+        if region and name in self._closed:
+            raise CannotRecord(f"calls {name!r}, which is kept whole, inside a region of torch.autocast")
+        if not region and is_leaf(module, name, closed=self._closed, opened=self._opened):
             return self._leaf(name, module, proceed, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.module
         self.writer.module = name
@@ -146,7 +152,7 @@ class Recorder(TorchFunctionMode):
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
             return result
         except Exception as error:
-            if name in self._opened:
+            if name in self._opened or region:
                 raise
             self.writer.roll_back(mark)
             self.writer.module = outer
@@ -227,9 +233,20 @@ class Recorder(TorchFunctionMode):
         elif type(old) in (int, float) and type(value) is type(old) and old != value:
             raise CannotRecord(f"changes {full!r} from {old!r} to {value!r} while it runs")
 
-    def on_autocast(self) -> None:
-        """The model enters torch.autocast."""
-        raise CannotRecord("enters torch.autocast inside forward")
+    def on_autocast(self, region: torch.autocast, entered: bool) -> None:
+        """The model enters a region of torch.autocast, or leaves it."""
+        # Checkpointing enters autocast just to repeat the outer state.
+        if not entered:
+            self._regions.pop()
+        elif sys._getframe(2).f_code.co_filename.endswith("checkpoint.py"):
+            self._regions.append(None)
+        else:
+            self._regions.append(region.device)
+
+    def _region(self) -> tuple[tuple[str, bool, torch.dtype], ...]:
+        """What torch.autocast is in the regions that the model has entered."""
+        devices = dict.fromkeys(d for d in self._regions if d is not None)
+        return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
 
     # One call
 
@@ -308,6 +325,9 @@ class Recorder(TorchFunctionMode):
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
         """The node's arguments. Where gradients are switched off, none must flow through it."""
         op, target, args, kwargs = form
+        region = self._region()
+        if region and op != "call_module":
+            op, target = "call_function", Under(target, region)
         cut = op != "call_module" and not torch.is_grad_enabled()
         return op, target, self.writer.argument(args, cut), self.writer.argument(kwargs, cut)
 

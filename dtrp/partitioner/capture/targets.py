@@ -18,6 +18,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     for name in (*_BINARY, *_BITWISE, *_OTHER, *(f"i{name}" for name in (*_BINARY, *_BITWISE)))
 }
 _REFLECTED = {f"__r{name}__": _OPERATORS[f"__{name}__"] for name in (*_BINARY, *_BITWISE)}
+_WRAPPED = {"pow": operator.pow, "pow_": operator.ipow}
 _OPERATORS["__div__"] = operator.truediv
 _REFLECTED["__rdiv__"] = operator.truediv
 _OPERATORS["__idiv__"] = operator.itruediv
@@ -34,6 +35,9 @@ def node_form(
             return "call_method", "detach", args[:1], {}
         return "call_function", getattr, (args[0], attribute), {}
     if not _is_tensor_method(function, name):
+        # torch's own wrappers of methods (``x ** 2``) have the method's name without underscores.
+        if getattr(function, "__module__", "") == "torch._tensor" and name in _WRAPPED:
+            return "call_function", _WRAPPED[name], args, kwargs
         return "call_function", function, args, kwargs
     if name in _OPERATORS:
         return "call_function", _OPERATORS[name], args, kwargs

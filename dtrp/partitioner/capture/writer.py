@@ -16,6 +16,7 @@ from torch.fx.node import base_types
 from .custom import Rebuild
 from .fakes import FakeWorld, light
 from .location import user_location
+from .methods import held_name
 from .names import named_tensors
 from .structure import Step, opened_object
 
@@ -52,7 +53,7 @@ class GraphWriter:
         self.method = ""  # the root's or a submodule's, of which the root's code is running
         self.constants: dict[str, torch.Tensor] = {}
         self.methods: dict[str, nn.Module] = {}  # that are kept whole, by the names that nodes give them
-        self._mode = "train" if model.training else "eval"
+        self._model = model
         self._world = world
         self._known: dict[int, _Known] = {}
         self._undo: list[tuple[int, _Known | None]] = []
@@ -74,7 +75,7 @@ class GraphWriter:
 
     def hold(self, key: str, method: nn.Module) -> str:
         """The name under which nodes may call a method that is kept whole; another one in each mode."""
-        name = f"_{self._mode}_{key.replace('.', '_')}"
+        name = held_name(self._model, key)
         self.methods.setdefault(name, method)
         return name
 
