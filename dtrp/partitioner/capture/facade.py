@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from dtrp.errors import CaptureError
 
+from .ambient import ambient_state
 from .explain import Failure, capture_error
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
@@ -78,7 +79,7 @@ def capture(
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
-            with untouched(model), _quiet():
+            with untouched(model), ambient_state(), _quiet():
                 both, notes = _faithful(WAYS[name], task, run)
         except Exception as error:
             failures.append(Failure(name, error))
