@@ -141,8 +141,9 @@ def _accepted(task: Task, both: BothModes, way: str, notes: tuple[str, ...]) -> 
     kept = {k.module: k for k in (*_closed(model, both), *both.train.kept_whole, *both.eval.kept_whole)}
     notes = (*dict.fromkeys(both.train.notes + both.eval.notes), *notes)
     return Captured(
-        model, task.signature, train, evaluate, way, tuple(kept.values()), notes, tuple(task.opened)
-    )
+        model, task.signature, train, evaluate, way, tuple(kept.values()), notes, tuple(task.opened),
+        tuple(task.tensors), task.runs,
+    )  # fmt: skip
 
 
 def _closed(model: nn.Module, both: BothModes) -> Iterator[KeptWhole]:
