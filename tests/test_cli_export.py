@@ -85,9 +85,7 @@ class TestWeights:
 
     def test_of_another_model(self, tmp_path, trained):
         torch.save(trained.state_dict(), tmp_path / "w.pt")
-        with pytest.raises(
-            CheckpointError, match=r"w.pt belongs to another model: '[a-z.]+' has shape"
-        ):
+        with pytest.raises(CheckpointError, match=r"w.pt belongs to another model: '[a-z.]+' has shape"):
             load_weights(Net(8), tmp_path / "w.pt")
 
     def test_that_are_none(self, tmp_path):

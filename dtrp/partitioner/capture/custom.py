@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from .structure import flatten_output
+from .structure import blank, flatten_output
 
 
 @has_side_effect
@@ -39,7 +40,7 @@ class Rebuild:
 
     def __call__(self, *values: Any) -> Any:
         """The object with these attributes."""
-        made: Any = object.__new__(self.kind)
+        made = blank(self.kind)
         for name, value in zip(self.names, values, strict=True):
             object.__setattr__(made, name, value)
         return made
@@ -75,6 +76,34 @@ class GradientFunction:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GradientFunction, (self.function,)
+
+
+class Under:
+    """A function or method that runs in a region of ``torch.autocast`` of the model's own."""
+
+    def __init__(self, target: Any, regions: tuple[tuple[str, bool, torch.dtype], ...]) -> None:
+        self.target, self.regions = target, regions
+        self.__name__ = self.__qualname__ = target if isinstance(target, str) else target.__name__
+        self.__module__ = __name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it, with autocast as it was there."""
+        function = self.target
+        if isinstance(function, str):
+            function, args = getattr(args[0], function), args[1:]
+        with contextlib.ExitStack() as stack:
+            for device, enabled, dtype in self.regions:
+                stack.enter_context(torch.autocast(device, dtype, enabled))
+            return function(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Under) and (other.target, other.regions) == (self.target, self.regions)
+
+    def __hash__(self) -> int:
+        return hash((self.target, self.regions))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Under, (self.target, self.regions)
 
 
 class SameForm:

@@ -63,7 +63,7 @@ _KNOWN = (
         "Use torch.where or a mask of fixed shape, or {whole}.",
     ),
     (
-        ("differs from the model", "gives"),
+        ("differs from the model", "gives", "where its graph runs"),
         "the graph does not do what the model does",
         "Look for state that forward keeps outside of buffers, or for random numbers from numpy or Python, "
         "in the part named above.",

@@ -14,22 +14,22 @@ from torch.nn.parameter import is_lazy
 
 from dtrp.errors import CaptureError
 
+from .ambient import ambient_state
 from .explain import Failure, capture_error
-from .exported import export_model
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
 from .modes import BothModes
 from .record import record
+from .second_look import MAX_FLOPS, cost_of_running, look
 from .snapshot import untouched
 from .symbolic import trace_symbolically
 from .task import Task
-from .verify import MAX_FLOPS, MAX_FLOPS_BACKWARD, Unfaithful, cost_of_running, verify
+from .verify import Unfaithful, verify
 
 Way = Callable[[Task], BothModes]
 
-# In the order in which they are tried. "fx" keeps all sizes symbolic; "record" follows any Python code;
-# "export" sees through modules that "record" must keep whole, but gives operators instead of layers.
-WAYS: Mapping[str, Way] = {"fx": trace_symbolically, "record": record, "export": export_model}
+# In the order in which they are tried. "fx" is quick and keeps sizes open; "record" follows any Python code.
+WAYS: Mapping[str, Way] = {"fx": trace_symbolically, "record": record}
 
 
 def capture(
@@ -44,8 +44,8 @@ def capture(
     """Turn a model into flat fx graphs, one for each mode (or one for both where they are equal).
 
     The model runs on fake tensors, so it may be on the meta device and of any size. Each graph is compared
-    with the model before it is accepted: by really running both on two samples where that is cheap. The
-    model, its modes and all random states are left exactly as they were.
+    with the model, operator by operator, before it is accepted; a small model is also really run. The model,
+    its modes and all random states are left exactly as they were.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def capture(
     ways : sequence of str, optional
         The ways to try, by name (see `WAYS`); default all.
     run : bool
-        Whether the model may really run for comparison.
+        Whether a small model may also really run for comparison.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def capture(
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
-            with untouched(model), _quiet():
+            with untouched(model), ambient_state(), _quiet():
                 both, notes = _faithful(WAYS[name], task, run)
         except Exception as error:
             failures.append(Failure(name, error))
@@ -122,26 +122,15 @@ def _faithful(way: Way, task: Task, run: bool) -> tuple[BothModes, tuple[str, ..
 
 
 def _check(task: Task, both: BothModes, run: bool) -> tuple[str, ...]:
-    """Compare the graphs with the model by running them, or say why not."""
-    for _, traced in both.each():
+    """Compare the graphs with the model; what to note about it."""
+    for training, traced in both.each():
         traced.graph.lint()
-    if not run:
-        return ()
-    flops = cost_of_running(task, both.train)
-    if flops == float("inf"):
-        return ("the graph was not compared with the model by running both: it is on the meta device",)
-    if flops > MAX_FLOPS:
-        return (
-            "the graph was not compared with the model by running both: a forward pass of two samples takes "
-            f"about {flops:.1e} FLOPs, more than {MAX_FLOPS:.1e}",
-        )
-    verify(task, both.train, True, flops)
-    verify(task, both.eval, False, flops)
-    if flops > MAX_FLOPS_BACKWARD:
-        return (
-            "the graph's outputs were compared with the model's, its gradients were not: a forward pass of "
-            f"two samples takes about {flops:.1e} FLOPs, more than {MAX_FLOPS_BACKWARD:.1e}",
-        )
+        verify(task, traced, training)
+    if both.eval is both.train:
+        verify(task, both.eval, False)
+    if run and cost_of_running(task, both.train) <= MAX_FLOPS:
+        look(task, both.train, True)
+        look(task, both.eval, False)
     return ()
 
 
@@ -152,8 +141,9 @@ def _accepted(task: Task, both: BothModes, way: str, notes: tuple[str, ...]) -> 
     kept = {k.module: k for k in (*_closed(model, both), *both.train.kept_whole, *both.eval.kept_whole)}
     notes = (*dict.fromkeys(both.train.notes + both.eval.notes), *notes)
     return Captured(
-        model, task.signature, train, evaluate, way, tuple(kept.values()), notes, tuple(task.opened)
-    )
+        model, task.signature, train, evaluate, way, tuple(kept.values()), notes, tuple(task.opened),
+        tuple(task.tensors), task.runs,
+    )  # fmt: skip
 
 
 def _closed(model: nn.Module, both: BothModes) -> Iterator[KeptWhole]:

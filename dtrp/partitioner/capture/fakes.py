@@ -36,6 +36,8 @@ class FakeWorld:
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
         self._met: dict[int, torch.Tensor] = {}  # what modules really gave, by the id of the fake for it
+        # The same with other samples of the example in each: other values that modules can do with.
+        self._others: list[dict[int, torch.Tensor]] = []
         self._held: list[torch.Tensor] = []  # these fakes, so that their ids are not given to others
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
@@ -62,6 +64,16 @@ class FakeWorld:
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
+
+    def meet(self, fake: torch.Tensor, real: torch.Tensor | None, others: Sequence[Any]) -> None:
+        """What ``fake`` stands for in the example, and in calls with other samples."""
+        self._held.append(fake)
+        if real is not None:
+            self._met.setdefault(id(fake), real)
+        self._others += [{} for _ in others[len(self._others) :]]
+        for met, other in zip(self._others, others, strict=True):
+            if isinstance(other, torch.Tensor):
+                met[id(fake)] = other
 
     @contextmanager
     def inhabited_by(self, model: nn.Module) -> Iterator[None]:
@@ -102,7 +114,7 @@ class FakeWorld:
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
             need: Need = "second" if self.sizes == "other" else "both" if self.compares else "first"
-            run = self._runs.of(module, args, kwargs, self._met, need)
+            run = self._runs.of(module, args, kwargs, self._met, need, self._others)
             self.flops += run.first.flops
             inputs: list[torch.Tensor] = []
             map_tensors(inputs.append, (args, kwargs))
@@ -146,7 +158,7 @@ class FakeWorld:
                 self.sized_by_values = True
                 valued = [not a or a != b for a, b in zip(sizes, sizes_too, strict=True)]
                 if self.sizes == "other":
-                    x = second[id(x)] if all(sizes_too) else x.new_zeros([size or 1 for size in sizes_too])
+                    x = second[id(x)] if all(sizes_too) else _part_of(x, [size or 1 for size in sizes_too])
                 elif self.sizes == "none":
                     x = x.new_zeros([0 if v else size for size, v in zip(sizes, valued, strict=True)])
             made = _unread(self.mode.from_tensor(x.detach().clone()))
@@ -194,6 +206,12 @@ class FakeWorld:
                 registry[name] = value
             for container, contents in filled:
                 refill(container, contents)
+
+
+def _part_of(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The first rows of a tensor, which mean something to the code behind; zeros where it has too few."""
+    part = tensor[tuple(slice(size) for size in sizes)]
+    return part if list(part.shape) == list(sizes) else tensor.new_zeros(sizes)
 
 
 def _unread(fake: torch.Tensor) -> torch.Tensor:

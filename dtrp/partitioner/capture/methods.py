@@ -53,3 +53,8 @@ def own_methods(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Callabl
             method = getattr(module, name)
             if inspect.ismethod(method):
                 yield path, module, name, method
+
+
+def held_name(model: nn.Module, key: str) -> str:
+    """The name under which nodes call a method that is kept whole; another one in each mode."""
+    return f"_{'train' if model.training else 'eval'}_{key.replace('.', '_')}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import transformer
+from torch.utils import checkpoint
 
 
 class Observer(Protocol):
@@ -32,15 +34,15 @@ class Observer(Protocol):
     ) -> Any:
         """``function.apply(*args, **kwargs)``."""
 
-    def on_autocast(self) -> None:
-        """A region of torch.autocast is entered."""
+    def on_autocast(self, region: torch.autocast, entered: bool) -> None:
+        """A region of torch.autocast was entered, or is left."""
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = value``, before it happens."""
 
 
 @contextmanager
-def observed(observer: Observer) -> Iterator[None]:
+def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
     """Inside, calls and writes reach ``observer``; it is left alone while its ``paused`` is true."""
     call, write = nn.Module.__call__, nn.Module.__setattr__
     function: Any = torch.autograd.Function
@@ -64,34 +66,72 @@ def observed(observer: Observer) -> Iterator[None]:
             return proceed(*args, **kwargs)
         return observer.on_gradient_function(cls, proceed, args, kwargs)
 
-    enter = torch.autocast.__enter__
+    early = list(_bound_early(model))
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def patched_enter(region: torch.autocast) -> Any:
-        # Checkpointing enters autocast just to repeat the outer state.
-        if not observer.paused and not sys._getframe(1).f_code.co_filename.endswith("checkpoint.py"):
-            observer.on_autocast()
-        return enter(region)  # type: ignore[no-untyped-call]
+        result = enter(region)  # type: ignore[no-untyped-call]
+        if not observer.paused:
+            observer.on_autocast(region, True)
+        return result
 
-    detect = transformer._detect_is_causal_mask
+    def patched_exit(region: torch.autocast, *error: Any) -> Any:
+        if not observer.paused:
+            observer.on_autocast(region, False)
+        return leave(region, *error)
 
     def given(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
         # nn.Transformer looks whether the values of a mask are those of a causal one, to choose a faster
         # kernel. A graph for all masks applies the mask as it is.
         return bool(is_causal)
 
+    def once(frame: Any) -> Any:
+        # Checkpointing without storing would run the region again in the backward pass: here it runs once.
+        return nullcontext()
+
+    with replaced(
+        (transformer, "_detect_is_causal_mask", given),
+        (checkpoint, "_checkpoint_hook", once),
+        (torch.autocast, "__enter__", patched_enter),
+        (torch.autocast, "__exit__", patched_exit),
+        (nn.Module, "__call__", patched_call),
+        (nn.Module, "__setattr__", patched_write),
+        (function, "apply", classmethod(patched_apply)),
+    ):
+        for scope, name, bound in early:
+            scope[name] = functools.partial(patched_apply, bound.__self__)
+        try:
+            yield
+        finally:
+            for scope, name, bound in early:
+                scope[name] = bound
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Inside, attributes (of owner, by name) have other values."""
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
     try:
-        transformer._detect_is_causal_mask = given
-        torch.autocast.__enter__ = patched_enter  # type: ignore[method-assign]
-        nn.Module.__call__ = patched_call  # type: ignore[method-assign]
-        nn.Module.__setattr__ = patched_write  # type: ignore[method-assign,assignment]
-        function.apply = classmethod(patched_apply)
+        for owner, name, value in changes:
+            setattr(owner, name, value)
         yield
     finally:
-        transformer._detect_is_causal_mask = detect
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        nn.Module.__setattr__ = write  # type: ignore[method-assign]
-        function.apply = apply
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _bound_early(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Where ``MyFunction.apply`` was taken before (``f = MyFunction.apply``): in modules and their files."""
+    kinds = {kind for m in model.modules() for kind in type(m).__mro__}
+    files = {kind.__module__ for kind in kinds} - {"builtins"}
+    scopes = [
+        vars(sys.modules[file]) for file in files if not file.startswith("torch.") and file in sys.modules
+    ]
+    for scope in (*scopes, *(vars(m) for m in model.modules())):
+        for name, value in list(scope.items()):
+            owner = getattr(value, "__self__", None) if getattr(value, "__name__", "") == "apply" else None
+            if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+                yield scope, name, value
 
 
 class ObservedFakeMode(FakeTensorMode):

@@ -6,13 +6,14 @@ another batch size too, and numbers that changed are computed from tensors in th
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .decisions import Decisions
+from .example_values import repeated
 from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
 from .leaves import has_hooks
@@ -20,7 +21,7 @@ from .location import raised_at
 from .modes import BothModes, in_mode
 from .patches import ObservedFakeMode, observed
 from .recorder import VALUE_DEPENDENT, Recorder
-from .sizes import Differs, free_the_batch, unify
+from .sizes import Differs, batch_of, free_the_batch, unify
 from .snapshot import foreign_randomness, untouched
 from .structure import flatten_output
 from .task import Task
@@ -51,7 +52,7 @@ class _Found:
 
     traced: Traced
     failures: dict[str, str]  # modules that were given up half-way, and why
-    decisions: Decisions | None
+    decisions: Decisions
     sized_by_values: bool
 
 
@@ -61,7 +62,6 @@ class _Recording:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._closed = dict(task.closed)
-        self._deciding = False  # the root itself decides by values
         self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
         self._sized = False  # by values, as the example showed
@@ -76,14 +76,10 @@ class _Recording:
         while True:  # each attempt closes at least one module more
             try:
                 found = self._once(batch, size)
-            except VALUE_DEPENDENT as error:
-                # The root itself decides by values: it may be a mere check, or stand in a method.
-                if isinstance(error, DataDependentOutputException) and not self._deciding:
-                    self._deciding = True
-                elif not self._by_methods:
-                    self._by_methods = True
-                else:
+            except VALUE_DEPENDENT:
+                if self._by_methods:
                     raise
+                self._by_methods = True  # the root itself decides by values: that may stand in a method
                 continue
             # Some modules may have been given up half-way and replaced by single nodes. Record again with
             # these closed from the start: their half-run code may have left something behind.
@@ -139,16 +135,17 @@ class _Recording:
         world = FakeWorld(mode, self._task.runs)
         world.sizes, world.compares = sizes, not batch
         with untouched(model), world.inhabited_by(model), torch.enable_grad():
-            decisions = Decisions(model, world, tensors, self._decisions) if self._deciding else None
+            decisions = Decisions(model, world, tensors, self._decisions)
             recorder = Recorder(model, world, closed, self._task.opened, decisions)
             inputs = fake_inputs(world, tensors, batch, size)
             for i, tensor in enumerate(inputs):
                 recorder.placeholder(f"input_{i}", tensor)
+            recorder.know_examples(model, _calls(tensors, inputs))
             args, kwargs = self._task.signature.unflatten(inputs)
             mode.observer = recorder
             if self._by_methods:
                 recorder.watch_methods(model)
-            with torch.compiler.set_stance("force_eager"), observed(recorder), recorder:
+            with torch.compiler.set_stance("force_eager"), observed(recorder, model), recorder:
                 states = foreign_randomness()
                 output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
                 if foreign_randomness() != states:
@@ -157,17 +154,29 @@ class _Recording:
             leaves, out_spec = flatten_output(output)
             recorder.finish(leaves)
         kept = tuple(KeptWhole(name, why) for name, why in closed.items() if not _inside(name, closed))
-        places = () if decisions is None else dict.fromkeys(decisions.places)
         traced = Traced(
             recorder.writer.graph,
             out_spec,
             kept,
-            tuple(f"the model's check at {place} became a guard in the graph" for place in places),
+            tuple(
+                f"the model's check at {place} became a guard in the graph"
+                for place in dict.fromkeys(decisions.places)
+            ),
+            answers=tuple(decisions.made),
             constants=recorder.writer.constants,
             methods=recorder.writer.methods,
             keepers=recorder.keepers,
         )
         return _Found(traced, recorder.failures, decisions, world.sized_by_values)
+
+
+def _calls(example: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The example in the sizes of ``inputs``, and with its samples in another order or one for all."""
+    size, batch = batch_of(inputs)
+    last = size - 1
+    orders = (range(size), range(last, -1, -1), [0] * size, [last] * size)
+    with _disable_current_modes():
+        return [repeated(example, batch, list(order)) for order in orders]
 
 
 def _inside(name: str, closed: Collection[str]) -> bool:

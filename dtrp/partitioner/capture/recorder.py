@@ -16,6 +16,7 @@ passed through) stops the recording of the module in question, rather than being
 from __future__ import annotations
 
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,9 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
-from .custom import GradientFunction, SameForm
+from .custom import GradientFunction, SameForm, Under
 from .decisions import Decisions, Undecided
+from .example_values import ExampleValues
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
@@ -44,7 +46,6 @@ from .writer import CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
-    "grad": "computes gradients inside forward",
     "backward": "calls backward() inside forward",
     "register_hook": "registers a gradient hook on a tensor",
     "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
@@ -65,7 +66,7 @@ class Recorder(TorchFunctionMode):
         world: FakeWorld,
         closed: Collection[str],
         opened: Collection[str],
-        decisions: Decisions | None = None,
+        decisions: Decisions,
     ) -> None:
         super().__init__()
         self.writer = GraphWriter(model, world)
@@ -76,17 +77,25 @@ class Recorder(TorchFunctionMode):
         self._closed, self._opened = closed, opened
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
+        self._examples: list[ExampleValues] = []
         self._updates: dict[str, torch.Tensor] = {}
+        self._regions: list[str | None] = []  # of torch.autocast, by device
 
     def placeholder(self, name: str, fake: torch.Tensor) -> None:
         """Make ``fake`` the graph's next input."""
         self.writer.placeholder(name, fake)
 
+    def know_examples(self, model: nn.Module, calls: list[list[torch.Tensor]]) -> None:
+        """The inputs' real tensors in the example's call, and in some others that the model may get."""
+        held = self.writer.constants, self.writer.methods
+        self._examples = [ExampleValues(model, self._world, held, tensors) for tensors in calls]
+
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
         for name, value in self._updates.items():
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
-            self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
+            node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
+            node.meta["update"] = name
         self.writer.output(leaves)
 
     # What the model does
@@ -102,17 +111,14 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         with self._pause():
-            if getattr(func, "__name__", "") == "__set__" and property_name(func) == "requires_grad":
-                return self._set_requires_grad(*args)
+            name = getattr(func, "__name__", "")
+            if name == "requires_grad_" or (name == "__set__" and property_name(func) == "requires_grad"):
+                return self._set_requires_grad(*args, **kwargs)
             self._refuse(func)
             try:
                 return self._call(func, node_form, args, kwargs)
             except Exception as error:
-                if (
-                    getattr(func, "__name__", "") != "__bool__"
-                    or self.writer.module
-                    or self._decisions is None
-                ):
+                if getattr(func, "__name__", "") != "__bool__":
                     raise
                 return self._decide(args[0], error)
 
@@ -133,12 +139,15 @@ class Recorder(TorchFunctionMode):
         name = self._names.get(module)
         if name is None or name == "":  # made on the way, or the root called by itself
             return proceed(module, *args, **kwargs)
-        if is_leaf(module, name, closed=self._closed, opened=self._opened):
+        region = self._region()
+        if region and name in self._closed:
+            raise CannotRecord(f"calls {name!r}, which is kept whole, inside a region of torch.autocast")
+        if not region and is_leaf(module, name, closed=self._closed, opened=self._opened):
             return self._leaf(name, module, proceed, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.module
         self.writer.module = name
         found = mutable((args, kwargs))
-        states = foreign_randomness()
+        states, decided = foreign_randomness(), len(self._decisions.made)
         try:
             with preserved_randomness():
                 result = proceed(module, *args, **kwargs)
@@ -146,9 +155,10 @@ class Recorder(TorchFunctionMode):
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
             return result
         except Exception as error:
-            if name in self._opened:
+            if name in self._opened or region:
                 raise
             self.writer.roll_back(mark)
+            self._decisions.back_to(decided)
             self.writer.module = outer
             mirror((args, kwargs), found, lambda x: x)  # what it has put in so far is known no more
             try:
@@ -179,11 +189,12 @@ class Recorder(TorchFunctionMode):
             return self._method_leaf(key, kept, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.method
         self.writer.method = key
-        found = mutable((args, kwargs))
+        found, decided = mutable((args, kwargs)), len(self._decisions.made)
         try:
             return method(*args, **kwargs)
         except VALUE_DEPENDENT as error:
             self.writer.roll_back(mark)
+            self._decisions.back_to(decided)
             self.writer.module = ""
             mirror((args, kwargs), found, lambda x: x)
             try:
@@ -199,7 +210,7 @@ class Recorder(TorchFunctionMode):
         name = self.writer.hold(key, kept)
         with self._pause():
             return self._call(
-                lambda *a, **k: self._world.really_run(kept, a, k),
+                lambda *a, **k: self._really_run(kept, a, k),
                 lambda _, a, k: ("call_module", name, a, k),
                 args,
                 kwargs,
@@ -227,9 +238,20 @@ class Recorder(TorchFunctionMode):
         elif type(old) in (int, float) and type(value) is type(old) and old != value:
             raise CannotRecord(f"changes {full!r} from {old!r} to {value!r} while it runs")
 
-    def on_autocast(self) -> None:
-        """The model enters torch.autocast."""
-        raise CannotRecord("enters torch.autocast inside forward")
+    def on_autocast(self, region: torch.autocast, entered: bool) -> None:
+        """The model enters a region of torch.autocast, or leaves it."""
+        # Checkpointing enters autocast just to repeat the outer state.
+        if not entered:
+            self._regions.pop()
+        elif sys._getframe(2).f_code.co_filename.endswith("checkpoint.py"):
+            self._regions.append(None)
+        else:
+            self._regions.append(region.device)
+
+    def _region(self) -> tuple[tuple[str, bool, torch.dtype], ...]:
+        """What torch.autocast is in the regions that the model has entered."""
+        devices = dict.fromkeys(d for d in self._regions if d is not None)
+        return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
 
     # One call
 
@@ -264,22 +286,22 @@ class Recorder(TorchFunctionMode):
 
     def _decide(self, condition: torch.Tensor, error: Exception) -> bool:
         """What the example says of a condition in the root's code; a guard for other batches."""
-        assert self._decisions is not None
-        node, place = self.writer.argument(condition), user_location()
         try:
+            node, place = self.writer.argument(condition), user_location()
             answer, guard = self._decisions.decide(node, place)
-        except Undecided:
+        except (Undecided, CannotRecord):
             raise error from None
         self.writer.node("call_function", guard, (node, answer, place), {}, None)
         return answer
 
-    def _set_requires_grad(self, tensor: torch.Tensor, value: bool) -> None:
+    def _set_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
         node = self.writer.node(
-            "call_method", "requires_grad_", (self.writer.argument(tensor), value), {}, tensor
+            "call_method", "requires_grad_", (self.writer.argument(tensor), requires_grad), {}, tensor
         )
-        tensor.requires_grad = value
+        tensor.requires_grad = requires_grad
         node.meta["val"] = light(tensor)
         self.writer.learn(tensor, node)
+        return tensor
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._pause(), preserved_randomness():  # what it draws is its own affair
@@ -300,14 +322,25 @@ class Recorder(TorchFunctionMode):
             return proceed(module, *args, **kwargs)
         except Exception as error:
             try:
-                return self._world.really_run(module, args, kwargs)
+                return self._really_run(module, args, kwargs)
             except Exception as real:
                 error.__dict__.setdefault("dtrp_real", reason(real))
                 raise error from None
 
+    def _really_run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        for _, tensor in tensors_in((args, kwargs)):
+            source = self.writer.source(tensor)
+            if source is not None and self._examples:
+                real, *others = [example.of(*source) for example in self._examples]
+                self._world.meet(tensor, real, others)
+        return self._world.really_run(module, args, kwargs)
+
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
         """The node's arguments. Where gradients are switched off, none must flow through it."""
         op, target, args, kwargs = form
+        region = self._region()
+        if region and op != "call_module":
+            op, target = "call_function", Under(target, region)
         cut = op != "call_module" and not torch.is_grad_enabled()
         return op, target, self.writer.argument(args, cut), self.writer.argument(kwargs, cut)
 

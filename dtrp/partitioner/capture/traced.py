@@ -26,6 +26,7 @@ class Traced:
     follows_batch: bool = True  # numbers in it follow sizes that are equal in the example, perhaps by chance
     # Modules that may carry something over to their next call, and what.
     keepers: dict[str, str] = field(default_factory=dict)
+    answers: tuple[bool, ...] = ()  # to checks of values in the root's code, in their order
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     # Methods that are kept whole, by the names that ``call_module`` nodes give them.

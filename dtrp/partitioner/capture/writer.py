@@ -15,7 +15,9 @@ from torch.fx.node import base_types
 
 from .custom import Rebuild
 from .fakes import FakeWorld, light
+from .gradients import enclose
 from .location import user_location
+from .methods import held_name
 from .names import named_tensors
 from .structure import Step, opened_object
 
@@ -52,7 +54,7 @@ class GraphWriter:
         self.method = ""  # the root's or a submodule's, of which the root's code is running
         self.constants: dict[str, torch.Tensor] = {}
         self.methods: dict[str, nn.Module] = {}  # that are kept whole, by the names that nodes give them
-        self._mode = "train" if model.training else "eval"
+        self._model = model
         self._world = world
         self._known: dict[int, _Known] = {}
         self._undo: list[tuple[int, _Known | None]] = []
@@ -74,7 +76,7 @@ class GraphWriter:
 
     def hold(self, key: str, method: nn.Module) -> str:
         """The name under which nodes may call a method that is kept whole; another one in each mode."""
-        name = f"_{self._mode}_{key.replace('.', '_')}"
+        name = held_name(self._model, key)
         self.methods.setdefault(name, method)
         return name
 
@@ -82,6 +84,7 @@ class GraphWriter:
         """End the graph with the flat output."""
         node = self.graph.output(tuple(self.argument(leaf) for leaf in leaves))
         self._describe(node, tuple(leaves))
+        enclose(self.graph, self._describe)
 
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = light(value)
@@ -103,6 +106,11 @@ class GraphWriter:
             value = function(value, key)
             node = self.node("call_function", function, (node, key), {}, value)
         return node
+
+    def source(self, tensor: torch.Tensor) -> tuple[Node, tuple[Step, ...]] | None:
+        """The node that gives ``tensor``, and the steps into its value, if one does."""
+        known = self._known.get(id(tensor))
+        return None if known is None else (known.node, known.steps)
 
     def attribute(self, name: str) -> torch.Tensor:
         """The model's tensor with that qualified name."""

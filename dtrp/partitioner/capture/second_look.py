@@ -1,0 +1,197 @@
+"""A second look at small models: the model and its graph run on real numbers, and must give the same.
+
+They run one after the other from the same state and seed, over two calls in a row with different inputs:
+outputs, their structure, updated buffers and (in training) all gradients are compared. Afterwards the model
+and all random states are as they were. What counts is the comparison of operators (`verify`); this one sees
+what goes on outside of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from dtrp.partitioner.op_cost import FlopCount
+
+from .fakes import FakeWorld, fake_inputs
+from .modes import in_mode
+from .propagate import propagate
+from .sizes import batch_of
+from .snapshot import preserved_randomness, untouched
+from .structure import flatten_output
+from .task import Task
+from .traced import Traced
+from .verify import Unfaithful
+
+MAX_FLOPS = 2e8
+_SAMPLES = 2
+_TOLERANCE = 1e-3  # relative to the largest element; most graphs are equal bit for bit
+
+
+def cost_of_running(task: Task, traced: Traced) -> float:
+    """FLOPs of a forward pass in training, for comparison; infinite if the model cannot run."""
+    model, tensors = task.model, task.tensors
+    state: list[torch.Tensor] = [*model.parameters(), *model.buffers(), *tensors]
+    if any(t.is_meta for t in state):
+        return float("inf")
+    size, batch = batch_of(tensors)
+    if not traced.batch_fixed and size > _SAMPLES:
+        with contextlib.suppress(Exception):  # it may not take fewer samples than the example has
+            return _flops(task, traced, batch, _SAMPLES)
+    return _flops(task, traced, batch, size)
+
+
+def _flops(task: Task, traced: Traced, batch: tuple[int, ...], samples: int) -> float:
+    world, count = FakeWorld(runs=task.runs), FlopCount()
+    world.compares = False
+    inputs = fake_inputs(world, task.tensors, batch, samples)
+    held = {**traced.constants, **traced.methods}
+    with in_mode(task.model, True):
+        propagate(task.model, traced.graph, world, inputs, held, keep=False, count=count)
+    return float(count.flops + world.flops)
+
+
+def look(task: Task, traced: Traced, training: bool) -> None:
+    """Run the model and its graph in one mode and compare.
+
+    Raises
+    ------
+    Unfaithful
+        They differ; the message says in what.
+    """
+    model, tensors = task.model, task.tensors
+    module = traced.graph_module(model)
+    inputs = list(tensors) if traced.batch_fixed else _fewer(tensors)
+
+    def plain(given: list[torch.Tensor]) -> Any:
+        args, kwargs = task.signature.unflatten(given)
+        return model(*args, **kwargs)
+
+    def graph(given: list[torch.Tensor]) -> Any:
+        return pytree.tree_unflatten(list(module(*given)), traced.out_spec)
+
+    try:
+        expected = _behaviour(model, plain, inputs, training)
+    except Exception:
+        if traced.batch_fixed:
+            raise
+        inputs = list(tensors)  # the model does not take fewer samples
+        expected = _behaviour(model, plain, inputs, training)
+    found = _behaviour(model, graph, inputs, training)
+    for (name, a), (other, b) in zip(expected, found, strict=False):
+        if name != other:
+            raise Unfaithful(f"its graph gives {other} where the model gives {name}")
+        problem = _difference(a, b)
+        if problem:
+            raise Unfaithful(f"its graph differs from the model in {name}: {problem}")
+    if len(expected) != len(found):
+        raise Unfaithful(f"its graph gives {len(found)} values, the model {len(expected)}")
+
+
+def _behaviour(
+    model: nn.Module,
+    function: Callable[..., Any],
+    tensors: list[torch.Tensor],
+    training: bool,
+) -> list[tuple[str, Any]]:
+    """All that can be seen of calls in a row."""
+    seen: list[tuple[str, Any]] = []
+    with (
+        in_mode(model, training),
+        untouched(model, tensors=True),
+        preserved_randomness(),
+        torch.enable_grad(),
+    ):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        for p in model.parameters():
+            p.grad = None  # put back by `untouched`; adding to it would change what the user holds
+        for call in ("", " of the second call"):
+            given = [_leaf(_other(t) if call else t) for t in tensors]
+            output = function(given)
+            leaves, spec = flatten_output(output)
+            seen.append((f"the output's structure{call}", spec))
+            seen += [(f"output {i}{call}", _held(x)) for i, x in enumerate(leaves)]
+            if training:
+                _backward(leaves)
+                for name, p in model.named_parameters():
+                    seen.append((f"the gradient of {name}{call}", _held(p.grad)))
+                    p.grad = None
+                seen += [(f"the gradient of input {i}{call}", _held(t.grad)) for i, t in enumerate(given)]
+            seen += [(f"buffer {name}{call}", _held(b)) for name, b in model.named_buffers()]
+    return seen
+
+
+def _backward(leaves: Sequence[Any]) -> None:
+    terms = []
+    for x in leaves:
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            # Weighted by position, so that an exchange of elements is not overlooked.
+            weights = torch.linspace(0.5, 1.5, x.numel(), device=x.device).reshape(x.shape)
+            terms.append((x.abs() if x.is_complex() else x).float().mul(weights).mean())
+    if terms:
+        torch.stack([t.to(terms[0].device) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _fewer(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    size, batch = batch_of(tensors)
+    if size <= _SAMPLES:
+        return list(tensors)
+    return [t[:_SAMPLES] if i in batch else t for i, t in enumerate(tensors)]
+
+
+def _other(tensor: torch.Tensor) -> torch.Tensor:
+    """Other numbers, which what takes the first ones can do with."""
+    other = tensor.detach().roll(1, 0) if tensor.dim() else tensor.detach()
+    other = other * 0.5 if other.is_floating_point() or other.is_complex() else other
+    return other.requires_grad_(tensor.requires_grad)
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _held(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _difference(a: Any, b: Any) -> str:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        if type(a) is not type(b):
+            return f"{_short(b)} instead of {_short(a)}"
+        try:
+            equal = bool(a == b)
+        except Exception:
+            equal = True  # objects without a meaning of equality
+        # Objects that do not define equality are different in any two calls of the model itself.
+        undefined = "__eq__" not in {k for c in type(a).__mro__[:-1] for k in vars(c)}
+        return "" if equal or undefined else f"{_short(b)} instead of {_short(a)}"
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
+        return f"{_short(b)} instead of {_short(a)}"
+    if a.layout != torch.strided:  # the gradients of sparse embeddings
+        a, b = a.to_dense(), b.to_dense()
+    if torch.equal(a, b) or a.numel() == 0:
+        return ""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    x, y = (v.to(wide).abs() if v.is_complex() else v.to(wide) for v in (a, b))
+    if not torch.equal(x.isfinite(), y.isfinite()):
+        return "it is not finite in other places"
+    x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
+    error = float((x - y).abs().max() / x.abs().max().clamp_min(1e-12))
+    return f"relative error {error:.1e}" if error > _TOLERANCE else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        layout = "" if value.layout == torch.strided else f" ({value.layout})"
+        return f"{value.dtype} of shape {tuple(value.shape)}{layout}".removeprefix("torch.")
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
