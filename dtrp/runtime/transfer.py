@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 from functools import cache
+from importlib import import_module
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from types import FunctionType, ModuleType
 from typing import Any
@@ -38,6 +39,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             if module is not None and not known and not importable(name):
                 cloudpickle.register_pickle_by_value(module)
                 self.by_value.add(module)
+            if type(obj) is not ModuleType and sys.modules.get(name or "") is obj:
+                return import_module, (name,)  # torch.backends.cudnn and others are of classes of their own
         if type(obj) is CustomOpDef and obj._qualname in OPDEFS:
             return _operator, (obj._qualname,)  # workers know it (registered.py)
         if type(obj) is Tensor and not obj.is_sparse and not obj.is_quantized and not obj.is_meta:
@@ -90,10 +93,13 @@ def _finds(name: str, file: str | None, path: tuple[str, ...]) -> bool:
                 break
     else:
         return False
+    top_spec = spec
     for end in (i for i, c in enumerate(name + ".") if c == "." and i > len(top)):
         spec = PathFinder.find_spec(name[:end], spec.submodule_search_locations or [])
         if spec is None:
-            return file is None  # made by the package that it is in, when that is imported
+            # Installed packages make some modules themselves, when they are imported: torch.ops.
+            installed = any(p in str(top_spec.origin) for p in ("site-packages", "dist-packages"))
+            return installed and (file is None or getattr(sys.modules[name], "__spec__", None) is None)
     return file is None or spec.origin is None or os.path.realpath(spec.origin) == os.path.realpath(file)
 
 
