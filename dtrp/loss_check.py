@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -38,9 +39,12 @@ def check_scalar_loss(
         return
     allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
+        tried = (
+            copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+        )  # it may count its calls
         with mode:
             fakes = pytree.tree_map_only(Tensor, mode.from_tensor, target)
-            loss = loss_fn(output, fakes)
+            loss = tried(output, fakes)
     except Exception:
         return
     finally:
