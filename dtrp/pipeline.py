@@ -285,7 +285,8 @@ class Pipeline:
             exact_start=exact_start,
         )
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if not trainable:
+        of_loss = isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters())
+        if not trainable and not of_loss:
             raise ValueError("no parameter of the model requires gradient: there is nothing to train")
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
