@@ -67,7 +67,7 @@ def as_call(item: Any) -> Call:
     return (item,), {}
 
 
-def check_loader(loader: Any) -> None:
+def check_loader(loader: Any, has_target: bool) -> None:
     """Refuse what gives no batches.
 
     Raises
@@ -75,7 +75,8 @@ def check_loader(loader: Any) -> None:
     TypeError
     """
     kind = type(loader)
-    if isinstance(loader, (tuple, list)) and loader and all(isinstance(part, Tensor) for part in loader):
+    rows = loader if isinstance(loader, (tuple, list)) else ()
+    if has_target and len(rows) > 1 and all(isinstance(part, Tensor) for part in rows):
         got = "one batch"
     elif isinstance(loader, Tensor) or not (hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")):
         got = f"a {kind.__name__}"

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
@@ -39,6 +40,10 @@ from .timeline import write_timeline
 if TYPE_CHECKING:
     from .workers import Workers
 
+_LEFT = (
+    "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
+    "since the last flush; use `with pipe.trainer(...) as trainer:`"
+)
 log = logging.getLogger("dtrp")
 
 
@@ -267,7 +272,7 @@ class Trainer:
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise ValueError(f"epochs={short(epochs)}: expected an int >= 0, as in fit(loader, epochs=10)")
-        check_loader(loader)
+        check_loader(loader, self.config.loss_fn is not None)
         if epochs > 1:
             _refuse_once_only(loader, f"epochs={epochs}")
         if 0 < self._exact_updates < 1:
@@ -333,7 +338,7 @@ class Trainer:
             ``loss`` and the metrics, means weighted by batch size; empty for an empty loader.
         """
         measure = Measure.of(self._stage_config.loss_fn, metric)
-        check_loader(loader)
+        check_loader(loader, self.config.loss_fn is not None)
         self.flush()
         batches = iter(loader)
         first = next(batches, None)
@@ -450,13 +455,6 @@ class Trainer:
         """Finish the batches in flight, bring the weights into ``model`` and end the workers."""
         self._leave(finish=True)
 
-    def __del__(self) -> None:
-        if self.__dict__.get("_run") is not None:
-            log.warning(
-                "a trainer was let go of without trainer.close(): batches in flight are lost, with worker "
-                "processes all since the last flush; use `with pipe.trainer(...) as trainer:`"
-            )
-
     def __enter__(self) -> Self:
         return self
 
@@ -484,6 +482,7 @@ class Trainer:
             if self._board is not None:
                 self._board.close()
             if self._run is not None:
+                self._reminder.detach()
                 self._run.close()
                 self._run = None
 
@@ -512,6 +511,7 @@ class Trainer:
         if self._run is None:
             self._compiled.check_loss(self.config, tensors, target)
             self._run = self._start()
+            self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return self._run, tensors, target
 
     def _start(self) -> Inline | Workers:
