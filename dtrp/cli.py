@@ -1,4 +1,4 @@
-"""The command line: plan a model without running it, export its stages.
+"""The command line: plan a model without running it, export its stages, see what works here.
 
 ``dtrp plan torchvision.models:resnet50 --input 32x3x224x224 --n-gpus 4`` builds the model (on the meta
 device where it can: no memory, no time), captures it, plans and prints the report. Exit status: 0 done, 1
@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrp import cli_export
+from dtrp import cli_doctor, cli_export
 from dtrp.errors import DtrpError
 from dtrp.version import __version__
 
@@ -31,6 +31,7 @@ _EXAMPLES = """examples:
   dtrp plan my.models:gpt --kwargs '{"layers": 80}' --input tokens=1x2048:int64 --n-gpus 8 --html plan.html
   dtrp plan my.models:net --input 8x16 --n-gpus 2 --memory-limit 16GB --json - | jq .balance
   dtrp export torchvision.models:resnet18 --input 1x3x224x224 --n-gpus 2 --out stages/
+  dtrp doctor
 """
 
 
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dtrp {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,export}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,export,doctor}")
     plan = commands.add_parser("plan", help="plan a model and print the partition report")
     _common(plan)
     plan.add_argument(
@@ -89,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     _common(export)
     cli_export.add_arguments(export)
     export.set_defaults(run=_export)
+    doctor = commands.add_parser("doctor", help="say what is here and what works, and try two stages")
+    doctor.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    doctor.set_defaults(run=lambda args: cli_doctor.run())
     return parser
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .errors import CaptureError
 from .partitioner.compiler import Request
 from .partitioner.example import call_arguments
 from .partitioner.plan import Plan
@@ -72,8 +73,7 @@ def compile(
     PlanMismatchError
         ``plan`` is another model's.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_model(model)
     if next(model.parameters(), None) is None:
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to train or to place")
     if isinstance(plan, (str, os.PathLike)):
@@ -92,8 +92,41 @@ def compile(
         Request(places, memory_limit, recompute, costs, bandwidth, plan),
     )
     if example_inputs is not None:
-        pipeline.prepare(*call_arguments(example_inputs))
+        try:
+            pipeline.prepare(*call_arguments(example_inputs))
+        except TypeError as e:
+            raise TypeError(f"example_inputs: {e}; {_EXAMPLE}") from None
+        except CaptureError as e:
+            if isinstance(example_inputs, list):
+                e.args = (f"{e}\n  note:  example_inputs is a list, and as such one argument; {_EXAMPLE}",)
+            raise
     return pipeline
+
+
+_EXAMPLE = (
+    "give what the model is called with, without targets: a tensor, a tuple of positional arguments, or a "
+    "dict of keyword arguments"
+)
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is no model, and what already spreads or compiles one."""
+    if isinstance(model, Pipeline):
+        raise TypeError("model is a Pipeline, and so compiled already: give compile the nn.Module itself")
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model is the class {model.__name__}: give compile an object, {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    kind = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"model is wrapped in {kind}: give compile model.module; stages have their own devices"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model was made by torch.compile: give dtrp.compile the module that it was made from, and "
+            "pipe.trainer(compile_stages=True) to compile each stage"
+        )
 
 
 def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
@@ -106,7 +139,12 @@ def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) ->
     if devices is not None:
         if isinstance(devices, (str, torch.device)):
             raise TypeError(f"devices={devices!r}: expected a list with one device per stage")
-        places = tuple(torch.device(d) for d in devices)
+        try:
+            places = tuple(torch.device(d) for d in devices)
+        except (RuntimeError, TypeError) as e:
+            raise ValueError(
+                f"devices={devices!r}: expected devices such as 'cuda:0' or 'cpu', one per stage ({e})"
+            ) from None
         if not places:
             raise ValueError("devices is empty: expected one device per stage")
         if n_gpus is not None and len(places) != n_gpus:

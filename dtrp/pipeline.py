@@ -15,6 +15,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from .errors import DtrpError
 from .exclusive import EXCLUSIVE
@@ -45,6 +46,14 @@ class Pipeline:
         self._compiled: Compiled | None = None
         self._fits: Fits | None = None
         self._example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property failed: let it say why
+            return object.__getattribute__(self, name)
+        raise AttributeError(
+            f"a Pipeline has no {name!r}; the model is pipe.model, training is pipe.trainer(...), devices "
+            f"are chosen by dtrp.compile(devices=...)"
+        )
 
     # ---- the model's own interface ---------------------------------------------------------------------
 
@@ -288,6 +297,12 @@ class Pipeline:
         of_loss = isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters())
         if not trainable and not of_loss:
             raise ValueError("no parameter of the model requires gradient: there is nothing to train")
+        for name, p in trainable.items():
+            if p.is_meta:
+                raise ValueError(
+                    f"the parameter {name!r} is on the meta device, without values, which is enough to plan "
+                    f"with; to train, use model.to_empty(device='cpu') and initialise it first"
+                )
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(
@@ -382,6 +397,11 @@ class Pipeline:
         """Plan for a call with these arguments, unless planned already."""
         with EXCLUSIVE:
             if self._compiled is None:
+                for value in (*args, *kwargs.values()):
+                    if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
+                        raise TypeError(
+                            f"the model is to be called with a {type(value).__name__}: give tensors"
+                        )
                 self._compiled = compile_model(self.model, self._request, args, kwargs)
                 self._example = keep_example(self.bind(args, kwargs))
 

@@ -29,7 +29,7 @@ def take_target(
         return args, kwargs, None
     named = dict(kwargs)
     extra = named.pop("extra", None)
-    args, target = (args, named.pop("target")) if "target" in named else _last_off(args)
+    args, target = (args, named.pop("target")) if "target" in named else _last_off(args, named)
     if extra is None:
         return args, named, target
     if "extra" in inspect.signature(model.forward).parameters:
@@ -44,7 +44,12 @@ def take_target(
     return args, named, WithExtra(target, dict(extra)) if extra else target
 
 
-def _last_off(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
+def _last_off(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    if not args and named:
+        raise TypeError(
+            f"step() got no target among {', '.join(map(repr, named))}: name it 'target', the others as the "
+            f"model's forward does; pass loss_fn=None to trainer() if the model gives its own loss"
+        )
     if not args:
         raise TypeError(
             "step() got no target: the last positional argument is the target; pass loss_fn=None to "
@@ -60,6 +65,24 @@ def as_call(item: Any) -> Call:
     if isinstance(item, (tuple, list)):
         return tuple(item), {}
     return (item,), {}
+
+
+def check_loader(loader: Any, has_target: bool) -> None:
+    """Refuse what gives no batches.
+
+    Raises
+    ------
+    TypeError
+    """
+    kind = type(loader)
+    rows = loader if isinstance(loader, (tuple, list)) else ()
+    if has_target and len(rows) > 1 and all(isinstance(part, Tensor) for part in rows):
+        got = "one batch"
+    elif isinstance(loader, Tensor) or not (hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")):
+        got = f"a {kind.__name__}"
+    else:
+        return
+    raise TypeError(f"got {got} as loader: expected an iterable of batches (x, y), such as a DataLoader")
 
 
 def feeds(

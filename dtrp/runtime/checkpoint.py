@@ -98,7 +98,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     content = read_content(path)
     if "format" not in content:
-        raise CheckpointError(f"{Path(path)} is no file of `trainer.save`")
+        raise CheckpointError(
+            f"{Path(path)} is no file of `trainer.save`; dtrp.load_weights reads a state_dict"
+        )
     return {k: v for k, v in content.items() if k not in ("format", "version")}
 
 

@@ -7,6 +7,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal
 
@@ -58,18 +59,18 @@ class TrainConfig:
         _one_of("horizon", self.horizon, ("common", "stage"))
         _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
         _one_of("scheduler_step", self.scheduler_step, ("update", "epoch"))
-        _one_of("schedule", self.order, ("fig1", "lean"))
+        _one_of("schedule", self.order, ("fig1", "lean", "auto"))
         check_predictor(self.predictor)
         for name in ("optimizer", "loss_fn", "lr_scheduler", "param_groups"):
             value = getattr(self, name)
             if value is None and name != "optimizer":
                 continue
             if not callable(value) or isinstance(value, Optimizer):
-                raise TypeError(f"{name}={_short(value)}: expected {_EXPECTED[name]}")
+                raise TypeError(f"{name}={short(value)}: expected {EXPECTED[name]}")
         loss = self.loss_fn.func if isinstance(self.loss_fn, partial) else self.loss_fn
         if isinstance(loss, type) and issubclass(loss, torch.nn.Module):
             raise TypeError(
-                f"loss_fn={_short(self.loss_fn)} is a class: make the loss first, {loss.__name__}(...)"
+                f"loss_fn={short(self.loss_fn)} is a class: make the loss first, {loss.__name__}(...)"
             )
         _number("horizon_scale", self.horizon_scale, low=0.0)
         _number("lr_shrink", self.lr_shrink, above=0.0)
@@ -148,7 +149,7 @@ class TrainConfig:
         return planned
 
 
-_EXPECTED = {
+EXPECTED = {
     "optimizer": "a callable that takes parameters and returns a torch.optim.Optimizer, such as "
     "partial(torch.optim.SGD, lr=0.1)",
     "loss_fn": "a callable (output, target) -> scalar tensor, such as F.cross_entropy, or None if the model "
@@ -166,13 +167,17 @@ _WHY_NONE = {
 }
 
 
-def check_launch(executor: Any, watchdog: Any, compensation: Any, warmup: Any, autosave: Any) -> None:
+def check_launch(
+    executor: Any, watchdog: Any, compensation: Any, warmup: Any, autosave: Any, timeline: Any
+) -> None:
     """Refuse what says how to run, where it makes no sense.
 
     Raises
     ------
     ValueError, TypeError
     """
+    if timeline is not None and not isinstance(timeline, (str, os.PathLike)):
+        raise TypeError(f"timeline={timeline!r}: expected the path of a file to write")
     _one_of("executor", executor, EXECUTORS)
     if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
         raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
@@ -198,7 +203,9 @@ def _count(name: str, value: Any) -> None:
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+        close = get_close_matches(str(value), allowed, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{meant}")
 
 
 def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:
@@ -214,6 +221,6 @@ def _number(name: str, value: Any, *, low: float | None = None, above: float | N
         raise ValueError(f"{name}={value!r}: expected a finite number {text}")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -32,6 +32,7 @@ class Owner:
     def __init__(self, model: nn.Module, loss: nn.Module | None) -> None:
         self.model, self.loss = model, loss
         self._tensors: dict[str, Tensor] = {}
+        self._trainable: dict[str, bool] = {}
 
     def named_parameters(self, *, all_names: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's and the loss's, each once, or under every name that it has."""
@@ -54,8 +55,15 @@ class Owner:
 
     def begin(self) -> None:
         """A run begins with the tensors that are here now, and will give them back to these."""
+        self._trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         self._tensors = dict(self.named_parameters(all_names=True))
         self._tensors |= dict(self.named_buffers())
+
+    def switched(self) -> list[str]:
+        """Parameters whose ``requires_grad`` was changed since the run began; each is named once."""
+        now = {name: p.requires_grad for name, p in self.named_parameters() if name in self._trainable}
+        before, self._trainable = self._trainable, now
+        return [name for name in now if now[name] != before[name]]
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Copy what a stage gave (`Stage.state`) into the tensors of the same names; constants of the graph

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .config import TrainConfig
+from .config import EXPECTED, TrainConfig, short
 from .groups import arrange, groups_of, shown
 from .predictors import Predictor, check_fits, make_predictor, needs_previous, predict_all
 
@@ -70,7 +70,7 @@ class ParameterSet:
         scheduler = None
         if config.lr_scheduler is not None:
             with shown(optimizer, groups):
-                scheduler = config.lr_scheduler(optimizer)
+                scheduler = _made("lr_scheduler", config.lr_scheduler, optimizer)
             if not callable(getattr(scheduler, "step", None)):
                 raise TypeError(
                     f"lr_scheduler: the callable returned {type(scheduler).__name__}, expected a scheduler; "
@@ -139,6 +139,20 @@ class ParameterSet:
         self.waiting = 0
 
 
+def _made(name: str, build: Callable[[Any], Any], argument: Any) -> Any:
+    """What the user's callable gives.
+
+    Raises
+    ------
+    TypeError
+        It takes other arguments.
+    """
+    try:
+        return build(argument)
+    except TypeError as e:
+        raise TypeError(f"{name}={short(build)}: {e}; expected {EXPECTED[name]}") from e
+
+
 def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
     """The user's optimizer over these parameters.
 
@@ -155,7 +169,7 @@ def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> O
             {**dict(options), "params": [names[n] for n in members]}
             for options, members in _grouped_by_options(names, config.param_groups)
         ]
-    optimizer = config.optimizer(parameters)
+    optimizer = _made("optimizer", config.optimizer, parameters)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer: the callable returned {type(optimizer).__name__}, expected a torch.optim.Optimizer; "

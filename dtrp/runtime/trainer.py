@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
@@ -17,11 +19,11 @@ from torch import Tensor, nn
 
 from ..errors import WorkerError
 from . import interrupts
-from .arguments import as_call, feeds, n_samples, split_batch, take_target, what_step_takes
+from .arguments import as_call, check_loader, feeds, n_samples, split_batch, take_target, what_step_takes
 from .batch import Feed
 from .checkpoint import as_folder, read_checkpoint, write_checkpoint
 from .compensation import WARMUP, Joiner, Mini
-from .config import TrainConfig, check_launch
+from .config import TrainConfig, check_launch, short
 from .evaluation import Measure, combine
 from .events import Event
 from .handback import Owner, loss_with_tensors
@@ -37,6 +39,12 @@ from .timeline import write_timeline
 
 if TYPE_CHECKING:
     from .workers import Workers
+
+_LEFT = (
+    "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
+    "since the last flush; use `with pipe.trainer(...) as trainer:`"
+)
+log = logging.getLogger("dtrp")
 
 
 class Compiled(Protocol):
@@ -84,7 +92,7 @@ class Trainer:
         tensorboard: str | os.PathLike[str] | None = None,
         autosave: tuple[str | os.PathLike[str], float] | None = None,
     ) -> None:
-        check_launch(executor, watchdog, batch_compensation, compensation_warmup, autosave)
+        check_launch(executor, watchdog, batch_compensation, compensation_warmup, autosave, timeline)
         self.config = config
         self.progress = progress
         self._compiled = compiled
@@ -263,7 +271,8 @@ class Trainer:
             The loader gives no batch in some epoch (a generator can be gone through only once).
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs={epochs!r}: expected an int >= 0")
+            raise ValueError(f"epochs={short(epochs)}: expected an int >= 0, as in fit(loader, epochs=10)")
+        check_loader(loader, self.config.loss_fn is not None)
         if epochs > 1:
             _refuse_once_only(loader, f"epochs={epochs}")
         if 0 < self._exact_updates < 1:
@@ -329,6 +338,7 @@ class Trainer:
             ``loss`` and the metrics, means weighted by batch size; empty for an empty loader.
         """
         measure = Measure.of(self._stage_config.loss_fn, metric)
+        check_loader(loader, self.config.loss_fn is not None)
         self.flush()
         batches = iter(loader)
         first = next(batches, None)
@@ -379,6 +389,12 @@ class Trainer:
         for state in self._run.call("state"):
             self._owner.take(state)
         self._stale = self._in_flight
+        for name in self._owner.switched():
+            log.warning(
+                "requires_grad of %r was changed after training began, which stages need not notice; close "
+                "this trainer and make a new one with pipe.trainer(...)",
+                name,
+            )
 
     def save(self, path: str | os.PathLike[str], *, format: str | None = None) -> None:
         """Write the run to disk: weights, optimizers, schedulers, counters, losses, random states.
@@ -466,6 +482,7 @@ class Trainer:
             if self._board is not None:
                 self._board.close()
             if self._run is not None:
+                self._reminder.detach()
                 self._run.close()
                 self._run = None
 
@@ -484,17 +501,17 @@ class Trainer:
         inputs, named, target = take_target(
             self._compiled.model, args, kwargs, has_target=self.config.loss_fn is not None
         )
-        if self._run is None:
-            if not self._compiled.model.training:
-                self._compiled.model.train()
-            self._compiled.prepare(inputs, named)
+        if self._run is None and not self._compiled.model.training:
+            self._compiled.model.train()
         try:
+            self._compiled.prepare(inputs, named)
             tensors = self._compiled.bind(inputs, named)
         except TypeError as e:
             raise TypeError(f"{e}; {what_step_takes(args, self.config.loss_fn is not None)}") from None
         if self._run is None:
             self._compiled.check_loss(self.config, tensors, target)
             self._run = self._start()
+            self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return self._run, tensors, target
 
     def _start(self) -> Inline | Workers:

@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
@@ -53,6 +54,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, pytree.TreeSpec) and obj.is_leaf():
             return pytree.tree_structure, (None,)  # torch 2.11 warns whoever unpickles its class of leaves
         return super().reducer_override(obj)
+
+
+def unsendable(named: Mapping[str, Any]) -> str:
+    """Which of these objects cannot be pickled, for a message."""
+    for name, value in named.items():
+        try:
+            dumps(value)
+        except Exception:
+            return f"{name} ({value!r})"
+    return "a module that is kept whole in a stage"
 
 
 def _rebuild(

@@ -36,7 +36,7 @@ from .random import random_state
 from .registered import Registered
 from .shared import CALLER
 from .stats import StageStats
-from .transfer import dumps
+from .transfer import dumps, unsendable
 from .vitals import Watch
 from .worker import Setup
 
@@ -376,7 +376,7 @@ def _pickled(
         return [dumps(Setup(p, config, seed, record, ambient)) for p in programs]
     except Exception as e:
         raise TypeError(
-            f"a stage, loss_fn, optimizer or scheduler cannot be sent to a worker process: {e}. Avoid open "
+            f"{unsendable(vars(config))} cannot be sent to a worker process: {e}. Avoid open "
             f"files, locks and generators in them, or use executor='inline'"
         ) from e
 
