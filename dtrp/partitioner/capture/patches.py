@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,9 @@ class Observer(Protocol):
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """A region of torch.autocast was entered, or is left."""
+
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        """A region that checkpointing would run again in the backward pass runs in this context."""
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = value``, before it happens."""
@@ -94,7 +97,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
     def once(frame: Any) -> Any:
         # Checkpointing without storing would run the region again in the backward pass: here it runs once.
-        return nullcontext()
+        return nullcontext() if observer.paused else observer.on_checkpoint()
 
     with replaced(
         (transformer, "_detect_is_causal_mask", given),

@@ -19,7 +19,7 @@ import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,9 +32,10 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
+from .checkpointed import Checkpointed, reentrant, updates_buffers, versions
 from .custom import GradientFunction, SameForm, Under
 from .decisions import Decisions, Undecided
-from .example_values import ExampleValues
+from .example_values import ExampleCalls
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
@@ -42,7 +43,7 @@ from .methods import KeptMethod, own_methods
 from .snapshot import foreign_randomness, preserved_randomness
 from .structure import Step, mirror, mutable, replace_tensors, tensors_in
 from .targets import node_form, property_name
-from .writer import CannotRecord, GraphWriter
+from .writer import CannotKeep, CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
@@ -77,7 +78,8 @@ class Recorder(TorchFunctionMode):
         self._closed, self._opened = closed, opened
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
-        self._examples: list[ExampleValues] = []
+        self._checkpointed = Checkpointed()
+        self._examples: ExampleCalls | None = None
         self._updates: dict[str, torch.Tensor] = {}
         self._regions: list[str | None] = []  # of torch.autocast, by device
 
@@ -87,8 +89,7 @@ class Recorder(TorchFunctionMode):
 
     def know_examples(self, model: nn.Module, calls: list[list[torch.Tensor]]) -> None:
         """The inputs' real tensors in the example's call, and in some others that the model may get."""
-        held = self.writer.constants, self.writer.methods
-        self._examples = [ExampleValues(model, self._world, held, tensors) for tensors in calls]
+        self._examples = ExampleCalls(model, self._world, self.writer, calls)
 
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
@@ -96,6 +97,7 @@ class Recorder(TorchFunctionMode):
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
             node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
             node.meta["update"] = name
+        self._checkpointed.write(self.writer)
         self.writer.output(leaves)
 
     # What the model does
@@ -127,7 +129,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A custom autograd function: one node with its own backward."""
         if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
-            return args[0](*args[2:], **kwargs)
+            flows, region, inputs = reentrant(args)
+            with torch.set_grad_enabled(flows), self._checkpointed.region() if flows else nullcontext():
+                return region(*inputs)
         target = GradientFunction(function)
         with self._pause():
             if function.__module__ == "torch.utils.checkpoint":  # what it keeps for itself (torch 2.11)
@@ -155,7 +159,7 @@ class Recorder(TorchFunctionMode):
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
             return result
         except Exception as error:
-            if name in self._opened or region:
+            if name in self._opened or region or isinstance(error, CannotKeep):
                 raise
             self.writer.roll_back(mark)
             self._decisions.back_to(decided)
@@ -226,6 +230,8 @@ class Recorder(TorchFunctionMode):
         full = f"{path}.{name}" if path else name
         if name in module._buffers and isinstance(value, torch.Tensor):
             twin = self.writer.attribute(full)
+            # Other graphs, such as that of evaluation, would go on reading the tensor that was there before.
+            self._checkpointed.refuse(full, CannotKeep)
             if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
                 raise CannotRecord(f"replaces the buffer {full!r} by another kind of tensor")
             self._updates[full] = value
@@ -237,6 +243,10 @@ class Recorder(TorchFunctionMode):
             self.keepers[path] = f"keeps the tensor {full!r} from one call to the next"
         elif type(old) in (int, float) and type(value) is type(old) and old != value:
             raise CannotRecord(f"changes {full!r} from {old!r} to {value!r} while it runs")
+
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        """A region of torch.utils.checkpoint."""
+        return self._checkpointed.region() if torch.is_grad_enabled() else nullcontext()
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """The model enters a region of torch.autocast, or leaves it."""
@@ -279,6 +289,9 @@ class Recorder(TorchFunctionMode):
         changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
         if not outputs and not changed:
             return result  # a question, answered
+        for tensor in changed:
+            if name := self.writer.attribute_name(tensor):
+                self._checkpointed.refuse(name)
         node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
         if kept:
             self.writer.node("call_function", SameForm.of(kept, result), (node,), {}, None)
@@ -304,10 +317,13 @@ class Recorder(TorchFunctionMode):
         return tensor
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before = versions(module)
+        if name in self._closed and before and module.training:
+            self._checkpointed.refuse(f"{name}.{next(iter(before))}")
         with self._pause(), preserved_randomness():  # what it draws is its own affair
             outer, self.writer.module = self.writer.module, name
             try:
-                return self._call(
+                result = self._call(
                     lambda *a, **k: self._run(module, proceed, a, k),
                     lambda _, a, k: ("call_module", name, a, k),
                     args,
@@ -316,6 +332,11 @@ class Recorder(TorchFunctionMode):
                 )
             finally:
                 self.writer.module = outer
+        if self._checkpointed.inside and updates_buffers(module, before):
+            if self._checkpointed.nested:
+                self._checkpointed.refuse(f"{name}.{next(iter(before))}")
+            self._checkpointed.updates(list(self.writer.graph.find_nodes(op="call_module", target=name))[-1])
+        return result
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -328,11 +349,8 @@ class Recorder(TorchFunctionMode):
                 raise error from None
 
     def _really_run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        for _, tensor in tensors_in((args, kwargs)):
-            source = self.writer.source(tensor)
-            if source is not None and self._examples:
-                real, *others = [example.of(*source) for example in self._examples]
-                self._world.meet(tensor, real, others)
+        if self._examples is not None:
+            self._examples.meet((args, kwargs))
         return self._world.really_run(module, args, kwargs)
 
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
