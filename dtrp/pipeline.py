@@ -181,6 +181,7 @@ class Pipeline:
         schedule: Literal["auto", "fig1", "lean"] = "auto",
         micro_batches: int | Literal["auto"] = "auto",
         exact_start: int | float = 0,
+        rebalance: Literal["auto", False] = "auto",
         autosave: tuple[str | os.PathLike[str], float] | None = None,
     ) -> Trainer:
         """Train the pipeline; use the result as a context manager.
@@ -257,6 +258,8 @@ class Pipeline:
         exact_start : int or float
             Updates made with the exact order first: a number, or a share (below 1) of what `Trainer.fit` will
             do.
+        rebalance : {"auto", False}
+            Moving the cuts during a run is not built yet: both leave them where they are.
         autosave : (path, seconds), optional
             Save the run to this file (`Trainer.save`) when so many seconds have passed since the last time.
 
@@ -269,6 +272,11 @@ class Pipeline:
         TypeError, ValueError
             Arguments of the wrong kind, or a combination that makes no sense (with the reason).
         """
+        if rebalance not in ("auto", False):
+            raise ValueError(
+                f"rebalance={rebalance!r}: expected 'auto' or False (moving the cuts during a run is not built "
+                f"yet); plan with costs='measured' for times of this machine"
+            )
         config = TrainConfig(
             loss_fn=loss_fn,
             optimizer=optimizer,
