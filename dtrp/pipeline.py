@@ -274,8 +274,8 @@ class Pipeline:
         """
         if rebalance not in ("auto", False):
             raise ValueError(
-                f"rebalance={rebalance!r}: expected 'auto' or False (moving the cuts during a run is not built "
-                f"yet); plan with costs='measured' for times of this machine"
+                f"rebalance={rebalance!r}: expected 'auto' or False (moving the cuts during a run is not "
+                f"built yet); plan with costs='measured' for times of this machine"
             )
         config = TrainConfig(
             loss_fn=loss_fn,
