@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import sys
 
-from dtrp.runtime.workers import KEEP_FREED_MEMORY
+from dtrp.runtime.processes import KEEP_FREED_MEMORY
 
 if __name__ == "__main__":  # before torch starts its threads; processes that are started here inherit it
     os.environ["OMP_NUM_THREADS"] = "1"

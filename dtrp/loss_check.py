@@ -142,8 +142,8 @@ class _StandIn:
 
     def judge_fakes(self, loss_fn: Callable[..., Any], *, swapped: bool = False) -> None:
         """Try it on fake tensors. Raises `_Refused` where it runs and is wrong, or whatever it raises."""
-        if isinstance(loss_fn, nn.Module):  # the user's own must not keep fakes
-            loss_fn = private_copy(loss_fn, [(t, t) for t in (*loss_fn.parameters(), *loss_fn.buffers())])
+        if isinstance(loss_fn, nn.Module):  # the user's own must not keep fakes, nor count this as a batch
+            loss_fn = private_copy(loss_fn, [(p, p) for p in loss_fn.parameters()])
         with _faking(self.mode):
             place = next(leaf.device for leaf in self.leaves if isinstance(leaf, FakeTensor))
             pairs: list[tuple[Tensor, Tensor]] = []

