@@ -138,11 +138,12 @@ class _StandIn:
 
     def in_real_sizes(self, text: str) -> str:
         """Shapes in a message as they are in the batch."""
-        return text.replace(f"({self.example},", f"({self.batch},")
+        text = text.replace(f"({self.example},", f"({self.batch},")
+        return text.replace(f"a list of {self.example}", f"a list of {self.batch}")
 
     def judge_fakes(self, loss_fn: Callable[..., Any], *, swapped: bool = False) -> None:
         """Try it on fake tensors. Raises `_Refused` where it runs and is wrong, or whatever it raises."""
-        if isinstance(loss_fn, nn.Module):  # the user's own must not keep fakes, nor count this as a batch
+        if isinstance(loss_fn, nn.Module):  # the user's own must not keep fakes, nor count this call
             loss_fn = private_copy(loss_fn, [(p, p) for p in loss_fn.parameters()])
         with _faking(self.mode):
             place = next(leaf.device for leaf in self.leaves if isinstance(leaf, FakeTensor))
@@ -155,7 +156,7 @@ class _StandIn:
                 pairs.append((made, real))
                 return made
 
-            target = pytree.tree_map_only(Tensor, fake, self.target)
+            target = pytree.tree_map_only(Tensor, fake, self._cut(self.target))
             self._judge(loss_fn, Tensor.detach, target, pairs, swapped)
 
     def judge_random(self, loss_fn: Callable[..., Any]) -> None:
@@ -197,7 +198,7 @@ class _StandIn:
         def sized(real: Tensor) -> Tensor:
             return real[torch.arange(self.example) % self.batch] if self._follows_batch(real) else real
 
-        self._judge(loss_fn, made, pytree.tree_map_only(Tensor, sized, self.target), [], False)
+        self._judge(loss_fn, made, pytree.tree_map_only(Tensor, sized, self._cut(self.target)), [], False)
 
     def _judge(
         self,
@@ -247,6 +248,16 @@ class _StandIn:
         refusal = TypeError(f"{told(loss_fn)} fails on the first batch: {type(error).__name__}: {error}{use}")
         refusal.__cause__ = error
         return refusal
+
+    def _cut(self, target: Any) -> Any:
+        """Lists as long as the batch, as long as the example's; tensors are seen to where they are met."""
+        if type(target) is list and len(target) == self.batch != self.example:
+            target = [target[i % self.batch] for i in range(self.example)]
+        if type(target) in (list, tuple):
+            return type(target)(map(self._cut, target))
+        if isinstance(target, WithExtra):
+            return WithExtra(*map(self._cut, target))
+        return {k: self._cut(v) for k, v in target.items()} if type(target) is dict else target
 
     def _follows_batch(self, tensor: Tensor) -> bool:
         return self.batch != self.example and tensor.dim() > 0 and tensor.shape[0] == self.batch

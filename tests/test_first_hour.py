@@ -207,18 +207,25 @@ def in_place(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target)
 
 
+def penalised(output: Tensor, target: Tensor) -> Tensor:
+    loss = F.cross_entropy(output, target)
+    (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
+    return loss + gradient.square().sum()
+
+
 class Counting(nn.Module):
     """Keeps what it has seen; a fake tensor must not get into it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(4))
+        self.norm = nn.BatchNorm1d(4)
         self.seen = 0
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         self.seen += 1
         self.mean = 0.9 * self.mean + 0.1 * output.detach().mean(0)
-        return F.cross_entropy(output - self.mean, target)
+        return F.cross_entropy(self.norm(output - self.mean), target)
 
 
 RIGHT: dict[str, tuple[Any, Any]] = {
@@ -229,15 +236,22 @@ RIGHT: dict[str, tuple[Any, Any]] = {
     "in place": (in_place, Y),
     "no target": (lambda o, y: o.square().mean(), None),
     "anything as target": (lambda o, y: o.square().mean() * len(y), ["a", "b"]),
+    "a list": (lambda o, y: F.cross_entropy(o, torch.tensor([int(label) for label in y])), ["0", "1"] * 8),
+    "gradient penalty": (penalised, Y),
+    "one by one": (
+        lambda o, y: sum(F.mse_loss(o[i], t["box"]) for i, t in enumerate(y)),
+        [{"box": X[0, :4]}] * 16,
+    ),
     "sigmoid": (lambda o, y: F.binary_cross_entropy(o.sigmoid(), y), F.one_hot(Y, 4).float()),
     "none of its own": (lambda o, y: torch.zeros((), requires_grad=True) + 0 * o.sum(), Y),
 }
 
 
+@pytest.mark.parametrize("samples", [16, 3])
 @pytest.mark.parametrize("what", list(RIGHT))
-def test_right_losses_are_left_alone(what: str) -> None:
+def test_right_losses_are_left_alone(what: str, samples: int) -> None:
     loss_fn, target = RIGHT[what]
-    assert len(train(loss_fn, target, executor="inline")) == 3
+    assert len(train(loss_fn, target, example=X[:samples], executor="inline")) == 3
 
 
 def test_losses_that_assert_values_are_left_alone() -> None:
@@ -249,7 +263,7 @@ def test_losses_that_assert_values_are_left_alone() -> None:
 def test_trying_a_loss_leaves_nothing_in_it() -> None:
     loss = Counting()
     train(loss, executor="inline")
-    assert loss.seen == 3
+    assert loss.seen == loss.norm.num_batches_tracked == 3
     assert type(loss.mean) is Tensor
 
 

@@ -97,7 +97,6 @@ def test_an_optimizer_that_gives_something_else(pipe: dtrp.Pipeline) -> None:
         ({"predictor": "geometric", "optimizer": partial(torch.optim.SGD, lr=0.1)}, "momentum is 0"),
         ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "steps on a metric"),
         ({"optimizer": torch.optim.LBFGS}, "evaluates the loss several times per step"),
-        ({"autocast": torch.float16}, "needs loss scaling"),
         ({"autocast": torch.int8}, "torch.bfloat16"),
     ],
 )
@@ -333,7 +332,7 @@ def test_torchscript_is_not_trained(no_workers: None) -> None:
         pipe.trainer(F.cross_entropy, partial(torch.optim.SGD, lr=0.1))
 
 
-def test_what_cannot_be_sent_to_a_worker(pipe: dtrp.Pipeline, no_workers: None) -> None:
+def test_what_cannot_be_sent_to_a_worker(pipe: dtrp.Pipeline) -> None:
     import threading
 
     lock = threading.Lock()
