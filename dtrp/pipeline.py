@@ -18,8 +18,11 @@ from torch.optim import Optimizer
 
 from .errors import DtrpError
 from .loss_check import check_scalar_loss
+from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
-from .partitioner.compiler import Compiled, Request, compile_model, device_specs, threads_per_stage
+from .partitioner.capture.modes import Flags, flags_of, training_flags
+from .partitioner.capture.state import Watch
+from .partitioner.compiler import Compiled, Request, adapt, compile_model, device_specs, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
 from .partitioner.planner import default_limits, memory_limits
@@ -43,8 +46,11 @@ class Pipeline:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self.model = model
         self._request = request
-        self._compiled: Compiled | None = None
-        self._fits: Fits | None = None
+        self._compiled: Compiled | None = None  # the latest that was used
+        self._variants: dict[Any, Compiled] = {}  # by flags, and whether gradients are enabled
+        self._watch: Watch | None = None
+        self._call: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})  # the latest
+        self._fits: dict[int, Fits] = {}
         self._example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
 
     # ---- the model's own interface ---------------------------------------------------------------------
@@ -59,7 +65,7 @@ class Pipeline:
         """
         self.prepare(args, kwargs)
         tensors = self.bind(args, kwargs)
-        return self._planned.split.graph(self.model.training)(*tensors)
+        return self._planned.split.graph(any(flags_of(self.model)))(*tensors)
 
     @property
     def training(self) -> bool:
@@ -356,10 +362,44 @@ class Pipeline:
     # ---- what the trainer asks for (runtime/trainer.py, Host) --------------------------------------------
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Plan for a call with these arguments, unless planned already."""
-        if self._compiled is None:
-            self._compiled = compile_model(self.model, self._request, args, kwargs)
-            self._example = keep_example(self.bind(args, kwargs))
+        """Plan for a call with these arguments, unless planned already; again if the model was changed.
+
+        Raises
+        ------
+        CaptureError, PlanMismatchError
+            The model was changed since, and could not be captured again or does not fit its plan any more.
+        """
+        self._call = args, kwargs
+        changed = self._watch.changed() if self._watch is not None else ""
+        if changed:
+            self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+        try:
+            self._compiled = self._variant(flags_of(self.model), torch.is_grad_enabled())
+        except DtrpError as error:
+            if changed:
+                raise type(error)(
+                    f"{changed} is not as it was when the pipeline was compiled, and the model could not be "
+                    f"compiled again: {error}"
+                ) from error
+            raise
+
+    def _variant(self, flags: Flags, grad: bool) -> Compiled:
+        """The stages for these modes: those that are there, or others laid over them."""
+        base = next(iter(self._variants.values()), None)
+        if base is None:
+            base = compile_model(self.model, self._request, *self._call)
+            self._variants[base.captured.flags, True] = base
+            whole = {kept.module for kept in base.captured.kept_whole}
+            self._watch = Watch(self.model, whole, base.captured.tensor_attributes)
+            self._compiled = base
+            self._example = keep_example(self.bind(*self._call))
+        grad = grad or not base.captured.asks_grad
+        if not any(flags):
+            flags = base.captured.flags  # its eval graph
+        if (flags, grad) not in self._variants:
+            captured = capture(self.model, *self._call, opened=base.captured.opened, flags=flags, grad=grad)
+            self._variants[flags, grad] = adapt(base, captured, self._request)
+        return self._variants[flags, grad]
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of one call, in the order of the wiring's model inputs.
@@ -369,10 +409,10 @@ class Pipeline:
         TypeError, ValueError
             They do not fit the example that was compiled for.
         """
-        tensors = self._planned.captured.signature.flatten(args, kwargs)
-        if self._fits is None:
-            self._fits = Fits(self._planned.captured)
-        self._fits.check(tensors, args, kwargs, self.model.training)
+        captured = self._planned.captured
+        tensors = captured.signature.flatten(args, kwargs)
+        fits = self._fits.setdefault(id(captured), Fits(captured))
+        fits.check(tensors, args, kwargs, self.model.training)
         return tensors
 
     def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
@@ -392,4 +432,6 @@ class Pipeline:
 
     def programs(self) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""
-        return make_programs(self._planned, self.model, self._request.devices)
+        compiled = self._compiled = self._variant(training_flags(self.model), True)
+        evaluate = self._variant(compiled.captured.flags, False)  # which is done without gradients
+        return make_programs(compiled, evaluate, self.model, self._request.devices)

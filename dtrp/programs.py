@@ -7,21 +7,29 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
+from .partitioner.capture.modes import in_mode
 from .partitioner.compiler import Compiled
 from .partitioner.split import attributes, split
 from .runtime.program import Code, StageModule, StageProgram, Tie
 
 
 def make_programs(
-    compiled: Compiled, model: nn.Module, devices: Sequence[torch.device]
+    compiled: Compiled, evaluation: Compiled, model: nn.Module, devices: Sequence[torch.device]
 ) -> list[StageProgram]:
-    """What each stage runs, with the model's present parameters and their ``requires_grad``."""
+    """What each stage runs, with the model's present parameters and their ``requires_grad``.
+
+    ``evaluation`` is another than ``compiled`` where the model's code asks whether gradients are enabled.
+    """
     cut = split(compiled.captured, compiled.plan, compiled.hazards)
+    evaluated = cut.eval
+    if evaluation is not compiled:
+        evaluated = split(evaluation.captured, evaluation.plan, evaluation.hazards).eval
     order = _positions(model)
-    modules = [
-        _stage_module(train, evaluate, device, order)
-        for train, evaluate, device in zip(cut.train.modules, cut.eval.modules, devices, strict=True)
-    ]
+    with in_mode(model, compiled.captured.flags):  # a stage's train mode is as it was made
+        modules = [
+            _stage_module(train, evaluate, device, order)
+            for train, evaluate, device in zip(cut.train.modules, evaluated.modules, devices, strict=True)
+        ]
     ties = _ties(modules)
     written = compiled.hazards.written_inputs
     return [
@@ -29,7 +37,7 @@ def make_programs(
             stage=k,
             module=module,
             train=cut.train.wiring,
-            evaluate=cut.eval.wiring,
+            evaluate=evaluated.wiring,
             recompute=compiled.plan.recompute[k],
             device=devices[k],
             ties=ties,

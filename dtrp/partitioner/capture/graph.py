@@ -126,10 +126,18 @@ class Captured:
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()  # what a user should know, for the report
     opened: tuple[str, ...] = ()  # modules that were not to be kept whole
+    flags: tuple[bool, ...] = ()  # each module's ``training``, for the train graph
+    asks_grad: bool = False  # its code asks whether gradients are enabled
 
     def graph(self, training: bool) -> ModeGraph:
         """The graph of a mode."""
         return self.train if training else self.eval
+
+    @property
+    def tensor_attributes(self) -> frozenset[str]:
+        """Names of tensors that the graphs read as attributes."""
+        graphs = (self.train.module.graph, self.eval.module.graph)
+        return frozenset(str(n.target) for graph in graphs for n in graph.find_nodes(op="get_attr"))
 
     @property
     def one_graph(self) -> bool:

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
+from .location import is_users
+
 
 class Observer(Protocol):
     """Who is told of what the model does; ``proceed`` does what would have happened without patches."""
@@ -36,6 +38,9 @@ class Observer(Protocol):
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """A region of torch.autocast was entered, or is left."""
+
+    def on_question(self) -> None:
+        """The model's own code asks whether gradients are enabled."""
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = value``, before it happens."""
@@ -89,7 +94,15 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         # Checkpointing without storing would run the region again in the backward pass: here it runs once.
         return nullcontext()
 
+    enabled = torch.is_grad_enabled
+
+    def asked() -> bool:
+        if not observer.paused and is_users(sys._getframe(1).f_code.co_filename):
+            observer.on_question()
+        return enabled()
+
     with replaced(
+        (torch, "is_grad_enabled", asked),
         (transformer, "_detect_is_causal_mask", given),
         (checkpoint, "_checkpoint_hook", once),
         (torch.autocast, "__enter__", patched_enter),

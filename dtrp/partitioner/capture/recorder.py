@@ -72,17 +72,29 @@ class Recorder(TorchFunctionMode):
         self.writer = GraphWriter(model, world)
         self.paused = False
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
-        self.keepers: dict[str, str] = {}  # modules that may carry a tensor over to the next call
+        self.left: dict[tuple[str, str], torch.Tensor] = {}  # tensors assigned to attributes: module, name
         self._world = world
         self._closed, self._opened = closed, opened
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
+        self.asks_grad = False  # the model's code asks whether gradients are enabled
         self._updates: dict[str, torch.Tensor] = {}
         self._regions: list[str | None] = []  # of torch.autocast, by device
 
     def placeholder(self, name: str, fake: torch.Tensor) -> None:
         """Make ``fake`` the graph's next input."""
         self.writer.placeholder(name, fake)
+
+    def keepers(self) -> dict[str, str]:
+        """Modules that leave a tensor made from the inputs in an attribute, for whoever reads it, and which.
+
+        One that is made from sizes and constants alone is a cache: the graph makes it each time.
+        """
+        return {
+            path: f"keeps the tensor {f'{path}.{name}'.removeprefix('.')!r} from one call to the next"
+            for (path, name), tensor in self.left.items()
+            if self.writer.depends_on_inputs(tensor)
+        }
 
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
@@ -229,9 +241,7 @@ class Recorder(TorchFunctionMode):
         elif isinstance(old, torch.Tensor) and self.writer.uses_attribute(old):
             raise CannotRecord(f"keeps the tensor {full!r} from one call to the next")
         elif isinstance(value, torch.Tensor):
-            self.keepers[path] = f"keeps the tensor {full!r} from one call to the next"
-        elif type(old) in (int, float) and type(value) is type(old) and old != value:
-            raise CannotRecord(f"changes {full!r} from {old!r} to {value!r} while it runs")
+            self.left[path, name] = value
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """The model enters a region of torch.autocast, or leaves it."""
@@ -242,6 +252,10 @@ class Recorder(TorchFunctionMode):
             self._regions.append(None)
         else:
             self._regions.append(region.device)
+
+    def on_question(self) -> None:
+        """The model asks whether gradients are enabled."""
+        self.asks_grad = True
 
     def _region(self) -> tuple[tuple[str, bool, torch.dtype], ...]:
         """What torch.autocast is in the regions that the model has entered."""

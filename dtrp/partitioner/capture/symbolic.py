@@ -6,6 +6,7 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,10 +20,12 @@ from torch.overrides import TorchFunctionMode
 from .fakes import FakeWorld, fake_inputs
 from .graph import Signature
 from .leaves import has_hooks, is_leaf
-from .location import user_location
+from .location import is_users, user_location
 from .modes import BothModes
+from .patches import replaced
 from .propagate import fold_constants, open_outputs, propagate
 from .snapshot import foreign_randomness, untouched
+from .state import changes_of, state_of
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
@@ -37,9 +40,11 @@ def trace_symbolically(task: Task) -> BothModes:
 
     def trace() -> Traced:
         tracer = _ModuleTracer(task.signature, task.opened, task.closed)
-        with untouched(model), _no_side_effects(), _Guard():
-            states = foreign_randomness()
+        with untouched(model), _no_side_effects(), replaced((torch, "is_grad_enabled", _asked)), _Guard():
+            states, state = foreign_randomness(), state_of(model)
             graph = tracer.trace(model)
+            if changes := changes_of(model, state, ()):
+                raise TraceError(next(iter(changes.values())))
             if foreign_randomness() != states:
                 raise TraceError("draws random numbers from Python's or numpy's generator")
         assert tracer.out_spec is not None
@@ -48,7 +53,16 @@ def trace_symbolically(task: Task) -> BothModes:
         fold_constants(graph)
         return Traced(graph, open_outputs(graph, tracer.out_spec))
 
-    return BothModes.of(model, trace)
+    return BothModes.of(model, task.flags, trace)
+
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def _asked() -> bool:
+    if is_users(sys._getframe(1).f_code.co_filename):
+        raise TraceError("asks whether gradients are enabled")
+    return _is_grad_enabled()
 
 
 class _Guard(TorchFunctionMode):
