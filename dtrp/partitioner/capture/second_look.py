@@ -174,8 +174,10 @@ def _difference(a: Any, b: Any) -> str:
         # Objects that do not define equality are different in any two calls of the model itself.
         undefined = "__eq__" not in {k for c in type(a).__mro__[:-1] for k in vars(c)}
         return "" if equal or undefined else f"{_short(b)} instead of {_short(a)}"
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
         return f"{_short(b)} instead of {_short(a)}"
+    if a.layout != torch.strided:  # the gradients of sparse embeddings
+        a, b = a.to_dense(), b.to_dense()
     if torch.equal(a, b) or a.numel() == 0:
         return ""
     wide = torch.complex128 if a.is_complex() else torch.float64
@@ -189,6 +191,7 @@ def _difference(a: Any, b: Any) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
+        layout = "" if value.layout == torch.strided else f" ({value.layout})"
+        return f"{value.dtype} of shape {tuple(value.shape)}{layout}".removeprefix("torch.")
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

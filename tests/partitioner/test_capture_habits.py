@@ -1,0 +1,145 @@
+"""Habits of users that a graph does not hold by itself: each works as in the plain model, or is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import dtrp
+from dtrp.errors import CaptureError
+from dtrp.partitioner.capture import capture
+
+from .test_capture import assert_faithful
+
+
+class Model(nn.Module):
+    """``forward`` is given; ``inner`` is a submodule with a forward of its own."""
+
+    def __init__(self, function, inner=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(1))
+        self.function = function
+        if inner is not None:
+            self.inner = inner if isinstance(inner, nn.Module) else Model(inner)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(3, 4)
+
+
+def counted(m):
+    """Something that only the recorder follows."""
+    with torch.no_grad():
+        m.count.add_(1)
+
+
+SPELLINGS = {
+    "x ** 2": lambda h: h**2,
+    "x ** 0.5": lambda h: h.abs() ** 0.5,
+    "2 ** x": lambda h: 2**h,
+    "x ** y": lambda h: h.abs() ** h,
+    "x.__pow__(2)": lambda h: h.__pow__(2),
+    "operators": lambda h: (1 - h) / (2 + abs(h)) % 3 - (-h) + (+h),
+    "reflected": lambda h: h + 2 // (h.detach() + 10) + 5 % (h.detach() + 10) + h.detach() // 0.5 + 1 / h,
+    "comparisons": lambda h: h * (h > 0) + h * ~(h > 1) + h * ((h < 2) & (h != 0)),
+    "shifts": lambda h: h * (3 >> (h > 0).long()) + (1 << (h > 0).long()),
+    "matmul": lambda h: h @ h.T @ h,
+    "bound to torch": lambda h: torch.Tensor.pow(h, 3) + torch.Tensor.__rsub__(h, 2),
+}
+
+
+@pytest.mark.parametrize("spelt", SPELLINGS.values(), ids=SPELLINGS)
+def test_operators_however_they_are_spelt(spelt, x):
+    def forward(m, x):
+        counted(m)
+        return m.b(spelt(m.a(x)))
+
+    captured = assert_faithful(Model(forward), (x,))
+    assert captured.method == "record"
+    compile(captured.train.module.code, "graph", "exec")
+
+
+def test_operators_in_place(x):
+    def forward(m, x):
+        counted(m)
+        h = m.a(x).abs() + 1
+        h **= 2
+        h += 1
+        h /= 2
+        h -= x
+        h *= x
+        return m.b(h)
+
+    assert assert_faithful(Model(forward), (x,)).method == "record"
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 4, mode="sum", sparse=True)
+
+    def forward(self, ids):
+        return self.bag(ids.flatten(), torch.arange(0, ids.numel(), ids.shape[1]))
+
+
+SPARSE = {
+    "Embedding": lambda: nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Flatten(), nn.Linear(20, 2)),
+    "EmbeddingBag": lambda: nn.Sequential(nn.EmbeddingBag(20, 4, sparse=True), nn.Linear(4, 2)),
+    "with offsets": lambda: nn.Sequential(Bags(), nn.ReLU(), nn.Linear(4, 2)),
+}
+
+
+@pytest.mark.parametrize("make", SPARSE.values(), ids=SPARSE)
+def test_sparse_gradients(make):
+    torch.manual_seed(0)
+    model, ids = make(), torch.randint(0, 20, (6, 5))
+    captured = capture(model, (ids,))
+    name, weight = next(iter(model.named_parameters()))
+    found = []
+    for function in (model, captured.graph(True)):
+        model.zero_grad(set_to_none=True)
+        output = function(ids)
+        output.pow(2).sum().backward()
+        found.append((output, weight.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[1][1].is_sparse, name
+    assert torch.equal(found[0][1].to_dense(), found[1][1].to_dense())
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=ids)
+    assert torch.equal(pipe(ids), found[0][0])
+
+
+def jvp(m, x):
+    return torch.func.jvp(m.a, (x,), (torch.ones_like(x),))
+
+
+def inside_a_mode(m, x):
+    torch.set_grad_enabled(False)
+    torch.set_autocast_enabled("cpu", True)
+    torch.set_default_dtype(torch.float64)
+    torch.overrides.BaseTorchFunctionMode().__enter__()
+    if x.sum() > 0:
+        return m.a(x)
+    return m.b(x)
+
+
+def dual_level(m, x):
+    torch.autograd.forward_ad.enter_dual_level()
+    return m.a(x) if x.sum() > 0 else m.b(x)
+
+
+@pytest.mark.parametrize("forward", [jvp, inside_a_mode, dual_level])
+def test_a_refusal_leaves_nothing_behind_in_torch(forward, x):
+    with pytest.raises(CaptureError):
+        capture(Model(forward), (x,))
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.overrides._get_current_function_mode_stack()
+    value, tangent = jvp(Model(jvp), x)
+    assert value.shape == tangent.shape
+    assert_faithful(Model(lambda m, x: m.b(m.a(x))), (x,))
