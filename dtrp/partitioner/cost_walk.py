@@ -108,7 +108,8 @@ class CostWalk:
         if node.op == "call_module":
             with contextlib.suppress(Exception):
                 module = self.module.get_submodule(str(node.target))
-                return self.runner.module_on_samples(module, args, kwargs, given)
+                samples = self.captured.runs.inputs(module)
+                return self.runner.module_on_samples(module, args, kwargs, given, samples)
         self.failed.append((node, error))
         return given
 

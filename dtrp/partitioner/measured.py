@@ -104,6 +104,8 @@ class _Clock:
             with in_mode(captured.model, captured.flags):
                 self.module = copy.deepcopy(captured.train.module).to(device)
         self.nodes = list(captured.train.module.graph.nodes)
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        self.examples = dict(zip(placeholders, captured.example, strict=False))
         # Nodes that write to their inputs get copies; until these nodes are known, all do.
         self.writers: set[fx.Node] = set()
         self.in_place: set[fx.Node] | None = None
@@ -293,12 +295,15 @@ class _Clock:
         return pytree.tree_map_only(torch.device, lambda _: self.device, arguments)
 
     def _example(self, node: fx.Node) -> Any:
-        """Numbers for a model input: normal ones, or zeros where they may be indices."""
+        """The example's numbers for a model input; on the meta device normal ones, or zeros."""
 
         def make(fake: torch.Tensor) -> torch.Tensor:
             made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=self.device)
             return made.normal_() if fake.is_floating_point() else made.zero_()
 
+        given = self.examples.get(node)
+        if given is not None and not given.is_meta:
+            return given.detach().to(self.device, copy=True)
         return pytree.tree_map_only(torch.Tensor, make, node.meta["val"])
 
 

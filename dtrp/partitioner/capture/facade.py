@@ -140,6 +140,8 @@ def _accepted(task: Task, both: BothModes, way: str) -> Captured:
         tuple(task.opened),
         task.flags,
         both.train.asks_grad or both.eval.asks_grad,
+        tuple(task.tensors),
+        task.runs,
     )
 
 

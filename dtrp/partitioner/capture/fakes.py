@@ -37,6 +37,8 @@ class FakeWorld:
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
         self._met: dict[int, torch.Tensor] = {}  # what modules really gave, by the id of the fake for it
+        # The same with other samples of the example in each: other values that modules can do with.
+        self._others: list[dict[int, torch.Tensor]] = []
         self._held: list[torch.Tensor] = []  # these fakes, so that their ids are not given to others
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
@@ -63,6 +65,16 @@ class FakeWorld:
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
+
+    def meet(self, fake: torch.Tensor, real: torch.Tensor | None, others: Sequence[Any]) -> None:
+        """What ``fake`` stands for in the example, and in calls with other samples."""
+        self._held.append(fake)
+        if real is not None:
+            self._met.setdefault(id(fake), real)
+        self._others += [{} for _ in others[len(self._others) :]]
+        for met, other in zip(self._others, others, strict=True):
+            if isinstance(other, torch.Tensor):
+                met[id(fake)] = other
 
     @contextmanager
     def inhabited_by(self, model: nn.Module) -> Iterator[None]:
@@ -103,7 +115,7 @@ class FakeWorld:
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
             need: Need = "second" if self.sizes == "other" else "both" if self.compares else "first"
-            run = self._runs.of(module, args, kwargs, self._met, need)
+            run = self._runs.of(module, args, kwargs, self._met, need, self._others)
             self.flops += run.first.flops
             inputs: list[torch.Tensor] = []
             map_tensors(inputs.append, (args, kwargs))

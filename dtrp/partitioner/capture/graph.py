@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
+
+from .real import RealRuns
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ class Captured:
     opened: tuple[str, ...] = ()  # modules that were not to be kept whole
     flags: tuple[bool, ...] = ()  # each module's ``training``, for the train graph
     asks_grad: bool = False  # its code asks whether gradients are enabled
+    example: tuple[torch.Tensor, ...] = ()  # the call's tensors that it was captured for
+    runs: RealRuns = field(default_factory=RealRuns)  # of what is kept whole
 
     def graph(self, training: bool) -> ModeGraph:
         """The graph of a mode."""

@@ -6,12 +6,15 @@ another batch size too, and numbers that changed are computed from tensors in th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .decisions import Decisions
+from .example_values import repeated
 from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
 from .leaves import has_hooks
@@ -19,7 +22,7 @@ from .location import raised_at
 from .modes import BothModes
 from .patches import ObservedFakeMode, observed
 from .recorder import VALUE_DEPENDENT, Recorder
-from .sizes import Differs, free_the_batch, unify
+from .sizes import Differs, batch_of, free_the_batch, unify
 from .snapshot import foreign_randomness, untouched
 from .state import changes_of, state_of, within
 from .structure import flatten_output
@@ -146,6 +149,7 @@ class _Recording:
             inputs = fake_inputs(world, tensors, batch, size)
             for i, tensor in enumerate(inputs):
                 recorder.placeholder(f"input_{i}", tensor)
+            recorder.know_examples(model, _calls(tensors, inputs))
             args, kwargs = self._task.signature.unflatten(inputs)
             mode.observer = recorder
             if self._by_methods:
@@ -182,3 +186,12 @@ class _Recording:
             methods=recorder.writer.methods,
         )
         return _Found(traced, recorder.failures, decisions, world.sized_by_values)
+
+
+def _calls(example: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The example in the sizes of ``inputs``, and with its samples in another order or one for all."""
+    size, batch = batch_of(inputs)
+    last = size - 1
+    orders = (range(size), range(last, -1, -1), [0] * size, [last] * size)
+    with _disable_current_modes():
+        return [repeated(example, batch, list(order)) for order in orders]

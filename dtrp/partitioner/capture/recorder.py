@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from .custom import GradientFunction, SameForm, Under
 from .decisions import Decisions, Undecided
+from .example_values import ExampleValues
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
@@ -78,6 +79,7 @@ class Recorder(TorchFunctionMode):
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
         self.asks_grad = False  # the model's code asks whether gradients are enabled
+        self._examples: list[ExampleValues] = []
         self._updates: dict[str, torch.Tensor] = {}
         self._regions: list[str | None] = []  # of torch.autocast, by device
 
@@ -95,6 +97,11 @@ class Recorder(TorchFunctionMode):
             for (path, name), tensor in self.left.items()
             if self.writer.depends_on_inputs(tensor)
         }
+
+    def know_examples(self, model: nn.Module, calls: list[list[torch.Tensor]]) -> None:
+        """The inputs' real tensors in the example's call, and in some others that the model may get."""
+        held = self.writer.constants, self.writer.methods
+        self._examples = [ExampleValues(model, self._world, held, tensors) for tensors in calls]
 
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
@@ -217,7 +224,7 @@ class Recorder(TorchFunctionMode):
         name = self.writer.hold(key, kept)
         with self._pause():
             return self._call(
-                lambda *a, **k: self._world.really_run(kept, a, k),
+                lambda *a, **k: self._really_run(kept, a, k),
                 lambda _, a, k: ("call_module", name, a, k),
                 args,
                 kwargs,
@@ -331,10 +338,18 @@ class Recorder(TorchFunctionMode):
             return proceed(module, *args, **kwargs)
         except Exception as error:
             try:
-                return self._world.really_run(module, args, kwargs)
+                return self._really_run(module, args, kwargs)
             except Exception as real:
                 error.__dict__.setdefault("dtrp_real", reason(real))
                 raise error from None
+
+    def _really_run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        for _, tensor in tensors_in((args, kwargs)):
+            source = self.writer.source(tensor)
+            if source is not None and self._examples:
+                real, *others = [example.of(*source) for example in self._examples]
+                self._world.meet(tensor, real, others)
+        return self._world.really_run(module, args, kwargs)
 
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
         """The node's arguments. Where gradients are switched off, none must flow through it."""

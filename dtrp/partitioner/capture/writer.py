@@ -105,6 +105,11 @@ class GraphWriter:
             node = self.node("call_function", function, (node, key), {}, value)
         return node
 
+    def source(self, tensor: torch.Tensor) -> tuple[Node, tuple[Step, ...]] | None:
+        """The node that gives ``tensor``, and the steps into its value, if one does."""
+        known = self._known.get(id(tensor))
+        return None if known is None else (known.node, known.steps)
+
     def attribute(self, name: str) -> torch.Tensor:
         """The model's tensor with that qualified name."""
         return next(tensor for tensor, n in self._attributes.values() if n == name)
