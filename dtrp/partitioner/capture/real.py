@@ -92,7 +92,8 @@ class RealRuns:
         met = {**self.served(module, args, kwargs), **met}
         if run is None:
             run = RealRun(module, _run(module, args, kwargs, 0, lambda t: _met(t, met)))
-            self._served[id(module)] = module, tuple(t.detach().clone() for t in run.first.inputs)
+            inputs = tuple(t.detach().clone() for t in run.first.inputs)
+            self._served.setdefault(id(module), (module, inputs))  # the example's own come first
         if run.second is None and need != "first" and again:
             run = replace(run, second=_another(run, args, kwargs, met, others))
         if key is not None:
@@ -100,7 +101,7 @@ class RealRuns:
         return run
 
     def inputs(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
-        """The tensors that it last ran on, ``()`` if it never did."""
+        """The tensors that it first ran on, ``()`` if it never did."""
         return self._served[id(module)][1] if id(module) in self._served else ()
 
     def served(
