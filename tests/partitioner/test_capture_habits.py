@@ -143,3 +143,93 @@ def test_a_refusal_leaves_nothing_behind_in_torch(forward, x):
     value, tangent = jvp(Model(jvp), x)
     assert value.shape == tangent.shape
     assert_faithful(Model(lambda m, x: m.b(m.a(x))), (x,))
+
+
+def rsample(m, x):
+    mean, scale = m.a(x).chunk(2, -1)
+    return torch.distributions.Normal(mean, scale.exp()).rsample()
+
+
+def likelihood(m, x):
+    scores = torch.distributions.Categorical(logits=m.a(x))
+    return scores.log_prob(scores.sample()) + scores.entropy()
+
+
+def divergence(m, x):
+    one = torch.distributions.Normal(m.a(x), nn.functional.softplus(m.b(x)))
+    many = torch.distributions.Independent(one, 1)
+    return (
+        torch.distributions.kl_divergence(one, torch.distributions.Normal(0.0, 1.0))
+        + many.log_prob(x)[:, None]
+    )
+
+
+def policy(m, x):
+    chosen = torch.distributions.Bernoulli(probs=m.a(x).sigmoid())
+    action = chosen.sample()
+    return action, chosen.log_prob(action).sum(-1)
+
+
+def others(m, x):
+    beta = torch.distributions.Beta(m.a(x).exp(), m.b(x).exp()).rsample()
+    return beta + torch.distributions.Uniform(m.a(x) - 9, 9.0).rsample()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+@pytest.mark.parametrize("forward", [rsample, likelihood, divergence, policy, others])
+def test_distributions_check_their_arguments(forward, inside, x):
+    """Each check becomes a guard; the code around it is cut like any other."""
+    model = Model(lambda m, x: m.inner(x), forward) if inside else Model(forward)
+    captured = assert_faithful(model, (x,))
+    assert not captured.kept_whole
+    assert "the model's check at" in captured.notes[0]
+    with pytest.raises(RuntimeError, match=r"does not pass the model's check at .*habits\.py:\d+"):
+        captured.graph(True)(x * float("nan"))
+
+
+def refuse_if_not_all(m, x):
+    if not x.isfinite().all():
+        raise ValueError("not finite")
+    return m.a(x)
+
+
+def refuse_any_or_any(m, x):
+    if x.isnan().any() or x.isinf().any():
+        raise ValueError("not finite")
+    return m.a(x)
+
+
+def refuse_unless_both(m, x):
+    if not (x.isfinite().all() and (x < 1e9).all()):
+        raise ValueError("too large")
+    return m.a(x)
+
+
+def refuse_several(m, x):
+    if any(row.isnan().any() for row in x):
+        raise ValueError("not a number")
+    return m.a(x)
+
+
+def refuse_both(m, x):
+    if (x.isnan()).any() and (x < 1e9).any():
+        raise ValueError("nan beside small ones")
+    return m.a(x)
+
+
+def assert_all(m, x):
+    assert x.isfinite().all(), "not finite"
+    assert -1e9 < x.min() < 1e9
+    return m.a(x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [refuse_if_not_all, refuse_any_or_any, refuse_unless_both, refuse_several, refuse_both, assert_all],
+)
+def test_checks_however_they_are_spelt(forward, x):
+    outer = Model(lambda m, x: m.b(m.inner(x)), forward)
+    captured = assert_faithful(outer, (x,))
+    assert not captured.kept_whole
+    with pytest.raises(RuntimeError, match="does not pass the model's check"):
+        captured.graph(True)(torch.where(x > 0, x, float("nan")))

@@ -159,7 +159,7 @@ class FakeWorld:
                 self.sized_by_values = True
                 valued = [not a or a != b for a, b in zip(sizes, sizes_too, strict=True)]
                 if self.sizes == "other":
-                    x = second[id(x)] if all(sizes_too) else x.new_zeros([size or 1 for size in sizes_too])
+                    x = second[id(x)] if all(sizes_too) else _part_of(x, [size or 1 for size in sizes_too])
                 elif self.sizes == "none":
                     x = x.new_zeros([0 if v else size for size, v in zip(sizes, valued, strict=True)])
             made = _unread(self.mode.from_tensor(x.detach().clone()))
@@ -207,6 +207,12 @@ class FakeWorld:
                 registry[name] = value
             for container, contents in filled:
                 refill(container, contents)
+
+
+def _part_of(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The first rows of a tensor, which mean something to the code behind; zeros where it has too few."""
+    part = tensor[tuple(slice(size) for size in sizes)]
+    return part if list(part.shape) == list(sizes) else tensor.new_zeros(sizes)
 
 
 def _unread(fake: torch.Tensor) -> torch.Tensor:

@@ -147,11 +147,17 @@ def _another(
         """In how many sizes it differs from the first."""
         return sum(a != b for a, b in zip(sizes(run.first), sizes(second), strict=False))
 
-    second = attempt(_varied_like)
-    if second is None:
-        found = [attempt(partial(_given, met=other)) for other in others if other]
-        second = max((f for f in found if f is not None), key=news, default=None) or attempt(_random_like)
-    return second or _run(run.module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
+    # Sizes may be equal in two runs by chance: what shows that they depend on values is looked for.
+    makers: list[Callable[[torch.Tensor], torch.Tensor]]
+    makers = [_varied_like, *(partial(_given, met=other) for other in others if other), _random_like]
+    best: Run | None = None
+    for make in makers:
+        second = attempt(make)
+        if second is not None and (best is None or news(second) > news(best)):
+            best = second
+        if best is not None and news(best):
+            return best
+    return best or _run(run.module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
 
 
 def plain_values(result: Any) -> list[Any]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .decisions import Decisions
@@ -54,7 +53,7 @@ class _Found:
 
     traced: Traced
     failures: dict[str, str]  # modules that were given up half-way, and why
-    decisions: Decisions | None
+    decisions: Decisions
     sized_by_values: bool
 
 
@@ -66,7 +65,6 @@ class _Recording:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._closed = dict(task.closed)
-        self._deciding = False  # the root itself decides by values
         self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
         self._sized = False  # by values, as the example showed
@@ -81,14 +79,10 @@ class _Recording:
         while True:  # each attempt closes at least one module more
             try:
                 found = self._once(batch, size)
-            except VALUE_DEPENDENT as error:
-                # The root itself decides by values: it may be a mere check, or stand in a method.
-                if isinstance(error, DataDependentOutputException) and not self._deciding:
-                    self._deciding = True
-                elif not self._by_methods:
-                    self._by_methods = True
-                else:
+            except VALUE_DEPENDENT:
+                if self._by_methods:
                     raise
+                self._by_methods = True  # the root itself decides by values: that may stand in a method
                 continue
             # Some modules may have been given up half-way and replaced by single nodes. Record again with
             # these closed from the start: their half-run code may have left something behind.
@@ -144,7 +138,7 @@ class _Recording:
         world = FakeWorld(mode, self._task.runs)
         world.sizes, world.compares = sizes, not batch
         with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
-            decisions = Decisions(model, world, tensors, self._decisions) if self._deciding else None
+            decisions = Decisions(model, world, tensors, self._decisions)
             recorder = Recorder(model, world, closed, self._task.opened, decisions)
             inputs = fake_inputs(world, tensors, batch, size)
             for i, tensor in enumerate(inputs):
@@ -174,14 +168,16 @@ class _Recording:
             for name, why in closed.items()
             if not within(name, [c for c in closed if c != name])
         )
-        places = () if decisions is None else dict.fromkeys(decisions.places)
         traced = Traced(
             recorder.writer.graph,
             out_spec,
             kept,
-            tuple(f"the model's check at {place} became a guard in the graph" for place in places),
+            tuple(
+                f"the model's check at {place} became a guard in the graph"
+                for place in dict.fromkeys(decisions.places)
+            ),
             asks_grad=recorder.asks_grad,
-            answers=() if decisions is None else tuple(decisions.made),
+            answers=tuple(decisions.made),
             constants=recorder.writer.constants,
             methods=recorder.writer.methods,
         )

@@ -67,7 +67,7 @@ class Recorder(TorchFunctionMode):
         world: FakeWorld,
         closed: Collection[str],
         opened: Collection[str],
-        decisions: Decisions | None = None,
+        decisions: Decisions,
     ) -> None:
         super().__init__()
         self.writer = GraphWriter(model, world)
@@ -130,11 +130,7 @@ class Recorder(TorchFunctionMode):
             try:
                 return self._call(func, node_form, args, kwargs)
             except Exception as error:
-                if (
-                    getattr(func, "__name__", "") != "__bool__"
-                    or self.writer.module
-                    or self._decisions is None
-                ):
+                if getattr(func, "__name__", "") != "__bool__":
                     raise
                 return self._decide(args[0], error)
 
@@ -163,7 +159,7 @@ class Recorder(TorchFunctionMode):
         mark, outer = self.writer.mark(), self.writer.module
         self.writer.module = name
         found = mutable((args, kwargs))
-        states = foreign_randomness()
+        states, decided = foreign_randomness(), len(self._decisions.made)
         try:
             with preserved_randomness():
                 result = proceed(module, *args, **kwargs)
@@ -174,6 +170,7 @@ class Recorder(TorchFunctionMode):
             if name in self._opened or region:
                 raise
             self.writer.roll_back(mark)
+            self._decisions.back_to(decided)
             self.writer.module = outer
             mirror((args, kwargs), found, lambda x: x)  # what it has put in so far is known no more
             try:
@@ -204,11 +201,12 @@ class Recorder(TorchFunctionMode):
             return self._method_leaf(key, kept, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.method
         self.writer.method = key
-        found = mutable((args, kwargs))
+        found, decided = mutable((args, kwargs)), len(self._decisions.made)
         try:
             return method(*args, **kwargs)
         except VALUE_DEPENDENT as error:
             self.writer.roll_back(mark)
+            self._decisions.back_to(decided)
             self.writer.module = ""
             mirror((args, kwargs), found, lambda x: x)
             try:
@@ -302,11 +300,10 @@ class Recorder(TorchFunctionMode):
 
     def _decide(self, condition: torch.Tensor, error: Exception) -> bool:
         """What the example says of a condition in the root's code; a guard for other batches."""
-        assert self._decisions is not None
-        node, place = self.writer.argument(condition), user_location()
         try:
+            node, place = self.writer.argument(condition), user_location()
             answer, guard = self._decisions.decide(node, place)
-        except Undecided:
+        except (Undecided, CannotRecord):
             raise error from None
         self.writer.node("call_function", guard, (node, answer, place), {}, None)
         return answer

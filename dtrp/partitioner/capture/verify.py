@@ -84,7 +84,7 @@ def _events_of_model(task: Task, traced: Traced, watched: int = -1) -> list[Even
         args, kwargs = task.signature.unflatten(inputs)
         watcher.found = dict(model.named_buffers())
         watcher.watch_methods(traced.methods)
-        answers = Answers(traced.answers, lambda: watcher.module == "") if traced.answers else nullcontext()
+        answers = Answers(traced.answers, lambda: not watcher.within) if traced.answers else nullcontext()
         with torch.compiler.set_stance("force_eager"), answers, observed(watcher, model), log:
             _seed()
             output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
@@ -190,6 +190,7 @@ class _Watcher(_Plain):
 
     def __init__(self, model: nn.Module, world: FakeWorld, traced: Traced, watched: int) -> None:
         self.module = ""
+        self.within = 0  # modules that are one node each, in which nothing is decided for the graph
         self._model, self._world, self._watched = model, world, watched
         self._names = {m: name for name, m in model.named_modules()}
         self._whole = {str(n.target) for n in traced.graph.find_nodes(op="call_module")}
@@ -207,9 +208,16 @@ class _Watcher(_Plain):
             if name not in self._whole:
                 return proceed(module, *args, **kwargs)
             run = lambda *a, **k: proceed(module, *a, **k)  # noqa: E731
-            return whole(self.log, self._world, name, module, run, args, kwargs)
+            return self._as_one(name, module, run, args, kwargs)
         finally:
             self.module = outer
+
+    def _as_one(self, name: str, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.within += 1
+        try:
+            return whole(self.log, self._world, name, module, run, args, kwargs)
+        finally:
+            self.within -= 1
 
     def watch_methods(self, kept: Mapping[str, nn.Module]) -> None:
         """Methods that are kept whole in the graph are so here too."""
@@ -221,7 +229,7 @@ class _Watcher(_Plain):
     def _on_method(self, held: str, kept: nn.Module, method: Any, *args: Any, **kwargs: Any) -> Any:
         if self.paused or self.module:
             return method(*args, **kwargs)
-        return whole(self.log, self._world, held, kept, method, args, kwargs)
+        return self._as_one(held, kept, method, args, kwargs)
 
 
 class _Runner(Interpreter):
