@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .capture.custom import SameForm
 from .capture.fakes import FakeWorld
+from .capture.gradients import regions
 from .capture.graph import Captured, ModeGraph
 from .capture.modes import in_mode
 from .capture.real import RealRuns
@@ -42,6 +43,8 @@ from .eval_rules import rules_of_eval, units, without_cycles
 
 TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
 """Leaves that a link can carry from stage to stage."""
+
+CALLS = ("call_function", "call_method", "call_module")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
         accesses, state = _watch(gm, captured.runs)
     groups, order, written = _storage_rules(accesses, state)
     groups += _untransferable(gm)
+    groups += [{n.name for n in region if n.op in CALLS} for region in regions(gm.graph)]
     random = [a.node.name for a in accesses if a.random]
     order += list(itertools.pairwise(random))
     order += _summing_order(accesses)

@@ -1,5 +1,8 @@
 """Habits of users that a graph does not hold by itself: each works as in the plain model, or is refused."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -233,3 +236,89 @@ def test_checks_however_they_are_spelt(forward, x):
     assert not captured.kept_whole
     with pytest.raises(RuntimeError, match="does not pass the model's check"):
         captured.graph(True)(torch.where(x > 0, x, float("nan")))
+
+
+def net(m, h):
+    return m.b(torch.tanh(m.a(h)))
+
+
+def forces(m, x):
+    x = x.requires_grad_(True)
+    energy = net(m, x).sum(-1)
+    return energy, -torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+def forces_with_keywords(m, x):
+    x.requires_grad = True
+    energy = net(m, x)
+    (gradient,) = torch.autograd.grad(
+        outputs=energy, inputs=[x], grad_outputs=torch.ones_like(energy), create_graph=True, retain_graph=True
+    )
+    return gradient.pow(2).sum(-1)
+
+
+def penalty_inside(m, x):
+    """Of values in the middle of the model."""
+    h = m.a(x)
+    score = m.b(torch.relu(h)).pow(2).sum()
+    return m.b(h) + torch.autograd.grad(score, h, create_graph=True)[0].norm(dim=-1, keepdim=True)
+
+
+def laplacian(m, x):
+    x = x.detach().requires_grad_()
+    (first,) = torch.autograd.grad(net(m, x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    return m.b(first + second)
+
+
+def inner_step(m, x):
+    """For parameters, as meta-learning does."""
+    gradients = torch.autograd.grad(net(m, x).pow(2).mean(), list(m.a.parameters()), create_graph=True)
+    weight, bias = (p - 0.1 * g for p, g in zip(m.a.parameters(), gradients, strict=True))
+    return m.b(nn.functional.linear(x, weight, bias))
+
+
+def under_enable_grad(m, x):
+    with torch.enable_grad():
+        h = m.a(x).detach().requires_grad_()
+        return m.b(h) * torch.autograd.grad(m.b(torch.tanh(h)).sum(), h, create_graph=True)[0]
+
+
+GRADIENTS = [forces, forces_with_keywords, penalty_inside, laplacian, inner_step, under_enable_grad]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+@pytest.mark.parametrize("forward", GRADIENTS)
+def test_gradients_inside_forward(forward, inside, x):
+    model = Model(lambda m, x: m.inner(x), forward) if inside else Model(forward)
+    captured = capture(model, (x.clone(),))
+    assert not captured.kept_whole
+    assert_faithful(model, (x,), captured=captured)
+    for costs in ("analytic", "measured"):
+        pipe = dtrp.compile(
+            model, n_gpus=2, devices=["cpu"] * 2, example_inputs=(x.detach().clone(),), costs=costs
+        )
+        assert_faithful(model, (x,), function=pipe)
+
+
+@pytest.mark.parametrize("forward", GRADIENTS)
+def test_gradients_inside_forward_are_trained(forward, x):
+    """Stages run first passes without gradients; what differentiates has its own all the same."""
+
+    def loss(output, y):
+        return sum(o.pow(2).mean() for o in (output if isinstance(output, tuple) else (output,)))
+
+    outer = nn.Sequential(nn.Identity(), Model(forward), nn.Identity())
+    plain = copy.deepcopy(outer)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(plain(x.clone()), None).backward()
+        optimizer.step()
+    pipe = dtrp.compile(outer, n_gpus=2, devices=["cpu"] * 2, example_inputs=(x.clone(),), recompute=True)
+    make = functools.partial(torch.optim.SGD, lr=0.1)
+    with pipe.trainer(loss, make, method="bp", executor="inline") as trainer:
+        for _ in range(2):
+            trainer.step(x.clone(), torch.zeros(3))
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(outer.get_parameter(name), p, rtol=0, atol=0, msg=name)

@@ -46,7 +46,6 @@ from .writer import CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
-    "grad": "computes gradients inside forward",
     "backward": "calls backward() inside forward",
     "register_hook": "registers a gradient hook on a tensor",
     "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
@@ -124,8 +123,9 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         with self._pause():
-            if getattr(func, "__name__", "") == "__set__" and property_name(func) == "requires_grad":
-                return self._set_requires_grad(*args)
+            name = getattr(func, "__name__", "")
+            if name == "requires_grad_" or (name == "__set__" and property_name(func) == "requires_grad"):
+                return self._set_requires_grad(*args, **kwargs)
             self._refuse(func)
             try:
                 return self._call(func, node_form, args, kwargs)
@@ -308,13 +308,14 @@ class Recorder(TorchFunctionMode):
         self.writer.node("call_function", guard, (node, answer, place), {}, None)
         return answer
 
-    def _set_requires_grad(self, tensor: torch.Tensor, value: bool) -> None:
+    def _set_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
         node = self.writer.node(
-            "call_method", "requires_grad_", (self.writer.argument(tensor), value), {}, tensor
+            "call_method", "requires_grad_", (self.writer.argument(tensor), requires_grad), {}, tensor
         )
-        tensor.requires_grad = value
+        tensor.requires_grad = requires_grad
         node.meta["val"] = light(tensor)
         self.writer.learn(tensor, node)
+        return tensor
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self._pause(), preserved_randomness():  # what it draws is its own affair

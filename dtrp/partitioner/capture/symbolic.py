@@ -72,6 +72,8 @@ class _Guard(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("_set_grad_enabled", "_enter_autocast", "set_autocast_enabled", "_enter_inference_mode"):
             raise TraceError(f"switches gradients or autocast inside forward ({name})")
+        if func is torch.autograd.grad:
+            raise TraceError("computes gradients inside forward")
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and name not in ("__get__", "detach"):
             # All its arguments were constants: it would stand in the graph as data.

@@ -15,6 +15,7 @@ from torch.fx.node import base_types
 
 from .custom import Rebuild
 from .fakes import FakeWorld, light
+from .gradients import enclose
 from .location import user_location
 from .methods import held_name
 from .names import named_tensors
@@ -83,6 +84,7 @@ class GraphWriter:
         """End the graph with the flat output."""
         node = self.graph.output(tuple(self.argument(leaf) for leaf in leaves))
         self._describe(node, tuple(leaves))
+        enclose(self.graph, self._describe)
 
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = light(value)
