@@ -135,6 +135,8 @@ def dual_level(m, x):
     return m.a(x) if x.sum() > 0 else m.b(x)
 
 
+# What torch compiles for forward-mode differentiation warns when it is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("forward", [jvp, inside_a_mode, dual_level])
 def test_a_refusal_leaves_nothing_behind_in_torch(forward, x):
     with pytest.raises(CaptureError):
