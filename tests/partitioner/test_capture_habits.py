@@ -324,3 +324,48 @@ def test_gradients_inside_forward_are_trained(forward, x):
             trainer.step(x.clone(), torch.zeros(3))
     for name, p in plain.named_parameters():
         torch.testing.assert_close(outer.get_parameter(name), p, rtol=0, atol=0, msg=name)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.a = norm(nn.Conv1d(4, 4, 3, padding=1))
+        self.body = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), norm(nn.Conv1d(4, 4, 1)))
+        self.b = norm(nn.Linear(7, 3), name="weight")
+
+    def forward(self, x):
+        return self.b(self.body(self.a(x)))
+
+
+NORMS = [
+    nn.utils.weight_norm,
+    nn.utils.spectral_norm,
+    nn.utils.parametrizations.weight_norm,
+    nn.utils.parametrizations.spectral_norm,
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", NORMS, ids=["old weight", "old spectral", "weight", "spectral"])
+def test_normed_weights(norm):
+    """The old ones are hooks that leave a tensor with a history on the module."""
+    torch.manual_seed(0)
+    model, x, y = Normed(norm), torch.randn(5, 4, 7), torch.randn(5, 4, 3)
+    state = copy.deepcopy(model.state_dict())
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    model(x)
+    model.load_state_dict(state)
+    plain = Normed(norm)
+    plain.load_state_dict(state)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(plain(x), y).backward()
+        optimizer.step()
+    make = functools.partial(torch.optim.SGD, lr=0.1)
+    with pipe.trainer(nn.functional.mse_loss, make, method="bp", executor="inline") as trainer:
+        for _ in range(3):
+            trainer.step(x, y)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(pipe.eval()(x), plain.eval()(x))
