@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dtrp
 from dtrp.errors import CaptureError
@@ -369,3 +370,97 @@ def test_normed_weights(norm):
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert torch.equal(pipe.eval()(x), plain.eval()(x))
+
+
+class Checkpointed(nn.Module):
+    """Two blocks with BatchNorm, each of which runs again in the backward pass."""
+
+    def __init__(self, reentrant, nested=False):
+        super().__init__()
+        self.a, self.b = (
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU()) for _ in range(2)
+        )
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.reentrant, self.nested = reentrant, nested
+
+    def both(self, x):
+        return checkpoint(self.b, self.a(x), use_reentrant=self.reentrant)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.nested:
+            return self.head(checkpoint(self.both, x, use_reentrant=self.reentrant) + x)
+        x = checkpoint(self.a, x, use_reentrant=self.reentrant) + x
+        return self.head(checkpoint(self.b, x, use_reentrant=self.reentrant) + x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+def test_batchnorm_under_checkpoint(inside, reentrant, x):
+    """The plain model's statistics move twice in a step: in the forward pass and in the backward pass."""
+    model = Checkpointed(reentrant)
+    if inside:
+        model = nn.Sequential(nn.Linear(4, 4), model)
+    captured = assert_faithful(model, (x,))
+    assert not captured.kept_whole
+    pipe = dtrp.compile(model.train(), n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert_faithful(model, (x,), function=pipe)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_batchnorm_under_checkpoint_under_checkpoint(reentrant, x):
+    model = nn.Sequential(nn.Linear(4, 4), Checkpointed(reentrant, nested=True))
+    captured = assert_faithful(model, (x,))
+    assert [k.module for k in captured.kept_whole] == ["1"]
+    with pytest.raises(CaptureError, match=r"Switch checkpointing off .*recompute=True"):
+        capture(model[1], (x,))
+
+
+def running_mean(m, x):
+    y = m.a(x)
+    if m.training:
+        m.count = m.count * 0.9 + y.detach().mean()
+    return y - m.count
+
+
+def running_mean_in_place(m, x):
+    y = m.a(x)
+    if m.training:
+        m.count.mul_(0.9).add_(y.detach().mean())
+    return y - m.count
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_buffer_changed_under_checkpoint(reentrant, x):
+    """In a submodule the region is kept whole, and runs as it does in the plain model."""
+
+    def forward(m, x):
+        return checkpoint(functools.partial(running_mean_in_place, m), x, use_reentrant=reentrant)
+
+    captured = assert_faithful(Model(lambda m, x: m.b(m.inner(m.a(x))), forward), (x,))
+    assert [k.module for k in captured.kept_whole] == ["inner"]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+def test_a_buffer_assigned_under_checkpoint_is_refused(inside, x):
+    def forward(m, x):
+        return checkpoint(functools.partial(running_mean, m), m.b(x), use_reentrant=False)
+
+    model = Model(lambda m, x: m.b(m.inner(m.a(x))), forward) if inside else Model(forward)
+    with pytest.raises(CaptureError, match=r"Switch checkpointing off .*recompute=True") as error:
+        capture(model, (x,))
+    assert "count' under torch.utils.checkpoint" in str(error.value)
+
+
+def test_checkpoint_without_gradients_at_its_inputs(x):
+    """The reentrant kind then gives none to its parameters either."""
+
+    def forward(m, x):
+        return m.b(checkpoint(m.a, x, use_reentrant=True))
+
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        captured = assert_faithful(Model(forward), (x,))
+    captured.graph(True)(x).sum().backward()
+    assert captured.model.a.weight.grad is None
+    assert captured.model.b.weight.grad is not None

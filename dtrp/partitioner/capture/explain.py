@@ -69,6 +69,12 @@ _KNOWN = (
         "in the part named above.",
     ),
     (
+        ("under torch.utils.checkpoint",),
+        "a buffer is changed under torch.utils.checkpoint, whose code runs once more in the backward pass",
+        "Switch checkpointing off (stages recompute by themselves: dtrp.compile(..., recompute=True)), or "
+        "{whole}.",
+    ),
+    (
         ("CannotRecord",),
         "the model does something that a graph cannot hold",
         "Rewrite this line without it, or {whole}.",

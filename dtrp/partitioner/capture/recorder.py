@@ -19,7 +19,7 @@ import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
+from .checkpointed import Checkpointed, reentrant, updates_buffers, versions
 from .custom import GradientFunction, SameForm, Under
 from .decisions import Decisions, Undecided
 from .example_values import ExampleValues
@@ -42,7 +43,7 @@ from .methods import KeptMethod, own_methods
 from .snapshot import foreign_randomness, preserved_randomness
 from .structure import Step, mirror, mutable, replace_tensors, tensors_in
 from .targets import node_form, property_name
-from .writer import CannotRecord, GraphWriter
+from .writer import CannotKeep, CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
@@ -78,6 +79,7 @@ class Recorder(TorchFunctionMode):
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
         self.asks_grad = False  # the model's code asks whether gradients are enabled
+        self._checkpointed = Checkpointed()
         self._examples: list[ExampleValues] = []
         self._updates: dict[str, torch.Tensor] = {}
         self._regions: list[str | None] = []  # of torch.autocast, by device
@@ -108,6 +110,8 @@ class Recorder(TorchFunctionMode):
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
             node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
             node.meta["update"] = name
+        for layer in list(self._checkpointed.again(self.writer.graph)):
+            self._again(layer)
         self.writer.output(leaves)
 
     # What the model does
@@ -139,7 +143,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A custom autograd function: one node with its own backward."""
         if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
-            return args[0](*args[2:], **kwargs)
+            flows, region, inputs = reentrant(args)
+            with torch.set_grad_enabled(flows), self._checkpointed.region() if flows else nullcontext():
+                return region(*inputs)
         target = GradientFunction(function)
         with self._pause():
             if function.__module__ == "torch.utils.checkpoint":  # what it keeps for itself (torch 2.11)
@@ -167,7 +173,7 @@ class Recorder(TorchFunctionMode):
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
             return result
         except Exception as error:
-            if name in self._opened or region:
+            if name in self._opened or region or isinstance(error, CannotKeep):
                 raise
             self.writer.roll_back(mark)
             self._decisions.back_to(decided)
@@ -238,6 +244,8 @@ class Recorder(TorchFunctionMode):
         full = f"{path}.{name}" if path else name
         if name in module._buffers and isinstance(value, torch.Tensor):
             twin = self.writer.attribute(full)
+            # Other graphs, such as that of evaluation, would go on reading the tensor that was there before.
+            self._refuse_checkpointed(full, CannotKeep)
             if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
                 raise CannotRecord(f"replaces the buffer {full!r} by another kind of tensor")
             self._updates[full] = value
@@ -247,6 +255,10 @@ class Recorder(TorchFunctionMode):
             raise CannotRecord(f"keeps the tensor {full!r} from one call to the next")
         elif isinstance(value, torch.Tensor):
             self.left[path, name] = value
+
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        """A region of torch.utils.checkpoint."""
+        return self._checkpointed.region() if torch.is_grad_enabled() else nullcontext()
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """The model enters a region of torch.autocast, or leaves it."""
@@ -293,6 +305,9 @@ class Recorder(TorchFunctionMode):
         changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
         if not outputs and not changed:
             return result  # a question, answered
+        for tensor in changed:
+            if name := self.writer.attribute_name(tensor):
+                self._refuse_checkpointed(name)
         node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
         if kept:
             self.writer.node("call_function", SameForm.of(kept, result), (node,), {}, None)
@@ -318,10 +333,13 @@ class Recorder(TorchFunctionMode):
         return tensor
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before = versions(module)
+        if name in self._closed and before and module.training:
+            self._refuse_checkpointed(f"{name}.{next(iter(before))}")
         with self._pause(), preserved_randomness():  # what it draws is its own affair
             outer, self.writer.module = self.writer.module, name
             try:
-                return self._call(
+                result = self._call(
                     lambda *a, **k: self._run(module, proceed, a, k),
                     lambda _, a, k: ("call_module", name, a, k),
                     args,
@@ -330,6 +348,18 @@ class Recorder(TorchFunctionMode):
                 )
             finally:
                 self.writer.module = outer
+        if self._checkpointed.inside and updates_buffers(module, before):
+            if self._checkpointed.nested:
+                self._refuse_checkpointed(f"{name}.{next(iter(before))}")
+            nodes = self.writer.graph.find_nodes(op="call_module", target=name)
+            self._checkpointed.updates(list(nodes)[-1])
+        return result
+
+    def _again(self, layer: Node) -> None:
+        cut: Any = lambda n: self.writer.node("call_method", "detach", (n,), {}, n.meta["val"].detach())  # noqa: E731
+        args, kwargs = torch.fx.map_arg((layer.args, layer.kwargs), cut)
+        node = self.writer.node("call_module", layer.target, args, kwargs, layer.meta["val"])
+        node.meta.update(again=True, module=layer.meta["module"], location=layer.meta["location"])
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -405,6 +435,13 @@ class Recorder(TorchFunctionMode):
         if type(value) in (dict, OrderedDict):
             return type(value)((k, self._fake(v)) for k, v in value.items())
         return value
+
+    def _refuse_checkpointed(self, name: str, kind: type[CannotRecord] = CannotRecord) -> None:
+        if self._checkpointed.inside:
+            raise kind(
+                f"changes the buffer {name!r} under torch.utils.checkpoint, which does so again in the "
+                "backward pass"
+            )
 
     def _refuse(self, function: Callable[..., Any]) -> None:
         name = getattr(function, "__name__", "")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from .fakes import FakeWorld, fake_inputs
 from .graph import Signature
@@ -83,17 +84,24 @@ class _Guard(TorchFunctionMode):
 
 @contextmanager
 def _no_side_effects() -> Iterator[None]:
-    """Assignments to modules inside forward, which no node would repeat, stop the tracing."""
+    """Assignments to modules inside forward, and regions that run twice, stop the tracing."""
     write = nn.Module.__setattr__
 
     def refuse(module: nn.Module, name: str, value: Any) -> None:
         raise TraceError(f"sets the attribute {name!r} of a {type(module).__name__} inside forward")
 
+    def twice(*_: Any) -> Any:
+        raise TraceError("uses torch.utils.checkpoint inside forward")
+
+    regions: Any = checkpoint
+    hook = regions._checkpoint_hook
     try:
         nn.Module.__setattr__ = refuse  # type: ignore[method-assign,assignment]
+        regions._checkpoint_hook = twice
         yield
     finally:
         nn.Module.__setattr__ = write  # type: ignore[method-assign]
+        regions._checkpoint_hook = hook
 
 
 class _ModuleTracer(Tracer):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from .checkpointed import reentrant
 from .decisions import Answers
 from .fakes import FakeWorld, fake_inputs
 from .leaves import has_hooks
@@ -105,8 +106,11 @@ def _events_of_graph(task: Task, traced: Traced) -> list[Event]:
         inputs = _inputs(task, world, log)
         with torch.compiler.set_stance("force_eager"), observed(_Plain(), model), log:
             _seed()
+            found = dict(model.named_buffers())
             leaves = list(runner.run(*inputs))
-            _finish(log, model, inputs, leaves, traced.out_spec, runner.updates)
+            # A module kept whole assigns to its buffers by itself.
+            assigned = {n: b for n, b in model.named_buffers() if b is not found.get(n)}
+            _finish(log, model, inputs, leaves, traced.out_spec, {**assigned, **runner.updates})
     return log.events
 
 
@@ -173,12 +177,17 @@ class _Plain:
 
     def on_gradient_function(self, function: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
-            return args[0](*args[2:], **kwargs)
+            flows, region, inputs = reentrant(args)
+            with torch.set_grad_enabled(flows):
+                return region(*inputs)
         return proceed(*args, **kwargs)
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None: ...
 
     def on_question(self) -> None: ...
+
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None: ...
 
@@ -251,6 +260,8 @@ class _Runner(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self._node = n
+        if "again" in n.meta:  # what checkpointing does in the backward pass; the model runs without it here
+            return None
         if "update" in n.meta:
             args = self.map_nodes_to_values(n.args, n)
             self.updates[self.log.known(args[0])] = args[1]  # type: ignore[index,arg-type,assignment]

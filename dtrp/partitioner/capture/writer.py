@@ -28,6 +28,10 @@ class CannotRecord(Exception):
     place = ""  # the user's line, where the traceback does not lead there
 
 
+class CannotKeep(CannotRecord):
+    """It does something for which keeping it whole would not help either."""
+
+
 @dataclass
 class _Known:
     """Where a tensor's value stands in the graph."""
@@ -115,6 +119,10 @@ class GraphWriter:
     def attribute(self, name: str) -> torch.Tensor:
         """The model's tensor with that qualified name."""
         return next(tensor for tensor, n in self._attributes.values() if n == name)
+
+    def attribute_name(self, tensor: torch.Tensor) -> str:
+        """The qualified name of one of the model's own tensors, ``""`` for another."""
+        return self._attributes[id(tensor)][1] if id(tensor) in self._attributes else ""
 
     def uses_attribute(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is the model's own, and was changed in this recording."""
