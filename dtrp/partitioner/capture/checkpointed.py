@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node, map_arg
 from torch.nn.modules.batchnorm import _NormBase
+
+from .writer import CannotRecord, GraphWriter
 
 
 def reentrant(args: tuple[Any, ...]) -> tuple[bool, Callable[..., Any], tuple[Any, ...]]:
@@ -69,8 +71,22 @@ class Checkpointed:
         """A layer's node that changes its buffers: it runs again with the region that it is in."""
         self._open[-1].append(node)
 
-    def again(self, graph: Graph) -> Iterator[Node]:
-        """The layers, in the order of a backward pass; those that the graph still holds."""
-        held = set(graph.nodes)
-        for region in reversed(self._left):
-            yield from (node for node in region if node in held)
+    def refuse(self, name: str, kind: type[CannotRecord] = CannotRecord) -> None:
+        """Refuse that a buffer is changed, if a region is running."""
+        if self.inside:
+            raise kind(
+                f"changes the buffer {name!r} under torch.utils.checkpoint, which does so again in the "
+                "backward pass"
+            )
+
+    def write(self, writer: GraphWriter) -> None:
+        """Call the layers again, in the order of a backward pass; those that the graph still holds."""
+        held = set(writer.graph.nodes)
+        for layer in [node for region in reversed(self._left) for node in region if node in held]:
+
+            def cut(node: Node) -> Node:
+                return writer.node("call_method", "detach", (node,), {}, node.meta["val"].detach())
+
+            args, kwargs = map_arg((layer.args, layer.kwargs), cut)
+            node = writer.node("call_module", layer.target, args, kwargs, layer.meta["val"])
+            node.meta.update(again=True, module=layer.meta["module"], location=layer.meta["location"])

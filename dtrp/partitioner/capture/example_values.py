@@ -22,7 +22,8 @@ from dtrp.partitioner.sketch import Sketch
 from .fakes import FakeWorld
 from .real import random_tensor
 from .snapshot import preserved_randomness, untouched
-from .structure import Step
+from .structure import Step, tensors_in
+from .writer import GraphWriter
 
 _LARGE = 2**22  # elements that a node gives or is given; more are not worth computing
 
@@ -96,6 +97,25 @@ class ExampleValues:
             if name in held:
                 return held[name]
         return operator.attrgetter(name)(self._model)
+
+
+class ExampleCalls:
+    """The example's call, and others with other samples of it; together they tell what sizes depend on."""
+
+    def __init__(
+        self, model: nn.Module, world: FakeWorld, writer: GraphWriter, calls: Sequence[Sequence[torch.Tensor]]
+    ) -> None:
+        held = writer.constants, writer.methods
+        self._world, self._writer = world, writer
+        self._calls = [ExampleValues(model, world, held, tensors) for tensors in calls]
+
+    def meet(self, arguments: Any) -> None:
+        """Tell the world what the tensors among a module's arguments are in each."""
+        for _, tensor in tensors_in(arguments):
+            source = self._writer.source(tensor)
+            if source is not None:
+                real, *others = [call.of(*source) for call in self._calls]
+                self._world.meet(tensor, real, others)
 
 
 def repeated(

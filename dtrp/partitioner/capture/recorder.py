@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from .checkpointed import Checkpointed, reentrant, updates_buffers, versions
 from .custom import GradientFunction, SameForm, Under
 from .decisions import Decisions, Undecided
-from .example_values import ExampleValues
+from .example_values import ExampleCalls
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
@@ -80,7 +80,7 @@ class Recorder(TorchFunctionMode):
         self._names = {m: name for name, m in model.named_modules()}
         self.asks_grad = False  # the model's code asks whether gradients are enabled
         self._checkpointed = Checkpointed()
-        self._examples: list[ExampleValues] = []
+        self._examples: ExampleCalls | None = None
         self._updates: dict[str, torch.Tensor] = {}
         self._regions: list[str | None] = []  # of torch.autocast, by device
 
@@ -101,8 +101,7 @@ class Recorder(TorchFunctionMode):
 
     def know_examples(self, model: nn.Module, calls: list[list[torch.Tensor]]) -> None:
         """The inputs' real tensors in the example's call, and in some others that the model may get."""
-        held = self.writer.constants, self.writer.methods
-        self._examples = [ExampleValues(model, self._world, held, tensors) for tensors in calls]
+        self._examples = ExampleCalls(model, self._world, self.writer, calls)
 
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
@@ -110,8 +109,7 @@ class Recorder(TorchFunctionMode):
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
             node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
             node.meta["update"] = name
-        for layer in list(self._checkpointed.again(self.writer.graph)):
-            self._again(layer)
+        self._checkpointed.write(self.writer)
         self.writer.output(leaves)
 
     # What the model does
@@ -245,7 +243,7 @@ class Recorder(TorchFunctionMode):
         if name in module._buffers and isinstance(value, torch.Tensor):
             twin = self.writer.attribute(full)
             # Other graphs, such as that of evaluation, would go on reading the tensor that was there before.
-            self._refuse_checkpointed(full, CannotKeep)
+            self._checkpointed.refuse(full, CannotKeep)
             if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
                 raise CannotRecord(f"replaces the buffer {full!r} by another kind of tensor")
             self._updates[full] = value
@@ -307,7 +305,7 @@ class Recorder(TorchFunctionMode):
             return result  # a question, answered
         for tensor in changed:
             if name := self.writer.attribute_name(tensor):
-                self._refuse_checkpointed(name)
+                self._checkpointed.refuse(name)
         node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
         if kept:
             self.writer.node("call_function", SameForm.of(kept, result), (node,), {}, None)
@@ -335,7 +333,7 @@ class Recorder(TorchFunctionMode):
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = versions(module)
         if name in self._closed and before and module.training:
-            self._refuse_checkpointed(f"{name}.{next(iter(before))}")
+            self._checkpointed.refuse(f"{name}.{next(iter(before))}")
         with self._pause(), preserved_randomness():  # what it draws is its own affair
             outer, self.writer.module = self.writer.module, name
             try:
@@ -350,16 +348,9 @@ class Recorder(TorchFunctionMode):
                 self.writer.module = outer
         if self._checkpointed.inside and updates_buffers(module, before):
             if self._checkpointed.nested:
-                self._refuse_checkpointed(f"{name}.{next(iter(before))}")
-            nodes = self.writer.graph.find_nodes(op="call_module", target=name)
-            self._checkpointed.updates(list(nodes)[-1])
+                self._checkpointed.refuse(f"{name}.{next(iter(before))}")
+            self._checkpointed.updates(list(self.writer.graph.find_nodes(op="call_module", target=name))[-1])
         return result
-
-    def _again(self, layer: Node) -> None:
-        cut: Any = lambda n: self.writer.node("call_method", "detach", (n,), {}, n.meta["val"].detach())  # noqa: E731
-        args, kwargs = torch.fx.map_arg((layer.args, layer.kwargs), cut)
-        node = self.writer.node("call_module", layer.target, args, kwargs, layer.meta["val"])
-        node.meta.update(again=True, module=layer.meta["module"], location=layer.meta["location"])
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -372,11 +363,8 @@ class Recorder(TorchFunctionMode):
                 raise error from None
 
     def _really_run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        for _, tensor in tensors_in((args, kwargs)):
-            source = self.writer.source(tensor)
-            if source is not None and self._examples:
-                real, *others = [example.of(*source) for example in self._examples]
-                self._world.meet(tensor, real, others)
+        if self._examples is not None:
+            self._examples.meet((args, kwargs))
         return self._world.really_run(module, args, kwargs)
 
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
@@ -435,13 +423,6 @@ class Recorder(TorchFunctionMode):
         if type(value) in (dict, OrderedDict):
             return type(value)((k, self._fake(v)) for k, v in value.items())
         return value
-
-    def _refuse_checkpointed(self, name: str, kind: type[CannotRecord] = CannotRecord) -> None:
-        if self._checkpointed.inside:
-            raise kind(
-                f"changes the buffer {name!r} under torch.utils.checkpoint, which does so again in the "
-                "backward pass"
-            )
 
     def _refuse(self, function: Callable[..., Any]) -> None:
         name = getattr(function, "__name__", "")
