@@ -109,7 +109,7 @@ class Recorder(TorchFunctionMode):
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
             node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
             node.meta["update"] = name
-        self._checkpointed.write(self.writer)
+        self.asks_grad |= self._checkpointed.write(self.writer)
         self.writer.output(leaves)
 
     # What the model does
