@@ -20,8 +20,11 @@ from torch.utils.data import DataLoader
 from .errors import DtrpError
 from .exclusive import EXCLUSIVE
 from .loss_check import check_loss
+from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
-from .partitioner.compiler import Compiled, Request, compile_model, threads_per_stage
+from .partitioner.capture.modes import Flags, flags_of, training_flags
+from .partitioner.capture.state import Watch
+from .partitioner.compiler import Compiled, Request, adapt, compile_model, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
 from .partitioner.report import PartitionReport
@@ -43,8 +46,11 @@ class Pipeline:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self.model = model
         self._request = request
-        self._compiled: Compiled | None = None
-        self._fits: Fits | None = None
+        self._compiled: Compiled | None = None  # the latest that was used
+        self._variants: dict[Any, Compiled] = {}  # by flags, and whether gradients are enabled
+        self._watch: Watch | None = None
+        self._call: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})  # the latest
+        self._fits: dict[int, Fits] = {}
         self._example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
 
     def __getattr__(self, name: str) -> Any:
@@ -67,7 +73,7 @@ class Pipeline:
         """
         self.prepare(args, kwargs)
         tensors = self.bind(args, kwargs)
-        return self._planned.split.graph(self.model.training)(*tensors)
+        return self._planned.split.graph(any(flags_of(self.model)))(*tensors)
 
     @property
     def training(self) -> bool:
@@ -402,16 +408,49 @@ class Pipeline:
     # ---- what the trainer asks for (runtime/trainer.py, Host) --------------------------------------------
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Plan for a call with these arguments, unless planned already."""
+        """Plan for a call with these arguments, unless planned already; again if the model was changed.
+
+        Raises
+        ------
+        CaptureError, PlanMismatchError
+            The model was changed since, and could not be captured again or does not fit its plan any more.
+        """
         with EXCLUSIVE:
-            if self._compiled is None:
-                for value in (*args, *kwargs.values()):
-                    if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
-                        raise TypeError(
-                            f"the model is to be called with a {type(value).__name__}: give tensors"
-                        )
-                self._compiled = compile_model(self.model, self._request, args, kwargs)
-                self._example = keep_example(self.bind(args, kwargs))
+            self._call = args, kwargs
+            changed = self._watch.changed() if self._watch is not None else ""
+            if changed:
+                self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+            try:
+                self._compiled = self._variant(flags_of(self.model), torch.is_grad_enabled())
+            except DtrpError as error:
+                if changed:
+                    raise type(error)(
+                        f"{changed} is not as it was when the pipeline was compiled, and the model could not "
+                        f"be compiled again: {error}"
+                    ) from error
+                raise
+
+    def _variant(self, flags: Flags, grad: bool) -> Compiled:
+        """The stages for these modes: those that are there, or others laid over them."""
+        base = next(iter(self._variants.values()), None)
+        if base is None:
+            args, kwargs = self._call
+            for value in (*args, *kwargs.values()):
+                if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
+                    raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
+            base = compile_model(self.model, self._request, args, kwargs)
+            self._variants[base.captured.flags, True] = base
+            whole = {kept.module for kept in base.captured.kept_whole}
+            self._watch = Watch(self.model, whole, base.captured.tensor_attributes)
+            self._compiled = base
+            self._example = keep_example(self.bind(*self._call))
+        grad = grad or not base.captured.asks_grad
+        if not any(flags):
+            flags = base.captured.flags  # its eval graph
+        if (flags, grad) not in self._variants:
+            captured = capture(self.model, *self._call, opened=base.captured.opened, flags=flags, grad=grad)
+            self._variants[flags, grad] = adapt(base, captured, self._request)
+        return self._variants[flags, grad]
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of one call, in the order of the wiring's model inputs.
@@ -421,11 +460,13 @@ class Pipeline:
         TypeError, ValueError
             They do not fit the example that was compiled for.
         """
-        tensors = self._planned.captured.signature.flatten(args, kwargs)
+        captured = self._planned.captured
+        tensors = captured.signature.flatten(args, kwargs)
         with EXCLUSIVE:  # a call of another shape may be traced
-            if self._fits is None:
-                self._fits = Fits(self._planned.captured)
-            self._fits.check(tensors, args, kwargs, self.model.training)
+            fits = self._fits.get(id(captured))
+            if fits is None:
+                fits = self._fits[id(captured)] = Fits(captured)
+            fits.check(tensors, args, kwargs, self.model.training)
         return tensors
 
     def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
@@ -435,4 +476,7 @@ class Pipeline:
 
     def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""
-        return make_programs(self._planned, self.model, self._request.devices, loss)
+        with EXCLUSIVE:
+            compiled = self._compiled = self._variant(training_flags(self.model), True)
+            evaluate = self._variant(compiled.captured.flags, False)  # which is done without gradients
+            return make_programs(compiled, evaluate, self.model, self._request.devices, loss)

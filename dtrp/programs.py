@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
+from .partitioner.capture.modes import in_mode
 from .partitioner.compiler import Compiled
 from .partitioner.split import attributes, split
 from .runtime.handback import LOSS
@@ -16,17 +17,28 @@ from .wiring import CALLER, StageWires, Wiring
 
 
 def make_programs(
-    compiled: Compiled, model: nn.Module, devices: Sequence[torch.device], loss: nn.Module | None = None
+    compiled: Compiled,
+    evaluation: Compiled,
+    model: nn.Module,
+    devices: Sequence[torch.device],
+    loss: nn.Module | None = None,
 ) -> list[StageProgram]:
     """What each stage runs, with the model's present parameters and their ``requires_grad``; ``loss`` as a
-    part of the last one."""
+    part of the last one.
+
+    ``evaluation`` is another than ``compiled`` where the model's code asks whether gradients are enabled.
+    """
     _cut_from_history(model)
     cut = split(compiled.captured, compiled.plan, compiled.hazards)
+    evaluated = cut.eval
+    if evaluation is not compiled:
+        evaluated = split(evaluation.captured, evaluation.plan, evaluation.hazards).eval
     order = _positions(model)
-    modules = [
-        _stage_module(train, evaluate, device, order)
-        for train, evaluate, device in zip(cut.train.modules, cut.eval.modules, devices, strict=True)
-    ]
+    with in_mode(model, compiled.captured.flags):  # a stage's train mode is as it was made
+        modules = [
+            _stage_module(train, evaluate, device, order)
+            for train, evaluate, device in zip(cut.train.modules, evaluated.modules, devices, strict=True)
+        ]
     if loss is not None:
         if hasattr(modules[-1], LOSS):
             raise ValueError(
@@ -43,7 +55,7 @@ def make_programs(
             stage=k,
             module=module,
             train=train,
-            evaluate=cut.eval.wiring,
+            evaluate=evaluated.wiring,
             recompute=compiled.plan.recompute[k],
             device=devices[k],
             ties=ties,

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import networkx as nx
 import torch
 from torch import nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, DtrpError
+from .align import align
 from .capture import Captured, capture
 from .costs import cost_graph
 from .devices import DeviceSpec, device_spec
 from .hazards import Hazards, find_hazards
-from .plan import Plan
+from .plan import Plan, fingerprint
 from .planner import make_plan
 from .report import PartitionReport
 from .split import Split, split
@@ -71,6 +72,22 @@ def compile_model(
             if finer.report.tick_time < compiled.report.tick_time:
                 return finer
     return compiled
+
+
+def adapt(base: Compiled, captured: Captured, request: Request) -> Compiled:
+    """Stages for the same model in other modes, laid over those of ``base``; planned anew if that fails."""
+    hazards = find_hazards(captured)
+    try:
+        stage_of = align(base.captured.train, captured.train, base.plan.stage_of, base.plan.n_stages, hazards)
+        plan = replace(
+            base.plan, stage_of=stage_of, fingerprint=fingerprint(captured), modules={}, edges=(), groups=()
+        )
+        return replace(
+            base, captured=captured, hazards=hazards, plan=plan, split=split(captured, plan, hazards)
+        )
+    except (DtrpError, ValueError) as e:
+        log.info("in other modes the model is planned anew: %s", e)
+        return _cut(captured, replace(request, plan=None))
 
 
 def _cut(captured: Captured, request: Request) -> Compiled:

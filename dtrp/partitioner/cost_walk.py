@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
+from dtrp.partitioner.capture.modes import in_mode
 from dtrp.partitioner.node_cost import NodeCost, NodeRunner, OutputSpec, TensorSpec
 from dtrp.partitioner.peak import NodeMemory
 
@@ -46,7 +45,7 @@ class CostWalk:
 
     def run(self) -> CostWalk:
         """Takes in all nodes."""
-        with _training(self.captured.model):
+        with in_mode(self.captured.model, self.captured.flags):
             for node in self.module.graph.nodes:
                 if node.op == "placeholder":
                     self.values[node] = self._given(node.meta.get("val"), node, requires_grad=False)
@@ -248,15 +247,3 @@ def _spec(tensor: torch.Tensor, requires_grad: bool, storage: int) -> TensorSpec
 def nbytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """The model as it trains, frozen parts included (they override ``train``); afterwards as it was."""
-    before = [(m, m.training) for m in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for m, flag in before:
-            m.training = flag

@@ -78,7 +78,7 @@ class Hazards:
 def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
     """The rules for cutting ``graph`` (default: the train graph). Nothing is computed."""
     gm = (graph or captured.train).module
-    with in_mode(captured.model, gm is captured.train.module):
+    with in_mode(captured.model, captured.flags if gm is captured.train.module else None):
         accesses, state = _watch(gm, captured.runs)
     groups, order, written = _storage_rules(accesses, state)
     groups += _untransferable(gm)

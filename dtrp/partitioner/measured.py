@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from dtrp.partitioner.calibration import best_time, clock, identity, read_cache, using_threads, write_cache
 from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
+from dtrp.partitioner.capture.modes import in_mode
 from dtrp.partitioner.capture.snapshot import untouched
 from dtrp.partitioner.devices import DeviceSpec
 from dtrp.partitioner.plan import fingerprint
@@ -101,7 +102,8 @@ class _Clock:
         self.module: nn.Module = captured.train.module
         here = next((p.device for p in self.module.parameters()), device)
         if here != device and not (here.type == device.type == "cpu"):
-            self.module = copy.deepcopy(captured.train.module).to(device)
+            with in_mode(captured.model, captured.flags):
+                self.module = copy.deepcopy(captured.train.module).to(device)
         self.nodes = list(captured.train.module.graph.nodes)
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         self.examples = dict(zip(placeholders, captured.example, strict=False))
@@ -111,9 +113,8 @@ class _Clock:
         self.spans: list[tuple[str, int, Any, Any]] = []
 
     def run(self, budget: float) -> dict[str, Any]:
-        with _as_it_was(self.captured.model), torch.enable_grad():
-            self.captured.model.train()
-            self.module.train()
+        model, flags = self.captured.model, self.captured.flags
+        with _as_it_was(model), in_mode(model, flags), torch.enable_grad():
             inputs = [self._example(n) for n in self.nodes if n.op == "placeholder"]
             self._once(inputs)  # warms up, and finds out which nodes work in place
             self.in_place = self.writers

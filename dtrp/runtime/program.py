@@ -39,9 +39,17 @@ class StageModule(nn.Module):
         super().__init__()
         for name, value in attributes.items():
             _assign(self, name, value)
+        # What is in train mode while the stage trains: frozen parts may be in eval mode all the time.
+        self._flags = [m.training for m in self.modules()]
         self._code = {True: train, False: evaluate}
         self._compiles = False
         self._make_forward()
+
+    def train(self, mode: bool = True) -> StageModule:
+        """Into train mode as the stage was made, or all into eval mode."""
+        for module, flag in zip(self.modules(), self._flags, strict=True):
+            module.training = mode and flag
+        return self
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """Outputs of the stage, in the order of its wires."""

@@ -79,10 +79,14 @@ class Checkpointed:
                 "backward pass"
             )
 
-    def write(self, writer: GraphWriter) -> None:
-        """Call the layers again, in the order of a backward pass; those that the graph still holds."""
+    def write(self, writer: GraphWriter) -> bool:
+        """Call the layers again, in the order of a backward pass; those that the graph still holds.
+
+        Whether there are any: a graph for passes without gradients is another.
+        """
         held = set(writer.graph.nodes)
-        for layer in [node for region in reversed(self._left) for node in region if node in held]:
+        layers = [node for region in reversed(self._left) for node in region if node in held]
+        for layer in layers:
 
             def cut(node: Node) -> Node:
                 return writer.node("call_method", "detach", (node,), {}, node.meta["val"].detach())
@@ -90,3 +94,4 @@ class Checkpointed:
             args, kwargs = map_arg((layer.args, layer.kwargs), cut)
             node = writer.node("call_module", layer.target, args, kwargs, layer.meta["val"])
             node.meta.update(again=True, module=layer.meta["module"], location=layer.meta["location"])
+        return bool(layers)

@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,13 +17,13 @@ from .ambient import ambient_state
 from .explain import Failure, capture_error
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
-from .modes import BothModes
+from .modes import BothModes, Flags
 from .record import record
 from .second_look import MAX_FLOPS, cost_of_running, look
 from .snapshot import untouched
 from .symbolic import trace_symbolically
 from .task import Task
-from .verify import Unfaithful, verify
+from .verify import verify
 
 Way = Callable[[Task], BothModes]
 
@@ -40,6 +39,8 @@ def capture(
     opened: Collection[str] = (),
     ways: Sequence[str] | None = None,
     run: bool = True,
+    flags: Flags = (),
+    grad: bool = True,
 ) -> Captured:
     """Turn a model into flat fx graphs, one for each mode (or one for both where they are equal).
 
@@ -60,6 +61,11 @@ def capture(
         The ways to try, by name (see `WAYS`); default all.
     run : bool
         Whether a small model may also really run for comparison.
+    flags : tuple of bool, optional
+        Each module's ``training`` for the train graph. Default: as they stand, or as ``model.train()`` sets
+        them if the model is in eval mode.
+    grad : bool
+        Whether gradients are enabled around the model, which its code may ask.
 
     Raises
     ------
@@ -75,16 +81,17 @@ def capture(
     kwargs = kwargs or {}
     signature = Signature.of(model, args, kwargs)
     tensors = signature.flatten(args, kwargs)
-    task = Task(model, signature, tensors, opened)
+    task = Task(model, signature, tensors, opened, flags=flags, grad=grad)
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
             with untouched(model), ambient_state(), _quiet():
-                both, notes = _faithful(WAYS[name], task, run)
+                both = WAYS[name](task)
+                _check(task, both, run)
         except Exception as error:
             failures.append(Failure(name, error))
             continue
-        return _accepted(task, both, name, notes)
+        return _accepted(task, both, name)
     raise capture_error(model, failures) from failures[0].error
 
 
@@ -104,25 +111,8 @@ def _refuse_unsuitable(model: nn.Module) -> None:
         )
 
 
-def _faithful(way: Way, task: Task, run: bool) -> tuple[BothModes, tuple[str, ...]]:
-    """Graphs that passed `_check`, and what to note about them."""
-    both = way(task)
-    try:
-        return both, _check(task, both, run)
-    except Unfaithful as difference:
-        # Modules that seem to remember something between calls are most likely to blame: close them.
-        keepers = both.train.keepers | both.eval.keepers
-        if "" in keepers or not keepers:
-            raise
-        both = way(replace(task, closed=keepers))
-        try:
-            return both, _check(task, both, run)
-        except Unfaithful:
-            raise difference from None
-
-
-def _check(task: Task, both: BothModes, run: bool) -> tuple[str, ...]:
-    """Compare the graphs with the model; what to note about it."""
+def _check(task: Task, both: BothModes, run: bool) -> None:
+    """Compare the graphs with the model."""
     for training, traced in both.each():
         traced.graph.lint()
         verify(task, traced, training)
@@ -131,19 +121,28 @@ def _check(task: Task, both: BothModes, run: bool) -> tuple[str, ...]:
     if run and cost_of_running(task, both.train) <= MAX_FLOPS:
         look(task, both.train, True)
         look(task, both.eval, False)
-    return ()
 
 
-def _accepted(task: Task, both: BothModes, way: str, notes: tuple[str, ...]) -> Captured:
+def _accepted(task: Task, both: BothModes, way: str) -> Captured:
     model = task.model
     train = both.train.mode_graph(model)
     evaluate = train if both.eval is both.train else both.eval.mode_graph(model)
     kept = {k.module: k for k in (*_closed(model, both), *both.train.kept_whole, *both.eval.kept_whole)}
-    notes = (*dict.fromkeys(both.train.notes + both.eval.notes), *notes)
+    notes = tuple(dict.fromkeys(both.train.notes + both.eval.notes))
     return Captured(
-        model, task.signature, train, evaluate, way, tuple(kept.values()), notes, tuple(task.opened),
-        tuple(task.tensors), task.runs,
-    )  # fmt: skip
+        model,
+        task.signature,
+        train,
+        evaluate,
+        way,
+        tuple(kept.values()),
+        notes,
+        tuple(task.opened),
+        task.flags,
+        both.train.asks_grad or both.eval.asks_grad,
+        tuple(task.tensors),
+        task.runs,
+    )
 
 
 def _closed(model: nn.Module, both: BothModes) -> Iterator[KeptWhole]:

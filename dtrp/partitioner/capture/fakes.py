@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .real import Need, RealRun, RealRuns, plain_values
-from .snapshot import REGISTRIES, containers_in, copied, refill
+from .snapshot import containers_in, copied, refill
+from .state import REGISTRIES
 from .structure import map_tensors, mirror, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ class Signature:
     names: tuple[str, ...]  # of each leaf, for messages: "x", "batch['mask']"
     tensors: tuple[int, ...]  # which leaves are placeholders, in order
     constants: Mapping[int, Any]  # the other leaves, baked into the graph
-    plain: bool = False  # a call with so many tensors by position, and nothing else, is of this form
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
@@ -57,12 +56,7 @@ class Signature:
                     f"tensors to the model."
                 )
         constants = {i: leaf for i, leaf in enumerate(leaves) if i not in set(tensors)}
-        signature = cls(forward, spec, tuple(names), tensors, constants)
-        try:
-            alone = signature.flatten([leaves[i] for i in tensors], {})
-        except (TypeError, ValueError):
-            return signature
-        return replace(signature, plain=all(a is leaves[i] for a, i in zip(alone, tensors, strict=True)))
+        return cls(forward, spec, tuple(names), tensors, constants)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -79,13 +73,6 @@ class Signature:
         ValueError
             A non-tensor argument differs from the example's.
         """
-        if (  # what a training loop does at every batch; defaults stand for the rest
-            self.plain
-            and not kwargs
-            and len(args) == len(self.tensors)
-            and all(type(a) is torch.Tensor for a in args)
-        ):
-            return list(args)
         leaves, names, spec = _bind(self.forward, args, kwargs)
         if spec != self.in_spec:
             raise TypeError(
@@ -151,12 +138,20 @@ class Captured:
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()  # what a user should know, for the report
     opened: tuple[str, ...] = ()  # modules that were not to be kept whole
+    flags: tuple[bool, ...] = ()  # each module's ``training``, for the train graph
+    asks_grad: bool = False  # its code asks whether gradients are enabled
     example: tuple[torch.Tensor, ...] = ()  # the call's tensors that it was captured for
     runs: RealRuns = field(default_factory=RealRuns)  # of what is kept whole
 
     def graph(self, training: bool) -> ModeGraph:
         """The graph of a mode."""
         return self.train if training else self.eval
+
+    @property
+    def tensor_attributes(self) -> frozenset[str]:
+        """Names of tensors that the graphs read as attributes."""
+        graphs = (self.train.module.graph, self.eval.module.graph)
+        return frozenset(str(n.target) for graph in graphs for n in graph.find_nodes(op="get_attr"))
 
     @property
     def one_graph(self) -> bool:
@@ -233,6 +228,4 @@ def _short(value: Any) -> str:
 
 
 def _describe(names: Sequence[str]) -> str:
-    return (
-        f"({', '.join(names)})" if len(names) <= 12 else f"({', '.join(names[:3])}, ... {len(names)} values)"
-    )
+    return "(" + ", ".join(names) + ")"

@@ -24,7 +24,15 @@ def user_location() -> str:
 def user_frame() -> FrameType | None:
     """The innermost frame of the user's code that is running now."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_users(frame.f_code.co_filename):
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def asking_frame() -> FrameType | None:
+    """The innermost frame that is not of this package: a library's or the user's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
         frame = frame.f_back
     return frame
 
@@ -42,7 +50,7 @@ def raised_at(error: BaseException) -> str:
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        if _is_users(file):
+        if is_users(file):
             found = f"{short_path(file)}:{line}"
     return found
 
@@ -56,7 +64,8 @@ def short_path(file: str) -> str:
     return file.removeprefix(here)
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a file is none of torch's or this package's."""
     # Generated code ("<string>", "<eval_with_key>.3") has no file that a user could open.
     return not (file.startswith((_TORCH, _HERE, "<")) or file.endswith(("contextlib.py", "functools.py")))
 
@@ -64,5 +73,5 @@ def _is_users(file: str) -> bool:
 def frames_in_text(trace: str) -> Iterator[str]:
     """``"file.py:123"`` of the user's lines in the text of a stack trace, innermost first."""
     for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', trace)):
-        if _is_users(file):
+        if is_users(file):
             yield f"{short_path(file)}:{line}"

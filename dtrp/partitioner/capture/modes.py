@@ -1,4 +1,8 @@
-"""A model in training and in evaluation mode, each as the model's own ``train()`` sets it."""
+"""A model's modes: how each module's ``training`` flag stands, in training and in evaluation.
+
+Training is as the model was found: ``backbone.eval()`` inside ``model.train()`` stays. In evaluation all
+flags are as ``model.eval()`` sets them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,35 @@ from torch import nn
 from .snapshot import untouched
 from .traced import Traced, same_graph
 
+Flags = tuple[bool, ...]
+"""Each module's ``training``, in the order of ``model.modules()``."""
+
+
+def flags_of(model: nn.Module) -> Flags:
+    """As they stand."""
+    return tuple(m.training for m in model.modules())
+
+
+def training_flags(model: nn.Module) -> Flags:
+    """As they stand if the model is in train mode, else as its ``train()`` sets them."""
+    if model.training:
+        return flags_of(model)
+    with untouched(model):
+        model.train()
+        return flags_of(model)
+
+
+@contextmanager
+def in_mode(model: nn.Module, flags: Flags | None) -> Iterator[None]:
+    """Inside, the flags are these (None: as ``model.eval()`` sets them); afterwards they are as before."""
+    with untouched(model):
+        if flags is None:
+            model.eval()
+        else:
+            for module, flag in zip(model.modules(), flags, strict=True):
+                module.training = flag
+        yield
+
 
 @dataclass(frozen=True)
 class BothModes:
@@ -20,11 +53,11 @@ class BothModes:
     eval: Traced
 
     @classmethod
-    def of(cls, model: nn.Module, trace: Callable[[], Traced]) -> BothModes:
-        """Trace ``model`` in both modes by ``trace()``."""
-        with in_mode(model, True):
+    def of(cls, model: nn.Module, flags: Flags, trace: Callable[[], Traced]) -> BothModes:
+        """Trace ``model`` in both modes by ``trace()``; ``flags`` are those of training."""
+        with in_mode(model, flags):
             train = trace()
-        with in_mode(model, False):
+        with in_mode(model, None):
             evaluate = trace()
         return cls(train, train if same_graph(train, evaluate) else evaluate)
 
@@ -33,11 +66,3 @@ class BothModes:
         yield True, self.train
         if self.eval is not self.train:
             yield False, self.eval
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, the model is in a mode; afterwards every module's own flag is as it was."""
-    with untouched(model):
-        model.train(training)
-        yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -14,6 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
+
+from .location import is_users
 
 
 class Observer(Protocol):
@@ -38,6 +39,9 @@ class Observer(Protocol):
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """A region of torch.autocast was entered, or is left."""
 
+    def on_question(self) -> None:
+        """The model's own code asks whether gradients are enabled."""
+
     def on_checkpoint(self) -> AbstractContextManager[None]:
         """A region that checkpointing would run again in the backward pass runs in this context."""
 
@@ -47,24 +51,18 @@ class Observer(Protocol):
 
 @contextmanager
 def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
-    """Inside, calls and writes reach ``observer``; it is left alone while its ``paused`` is true, and by what
-    other threads do."""
-    here = threading.get_ident()
-
-    def unseen() -> bool:
-        return observer.paused or threading.get_ident() != here
-
+    """Inside, calls and writes reach ``observer``; it is left alone while its ``paused`` is true."""
     call, write = nn.Module.__call__, nn.Module.__setattr__
     function: Any = torch.autograd.Function
     apply = function.__dict__["apply"]
 
     def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if unseen():
+        if observer.paused:
             return call(module, *args, **kwargs)
         return observer.on_module(module, call, args, kwargs)
 
     def patched_write(module: nn.Module, name: str, value: Any) -> None:
-        if not unseen():
+        if not observer.paused:
             observer.on_write(module, name, value)
         write(module, name, value)
 
@@ -72,7 +70,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         def proceed(*a: Any, **k: Any) -> Any:
             return apply.__get__(None, cls)(*a, **k)  # the original, as a method of this class
 
-        if unseen():
+        if observer.paused:
             return proceed(*args, **kwargs)
         return observer.on_gradient_function(cls, proceed, args, kwargs)
 
@@ -81,12 +79,12 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
     def patched_enter(region: torch.autocast) -> Any:
         result = enter(region)  # type: ignore[no-untyped-call]
-        if not unseen():
+        if not observer.paused:
             observer.on_autocast(region, True)
         return result
 
     def patched_exit(region: torch.autocast, *error: Any) -> Any:
-        if not unseen():
+        if not observer.paused:
             observer.on_autocast(region, False)
         return leave(region, *error)
 
@@ -99,7 +97,15 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         # Checkpointing without storing would run the region again in the backward pass: here it runs once.
         return nullcontext() if observer.paused else observer.on_checkpoint()
 
+    enabled = torch.is_grad_enabled
+
+    def asked() -> bool:
+        if not observer.paused and is_users(sys._getframe(1).f_code.co_filename):
+            observer.on_question()
+        return enabled()
+
     with replaced(
+        (torch, "is_grad_enabled", asked),
         (transformer, "_detect_is_causal_mask", given),
         (checkpoint, "_checkpoint_hook", once),
         (torch.autocast, "__enter__", patched_enter),

@@ -17,7 +17,8 @@ from torch import nn
 from dtrp.partitioner.op_cost import FlopCount
 from dtrp.partitioner.sketch import Sketch
 
-from .snapshot import REGISTRIES, containers_in, untouched
+from .snapshot import containers_in, untouched
+from .state import REGISTRIES
 from .structure import flatten_output, map_tensors, mutable, tensors_in
 
 Need = Literal["both", "first", "second"]

@@ -6,7 +6,7 @@ another batch size too, and numbers that changed are computed from tensors in th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,12 @@ from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
 from .leaves import has_hooks
 from .location import raised_at
-from .modes import BothModes, in_mode
+from .modes import BothModes
 from .patches import ObservedFakeMode, observed
 from .recorder import VALUE_DEPENDENT, Recorder
 from .sizes import Differs, batch_of, free_the_batch, unify
 from .snapshot import foreign_randomness, untouched
+from .state import changes_of, state_of, within
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
@@ -34,11 +35,11 @@ def record(task: Task) -> BothModes:
     # What is kept whole in one mode need not be in the other.
     recordings = {training: _Recording(task) for training in (True, False)}
     modes = iter((True, False))
-    both = BothModes.of(task.model, lambda: recordings[next(modes)]())
+    both = BothModes.of(task.model, task.flags, lambda: recordings[next(modes)]())
     freed = {}
     for training, traced in both.each():
         run = recordings[training]
-        with in_mode(task.model, training):
+        with task.in_mode(training):
             closed = run.closed
             freed[training] = free_the_batch(traced, run, task.model, task.tensors)
             if run.closed != closed:  # with the other batch size it had to keep more whole than at first
@@ -58,6 +59,8 @@ class _Found:
 
 class _Recording:
     """Records one mode, with any batch size, and keeps what it learns about the model on the way."""
+
+    _LEFT = ": let forward return it, or move this code into a submodule, which is then kept whole"
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -134,7 +137,7 @@ class _Recording:
         mode = ObservedFakeMode()
         world = FakeWorld(mode, self._task.runs)
         world.sizes, world.compares = sizes, not batch
-        with untouched(model), world.inhabited_by(model), torch.enable_grad():
+        with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
             decisions = Decisions(model, world, tensors, self._decisions)
             recorder = Recorder(model, world, closed, self._task.opened, decisions)
             inputs = fake_inputs(world, tensors, batch, size)
@@ -145,15 +148,26 @@ class _Recording:
             mode.observer = recorder
             if self._by_methods:
                 recorder.watch_methods(model)
+            state = state_of(model)
             with torch.compiler.set_stance("force_eager"), observed(recorder, model), recorder:
                 states = foreign_randomness()
                 output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
                 if foreign_randomness() != states:
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
             mode.observer = None
+            whole = {*closed, *recorder.failures}
+            changes = changes_of(model, state, whole, recorder.left)
+            changes.update((p, why) for p, why in recorder.keepers().items() if not within(p, whole))
+            if "" in changes:
+                raise CannotRecord(changes[""] + self._LEFT)
+            recorder.failures.update(changes)
             leaves, out_spec = flatten_output(output)
             recorder.finish(leaves)
-        kept = tuple(KeptWhole(name, why) for name, why in closed.items() if not _inside(name, closed))
+        kept = tuple(
+            KeptWhole(name, why)
+            for name, why in closed.items()
+            if not within(name, [c for c in closed if c != name])
+        )
         traced = Traced(
             recorder.writer.graph,
             out_spec,
@@ -162,10 +176,10 @@ class _Recording:
                 f"the model's check at {place} became a guard in the graph"
                 for place in dict.fromkeys(decisions.places)
             ),
+            asks_grad=recorder.asks_grad,
             answers=tuple(decisions.made),
             constants=recorder.writer.constants,
             methods=recorder.writer.methods,
-            keepers=recorder.keepers,
         )
         return _Found(traced, recorder.failures, decisions, world.sized_by_values)
 
@@ -177,8 +191,3 @@ def _calls(example: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> l
     orders = (range(size), range(last, -1, -1), [0] * size, [last] * size)
     with _disable_current_modes():
         return [repeated(example, batch, list(order)) for order in orders]
-
-
-def _inside(name: str, closed: Collection[str]) -> bool:
-    """Whether a module is part of another one that is closed."""
-    return any(name.startswith(other + ".") for other in closed)

@@ -73,11 +73,12 @@ class Recorder(TorchFunctionMode):
         self.writer = GraphWriter(model, world)
         self.paused = False
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
-        self.keepers: dict[str, str] = {}  # modules that may carry a tensor over to the next call
+        self.left: dict[tuple[str, str], torch.Tensor] = {}  # tensors assigned to attributes: module, name
         self._world = world
         self._closed, self._opened = closed, opened
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
+        self.asks_grad = False  # the model's code asks whether gradients are enabled
         self._checkpointed = Checkpointed()
         self._examples: ExampleCalls | None = None
         self._updates: dict[str, torch.Tensor] = {}
@@ -86,6 +87,17 @@ class Recorder(TorchFunctionMode):
     def placeholder(self, name: str, fake: torch.Tensor) -> None:
         """Make ``fake`` the graph's next input."""
         self.writer.placeholder(name, fake)
+
+    def keepers(self) -> dict[str, str]:
+        """Modules that leave a tensor made from the inputs in an attribute, for whoever reads it, and which.
+
+        One that is made from sizes and constants alone is a cache: the graph makes it each time.
+        """
+        return {
+            path: f"keeps the tensor {f'{path}.{name}'.removeprefix('.')!r} from one call to the next"
+            for (path, name), tensor in self.left.items()
+            if self.writer.depends_on_inputs(tensor)
+        }
 
     def know_examples(self, model: nn.Module, calls: list[list[torch.Tensor]]) -> None:
         """The inputs' real tensors in the example's call, and in some others that the model may get."""
@@ -97,7 +109,7 @@ class Recorder(TorchFunctionMode):
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
             node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
             node.meta["update"] = name
-        self._checkpointed.write(self.writer)
+        self.asks_grad |= self._checkpointed.write(self.writer)
         self.writer.output(leaves)
 
     # What the model does
@@ -240,9 +252,7 @@ class Recorder(TorchFunctionMode):
         elif isinstance(old, torch.Tensor) and self.writer.uses_attribute(old):
             raise CannotRecord(f"keeps the tensor {full!r} from one call to the next")
         elif isinstance(value, torch.Tensor):
-            self.keepers[path] = f"keeps the tensor {full!r} from one call to the next"
-        elif type(old) in (int, float) and type(value) is type(old) and old != value:
-            raise CannotRecord(f"changes {full!r} from {old!r} to {value!r} while it runs")
+            self.left[path, name] = value
 
     def on_checkpoint(self) -> AbstractContextManager[None]:
         """A region of torch.utils.checkpoint."""
@@ -257,6 +267,10 @@ class Recorder(TorchFunctionMode):
             self._regions.append(None)
         else:
             self._regions.append(region.device)
+
+    def on_question(self) -> None:
+        """The model asks whether gradients are enabled."""
+        self.asks_grad = True
 
     def _region(self) -> tuple[tuple[str, bool, torch.dtype], ...]:
         """What torch.autocast is in the regions that the model has entered."""

@@ -15,13 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from dtrp.partitioner.op_cost import FlopCount
 
 from .fakes import FakeWorld, fake_inputs
-from .modes import in_mode
 from .propagate import propagate
 from .sizes import batch_of
 from .snapshot import preserved_randomness, untouched
@@ -32,6 +30,7 @@ from .verify import Unfaithful
 
 MAX_FLOPS = 2e8
 _SAMPLES = 2
+_LEAST = 1e-5  # what is smaller is the noise of sums that should be zero
 _TOLERANCE = 1e-3  # relative to the largest element; most graphs are equal bit for bit
 
 
@@ -53,7 +52,7 @@ def _flops(task: Task, traced: Traced, batch: tuple[int, ...], samples: int) -> 
     world.compares = False
     inputs = fake_inputs(world, task.tensors, batch, samples)
     held = {**traced.constants, **traced.methods}
-    with in_mode(task.model, True):
+    with task.in_mode(True):
         propagate(task.model, traced.graph, world, inputs, held, keep=False, count=count)
     return float(count.flops + world.flops)
 
@@ -78,13 +77,13 @@ def look(task: Task, traced: Traced, training: bool) -> None:
         return pytree.tree_unflatten(list(module(*given)), traced.out_spec)
 
     try:
-        expected = _behaviour(model, plain, inputs, training)
+        expected = _behaviour(task, plain, inputs, training)
     except Exception:
         if traced.batch_fixed:
             raise
         inputs = list(tensors)  # the model does not take fewer samples
-        expected = _behaviour(model, plain, inputs, training)
-    found = _behaviour(model, graph, inputs, training)
+        expected = _behaviour(task, plain, inputs, training)
+    found = _behaviour(task, graph, inputs, training)
     for (name, a), (other, b) in zip(expected, found, strict=False):
         if name != other:
             raise Unfaithful(f"its graph gives {other} where the model gives {name}")
@@ -96,18 +95,19 @@ def look(task: Task, traced: Traced, training: bool) -> None:
 
 
 def _behaviour(
-    model: nn.Module,
+    task: Task,
     function: Callable[..., Any],
     tensors: list[torch.Tensor],
     training: bool,
 ) -> list[tuple[str, Any]]:
     """All that can be seen of calls in a row."""
+    model = task.model
     seen: list[tuple[str, Any]] = []
     with (
-        in_mode(model, training),
+        task.in_mode(training),
         untouched(model, tensors=True),
         preserved_randomness(),
-        torch.enable_grad(),
+        torch.set_grad_enabled(task.grad),
     ):
         torch.manual_seed(0)
         random.seed(0)
@@ -185,7 +185,7 @@ def _difference(a: Any, b: Any) -> str:
     if not torch.equal(x.isfinite(), y.isfinite()):
         return "it is not finite in other places"
     x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
-    error = float((x - y).abs().max() / x.abs().max().clamp_min(1e-12))
+    error = float((x - y).abs().max() / x.abs().max().clamp_min(_LEAST))
     return f"relative error {error:.1e}" if error > _TOLERANCE else ""
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
-REGISTRIES = ("_parameters", "_buffers", "_modules")
+from .state import Held, shared_as_it_was
 
 
 @contextmanager
@@ -28,27 +29,59 @@ def untouched(model: nn.Module, *, tensors: bool = False) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [dict(m.__dict__) for m in modules]
-    containers = [containers_in(saved) for saved in attributes]
-    contents = [(t, t.detach().clone()) for t in _tensors(modules)] if tensors else []
+    held = Held(value for saved in attributes for value in saved.values())
+    contents = [Contents(t) for t in _tensors(modules)] if tensors else []
     gradients = [(p, p.grad) for p in model.parameters()]
-    with preserved_randomness():
+    levels = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
+    with preserved_randomness(), shared_as_it_was(model):
         try:
             yield
         finally:
-            for m, saved, copies in zip(modules, attributes, containers, strict=True):
+            _leave_transforms(*levels)
+            for m, saved in zip(modules, attributes, strict=True):
                 for key in [k for k in m.__dict__ if k not in saved]:
                     del m.__dict__[key]
                 for key, value in saved.items():
-                    if key in copies:
-                        refill(value, copies[key])
                     m.__dict__[key] = value
+            held.put_back()
             for p, gradient in gradients:
                 if p.grad is not gradient:
                     p.grad = gradient
-            with torch.no_grad():
-                for tensor, value in contents:
-                    if not torch.equal(tensor.detach(), value):
-                        tensor.detach().copy_(value)
+            for content in contents:
+                content.put_back()
+
+
+def _leave_transforms(depth: int, level: int) -> None:
+    """Leave transforms (``torch.func``) that an error stopped half-way; torch would stay inside them."""
+    if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    forward_ad._current_level = level
+
+
+class Contents:
+    """What a tensor holds, and its form: code may have resized it, or given it other memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._value = tensor, tensor.detach().clone()
+        self._storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
+        self._form = self._shape(tensor)
+
+    @staticmethod
+    def _shape(tensor: torch.Tensor) -> Any:
+        if tensor.layout != torch.strided:
+            return tensor.shape
+        return tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.untyped_storage()._cdata
+
+    def put_back(self) -> None:
+        """Make the tensor hold what it did, in the form that it had."""
+        tensor = self._tensor
+        with torch.no_grad():
+            if self._storage is not None and self._shape(tensor) != self._form:
+                tensor.data = torch.empty(0, dtype=self._value.dtype, device=self._value.device).set_(
+                    self._storage, *self._form[:3]
+                )
+            if not torch.equal(tensor.detach(), self._value):
+                tensor.detach().copy_(self._value)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 
 from __future__ import annotations
 
-import threading
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +21,12 @@ from torch.utils import checkpoint
 from .fakes import FakeWorld, fake_inputs
 from .graph import Signature
 from .leaves import has_hooks, is_leaf
-from .location import user_location
+from .location import is_users, user_location
 from .modes import BothModes
+from .patches import replaced
 from .propagate import fold_constants, open_outputs, propagate
 from .snapshot import foreign_randomness, untouched
+from .state import changes_of, state_of
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
@@ -39,9 +41,11 @@ def trace_symbolically(task: Task) -> BothModes:
 
     def trace() -> Traced:
         tracer = _ModuleTracer(task.signature, task.opened, task.closed)
-        with untouched(model), _no_side_effects(), _Guard():
-            states = foreign_randomness()
+        with untouched(model), _no_side_effects(), replaced((torch, "is_grad_enabled", _asked)), _Guard():
+            states, state = foreign_randomness(), state_of(model)
             graph = tracer.trace(model)
+            if changes := changes_of(model, state, ()):
+                raise TraceError(next(iter(changes.values())))
             if foreign_randomness() != states:
                 raise TraceError("draws random numbers from Python's or numpy's generator")
         assert tracer.out_spec is not None
@@ -50,7 +54,16 @@ def trace_symbolically(task: Task) -> BothModes:
         fold_constants(graph)
         return Traced(graph, open_outputs(graph, tracer.out_spec))
 
-    return BothModes.of(model, trace)
+    return BothModes.of(model, task.flags, trace)
+
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def _asked() -> bool:
+    if is_users(sys._getframe(1).f_code.co_filename):
+        raise TraceError("asks whether gradients are enabled")
+    return _is_grad_enabled()
 
 
 class _Guard(TorchFunctionMode):
@@ -72,11 +85,9 @@ class _Guard(TorchFunctionMode):
 @contextmanager
 def _no_side_effects() -> Iterator[None]:
     """Assignments to modules inside forward, and regions that run twice, stop the tracing."""
-    write, here = nn.Module.__setattr__, threading.get_ident()
+    write = nn.Module.__setattr__
 
     def refuse(module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() != here:  # somebody who builds a model meanwhile
-            return write(module, name, value)
         raise TraceError(f"sets the attribute {name!r} of a {type(module).__name__} inside forward")
 
     def twice(*_: Any) -> Any:
@@ -107,19 +118,6 @@ class _ModuleTracer(Tracer):
         self._signature = signature
         self._opened, self._closed = opened, closed
         self.out_spec: torch.utils._pytree.TreeSpec | None = None
-        self._thread = threading.get_ident()
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if threading.get_ident() != self._thread:  # somebody who runs a model meanwhile
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m, module_qualified_name, closed=self._closed, opened=self._opened)

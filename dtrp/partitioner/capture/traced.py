@@ -24,8 +24,7 @@ class Traced:
     notes: tuple[str, ...] = ()
     batch_fixed: bool = False  # takes no other number of samples than the example's; a note says why
     follows_batch: bool = True  # numbers in it follow sizes that are equal in the example, perhaps by chance
-    # Modules that may carry something over to their next call, and what.
-    keepers: dict[str, str] = field(default_factory=dict)
+    asks_grad: bool = False  # the model's code asks whether gradients are enabled
     answers: tuple[bool, ...] = ()  # to checks of values in the root's code, in their order
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -27,7 +27,6 @@ from .fakes import FakeWorld, fake_inputs
 from .leaves import has_hooks
 from .location import user_location
 from .methods import held_name, own_methods
-from .modes import in_mode
 from .operators import Event, OperatorLog, join
 from .patches import observed
 from .snapshot import untouched
@@ -50,7 +49,7 @@ def verify(task: Task, traced: Traced, training: bool) -> None:
     Unfaithful
         They differ; the message names the first operator that does, its module and its line.
     """
-    with in_mode(task.model, training):
+    with task.in_mode(training):
         expected = _events_of_model(task, traced)
         found = _events_of_graph(task, traced)
         n = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a.key != b.key), None)
@@ -80,7 +79,7 @@ def _events_of_model(task: Task, traced: Traced, watched: int = -1) -> list[Even
     model = task.model
     world = FakeWorld(runs=task.runs)
     watcher = _Watcher(model, world, traced, watched)
-    with untouched(model), world.inhabited_by(model), torch.enable_grad():
+    with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
         watcher.log = log = _started(task, model, world, watcher.where)
         inputs = _inputs(task, world, log)
         args, kwargs = task.signature.unflatten(inputs)
@@ -102,7 +101,7 @@ def _events_of_graph(task: Task, traced: Traced) -> list[Event]:
     model = task.model
     world = FakeWorld(runs=task.runs)
     runner = _Runner(model, traced, world)
-    with untouched(model), world.inhabited_by(model), torch.enable_grad():
+    with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
         runner.log = log = _started(task, model, world, runner.where)
         inputs = _inputs(task, world, log)
         with torch.compiler.set_stance("force_eager"), observed(_Plain(), model), log:
@@ -119,6 +118,9 @@ def _started(
     task: Task, model: nn.Module, world: FakeWorld, where: Callable[[int], tuple[str, str]]
 ) -> OperatorLog:
     log = OperatorLog(world, where)
+    for p in model.parameters():  # fake ones; what is frozen now may be trained later
+        if p.is_floating_point() or p.is_complex():
+            p.requires_grad_(True)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         log.name(tensor, name)
     return log
@@ -181,6 +183,8 @@ class _Plain:
         return proceed(*args, **kwargs)
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None: ...
+
+    def on_question(self) -> None: ...
 
     def on_checkpoint(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -128,6 +128,28 @@ class GraphWriter:
         """Whether ``tensor`` is the model's own, and was changed in this recording."""
         return id(tensor) in self._attributes and id(tensor) in self._known
 
+    def depends_on_inputs(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is made from an input, from the model's own tensors, or by chance."""
+        known = self._known.get(id(tensor))
+        if known is None:
+            return True
+        waiting, seen = [known.node], set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = getattr(node.target, "__name__", str(node.target))
+            if (
+                (node.op != "call_function" and node.op != "call_method")
+                or "rand" in name
+                or "dropout" in name
+            ):
+                return True
+            if isinstance(node.meta["val"], torch.Tensor) or not node.all_input_nodes:
+                waiting += node.all_input_nodes
+        return False
+
     def argument(self, value: Any, cut: bool = False) -> Any:
         """``value`` as an argument of a node; ``cut``: without letting gradients through.
 
@@ -138,7 +160,7 @@ class GraphWriter:
         """
         if isinstance(value, torch.Tensor):
             node = self._tensor_node(value)
-            if cut and value.requires_grad:
+            if cut and (value.is_floating_point() or value.is_complex()):
                 return self.node("call_method", "detach", (node,), {}, value.detach())
             return node
         if isinstance(value, tuple):

@@ -1,0 +1,311 @@
+"""Python state of a model: what its code may read and change that is no tensor.
+
+A graph repeats what the code did when it was captured. So what ``forward`` itself changes (a flag, a counter,
+an entry of a dict, a global) must make its module run for real (`changes_of`), and what the user changes
+later (a new head, another temperature, a hook) must be noticed (`Watch`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import functools
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range)
+_CONTAINERS = (dict, list, set, deque)
+_LIBRARIES = ("torch", "builtins", "typing", "abc")
+_DEPTH = 5
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = {*vars(nn.Module()), *REGISTRIES}  # what torch keeps in each module
+_MISSING = "no value"
+
+
+def frozen(value: Any, depth: int = _DEPTH) -> Any:
+    """A value that equals another's only if code could not tell the two from each other.
+
+    Tensors stand for themselves by their shape, other objects by identity and their attributes.
+    """
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if isinstance(value, _SIMPLE):
+        return type(value).__name__, repr(value)
+    if depth and isinstance(value, (dict, OrderedDict)):
+        return "{", *((_key(k), frozen(v, depth - 1)) for k, v in value.items())
+    if depth and isinstance(value, (set, frozenset)):
+        return "{", *sorted(map(repr, value))
+    if depth and isinstance(value, (list, tuple, deque)):
+        return type(value).__name__, *(frozen(v, depth - 1) for v in value)
+    if isinstance(value, nn.Module) or not depth or not _is_plain(value):
+        return "object", id(value)
+    return "object", id(value), *((k, frozen(v, depth - 1)) for k, v in vars(value).items())
+
+
+def _key(key: Any) -> Any:
+    return repr(key) if isinstance(key, _SIMPLE) else id(key)
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (type, types.ModuleType))
+        and not callable(value)
+        and type(value).__module__.split(".")[0] not in ("torch", "numpy", "logging", "typing", "builtins")
+    )
+
+
+def changeable(value: Any) -> bool:
+    """Whether the value itself may change without being replaced."""
+    return isinstance(value, (dict, list, set, deque)) or (
+        not isinstance(value, nn.Module) and _is_plain(value)
+    )
+
+
+class Held:
+    """What mutable values hold, all the way down, to be put back."""
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self._found: dict[int, tuple[Any, Any]] = {}
+        for value in values:
+            self._look(value, _DEPTH)
+
+    def _look(self, value: Any, depth: int) -> None:
+        if not depth or id(value) in self._found or isinstance(value, (torch.Tensor, nn.Module)):
+            return
+        if isinstance(value, tuple):
+            parts: Iterable[Any] = value
+        elif isinstance(value, _CONTAINERS):
+            self._found[id(value)] = value, copy.copy(value)
+            parts = value.values() if isinstance(value, dict) else value
+        elif _is_plain(value):
+            self._found[id(value)] = value, dict(vars(value))
+            parts = vars(value).values()
+        else:
+            return
+        for part in list(parts):
+            self._look(part, depth - 1)
+
+    def put_back(self) -> None:
+        """As it was."""
+        for value, saved in self._found.values():
+            now = value if isinstance(value, _CONTAINERS) else vars(value)
+            if not _same_items(now, saved):
+                if isinstance(now, list):
+                    now[:] = saved
+                else:
+                    now.clear()
+                    (now.extend if isinstance(now, deque) else now.update)(saved)
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    if isinstance(a, (set, frozenset)):
+        return bool(a == b)
+    if isinstance(a, dict) and list(map(id, a)) != list(map(id, b)):
+        return False
+    values = (x.values() if isinstance(x, dict) else x for x in (a, b))
+    return [*map(id, next(values))] == [*map(id, next(values))]
+
+
+@contextmanager
+def shared_as_it_was(model: nn.Module) -> Iterator[None]:
+    """On leaving, class attributes and globals that the model's code names are as before."""
+    found = {(id(owner), name): (owner, name, vars(owner)[name]) for _, owner, name in shared_names(model)}
+    held = Held(value for *_, value in found.values())
+    try:
+        yield
+    finally:
+        for _, owner, name in list(shared_names(model)):
+            if (id(owner), name) not in found:
+                delattr(owner, name)
+        for owner, name, value in found.values():
+            if vars(owner).get(name, _MISSING) is not value:
+                setattr(owner, name, value)
+        held.put_back()
+
+
+def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """All plain state: by owner (a module's name, or "file.py" or a class) and name."""
+    found: dict[tuple[str, str], Any] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _OWN:
+                found[path, name] = frozen(value)
+        for name, buffer in module._buffers.items():
+            found[path, name] = frozen(None if buffer is None else buffer.shape)
+    for label, owner, name in shared_names(model):
+        found[label, name] = frozen(vars(owner)[name])
+    return found
+
+
+def shared_names(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Class attributes and globals that code of the model's authors names: label, owner and name."""
+    for kind in kinds_of(model):
+        names = names_in(kind)
+        owners = [(f"class {kind.__qualname__}", kind), (kind.__module__, sys.modules.get(kind.__module__))]
+        for label, owner in owners:
+            for name in names & vars(owner).keys() if owner is not None else ():
+                if _may_change(vars(owner)[name]):
+                    yield label, owner, name
+
+
+def _may_change(value: Any) -> bool:
+    return isinstance(value, _SIMPLE) or changeable(value)
+
+
+def kinds_of(model: nn.Module) -> list[type]:
+    """The classes of the model's modules that are not torch's own."""
+    return list(dict.fromkeys(kind for m in model.modules() for kind in _kinds(m)))
+
+
+@functools.cache
+def names_in(kind: type) -> frozenset[str]:
+    """Names that the functions of a class read or write: attributes and globals."""
+    functions = [getattr(v, "__func__", v) for v in vars(kind).values()]
+    codes = [f.__code__ for f in functions if isinstance(f, types.FunctionType)]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return frozenset(names)
+
+
+@functools.cache
+def _read_elsewhere(kind: type) -> frozenset[str]:
+    """Attributes that the functions of a class read of other objects than ``self``."""
+    found = set()
+    for function in (getattr(v, "__func__", v) for v in vars(kind).values()):
+        if not isinstance(function, types.FunctionType) or function.__name__ == "__init__":
+            continue
+        code = function.__code__
+        own = code.co_varnames[:1]
+        before = None
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not (
+                before is not None and before.opname.startswith("LOAD_FAST") and (before.argval,) == own
+            ):
+                found.add(str(step.argval))
+            before = step
+    return frozenset(found)
+
+
+def changes_of(
+    model: nn.Module,
+    before: dict[tuple[str, str], Any],
+    whole: Collection[str],
+    known: Collection[tuple[str, str]] = (),
+) -> dict[str, str]:
+    """Modules whose code changed plain state since ``before``, and what it changed.
+
+    What modules that are kept ``whole`` change is their own affair, unless code outside reads it. ``known``:
+    attributes that were followed otherwise.
+    """
+    after = {key: value for key, value in state_of(model).items() if key not in known}
+    before = {key: value for key, value in before.items() if key not in known}
+    modules = dict(model.named_modules())
+    found: dict[str, str] = {}
+    for owner, name in [k for k in {**before, **after} if before.get(k, _MISSING) != after.get(k, _MISSING)]:
+        text = _told(owner, name, before.get((owner, name), _MISSING), after.get((owner, name), _MISSING))
+        if owner not in modules:  # a class or a file
+            found.update({p: text for p, m in modules.items() if any(name in names_in(k) for k in _kinds(m))})
+        elif not within(owner, whole) and _kinds(modules[owner]):
+            found[owner] = text
+        elif within(owner, whole):
+            text = f"reads {f'{owner}.{name}'!r}, which changes from call to call"
+            readers = [p for p, m in modules.items() if any(name in _read_elsewhere(k) for k in _kinds(m))]
+            found.update(dict.fromkeys(readers, text))
+    return {path: text for path, text in found.items() if not within(path, whole)}
+
+
+def _kinds(module: nn.Module) -> list[type]:
+    """The classes of a module that are not torch's own."""
+    return [k for k in type(module).__mro__ if k.__module__.split(".")[0] not in _LIBRARIES]
+
+
+def within(path: str, whole: Collection[str]) -> bool:
+    """Whether a module is one of those named, or a part of one."""
+    return any(path == name or path.startswith(name + ".") for name in whole)
+
+
+def _told(owner: str, name: str, old: Any, new: Any) -> str:
+    full = f"{owner}.{name}".removeprefix(".")
+    if old == _MISSING:
+        return f"makes the attribute {full!r} while it runs"
+    if new == _MISSING:
+        return f"deletes the attribute {full!r} while it runs"
+    texts = [v[1] if len(v) == 2 and isinstance(v[1], str) else "" for v in (old, new)]
+    return f"changes {full!r}{f' from {texts[0]} to {texts[1]}' if all(texts) else ''} while it runs"
+
+
+class Watch:
+    """What of a model its graphs depend on, apart from the values of tensors; tells what was changed.
+
+    ``whole``: modules that really run in the graphs, and so follow their own attributes. ``tensors``: names
+    of tensor attributes that the graphs use though they are no parameters or buffers.
+    """
+
+    def __init__(self, model: nn.Module, whole: Collection[str] = (), tensors: Collection[str] = ()) -> None:
+        self._model, self._whole, self._tensors = model, frozenset(whole), frozenset(tensors)
+        self._quick = self._pointers()
+        self._full = self._details()
+
+    def changed(self) -> str:
+        """What is not as it was, ``""`` if all is."""
+        quick = self._pointers()
+        if quick == self._quick:
+            return ""
+        now = self._details()
+        for key in {**self._full, **now}:
+            if self._full.get(key) != now.get(key):
+                return str(key)
+        self._quick = quick
+        return ""
+
+    def _pointers(self) -> list[Any]:
+        """Cheap to make; equal only if nothing has changed."""
+        made: list[Any] = []
+        for module in self._model.modules():
+            values = vars(module)
+            made.append(id(module))
+            made.append(tuple(map(id, module._parameters.values())))
+            made += [tuple(map(id, values[hooks].values())) for hooks in _HOOKS if values[hooks]]
+            for name in values.keys() - _OWN:
+                value = values[name]
+                made.append(frozen(value) if changeable(value) else id(value))
+        made += [frozen(vars(owner)[name]) for _, owner, name in shared_names(self._model)]
+        return made
+
+    def _details(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            name = path or type(module).__name__
+            found[f"the module {name!r}"] = id(module), type(module)
+            found[f"the hooks of module {name!r}"] = [
+                tuple(map(id, vars(module)[hooks].values())) for hooks in _HOOKS
+            ]
+            for own, p in module._parameters.items():
+                full = f"{path}.{own}".removeprefix(".")
+                found[f"the parameter {full!r}"] = (
+                    id(p),
+                    p is not None and (p.requires_grad, p.shape, p.dtype),
+                )
+            if within(path, self._whole):
+                continue
+            for own, value in vars(module).items():
+                full = f"{path}.{own}".removeprefix(".")
+                if own not in _OWN and (not isinstance(value, torch.Tensor) or full in self._tensors):
+                    found[f"the attribute {full!r}"] = (
+                        id(value) if isinstance(value, torch.Tensor) else frozen(value)
+                    )
+        for label, owner, name in shared_names(self._model):
+            found[f"{name!r} of {label}"] = frozen(vars(owner)[name])
+        return found

@@ -1,0 +1,331 @@
+"""Python state: what forward changes runs for real, what the user changes is noticed."""
+
+import copy
+from collections import deque
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dtrp
+from dtrp.errors import CaptureError
+from dtrp.partitioner.capture import capture
+
+COUNTS = {"calls": 0}
+
+
+class Part(nn.Module):
+    shared = 0
+
+    def __init__(self, function):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("bank", torch.zeros(0))
+        self.function = function
+        self.ready, self.mode, self.where, self.step = False, "cold", None, (0, 1)
+        self.seen, self.log, self.kinds, self.last = {}, [], set(), deque(maxlen=2)
+
+    def forward(self, x):
+        return self.function(self, self.a(x))
+
+
+def first(m, x, ready):
+    """Initialises with the first batch."""
+    if not ready:
+        m.mean.copy_(x.detach().mean(0))
+    return x - m.mean
+
+
+def by_bool(m, x):
+    y = first(m, x, m.ready)
+    m.ready = True
+    return y
+
+
+def by_text(m, x):
+    y = first(m, x, m.mode == "warm")
+    m.mode = "warm"
+    return y
+
+
+def by_none(m, x):
+    y = first(m, x, m.where is not None)
+    m.where = "here"
+    return y
+
+
+def by_tuple(m, x):
+    y = first(m, x, m.step > (0, 1))
+    m.step = (m.step[0] + 1, 1)
+    return y
+
+
+def by_dict(m, x):
+    y = first(m, x, "calls" in m.seen)
+    m.seen["calls"] = m.seen.get("calls", 0) + 1
+    return y
+
+
+def by_list(m, x):
+    y = first(m, x, m.log)
+    m.log.append("call")
+    return y
+
+
+def by_set(m, x):
+    y = first(m, x, "call" in m.kinds)
+    m.kinds.add("call")
+    return y
+
+
+def by_deque(m, x):
+    y = first(m, x, len(m.last) > 1)
+    m.last.append(1)
+    return y
+
+
+def by_hasattr(m, x):
+    y = first(m, x, hasattr(m, "made"))
+    m.made = 1
+    return y
+
+
+def by_size(m, x):
+    if m.bank.numel() == 0:
+        m.bank.resize_(x.shape[1]).copy_(x.detach().mean(0))
+    return x - m.bank
+
+
+class ByGlobal(Part):
+    def forward(self, x):
+        y = first(self, self.a(x), COUNTS["calls"])
+        COUNTS["calls"] += 1
+        return y
+
+
+class ByClass(Part):
+    def forward(self, x):
+        y = first(self, self.a(x), ByClass.shared)
+        ByClass.shared += 1
+        return y
+
+
+FUNCTIONS = [by_bool, by_text, by_none, by_tuple, by_dict, by_list, by_set, by_deque, by_hasattr, by_size]
+MAKERS = {
+    **{f.__name__: lambda f=f: Part(f) for f in FUNCTIONS},
+    "global": lambda: ByGlobal(None),
+    "class": lambda: ByClass(None),
+}
+
+
+def everything(model):
+    return {
+        path: (copy.deepcopy({k: v for k, v in vars(m).items() if k != "function" and k[0] != "_"}),
+               {k: b.clone() for k, b in m.named_buffers()})
+        for path, m in model.named_modules()
+    }  # fmt: skip
+
+
+def batches(n):
+    torch.manual_seed(0)
+    return [torch.randn(5, 4) * (i + 1) + i for i in range(n)]
+
+
+def reset():
+    COUNTS["calls"], ByClass.shared = 0, 0
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_what_forward_changes_runs_for_real(make):
+    reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), make(), nn.ReLU(), nn.Linear(4, 2))
+    plain, before = copy.deepcopy(model), everything(model)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=batches(1)[0])
+    assert (COUNTS["calls"], ByClass.shared) == (0, 0)
+    after = everything(model)
+    for path in before:
+        assert before[path][0] == after[path][0]
+        for k, v in before[path][1].items():
+            assert torch.equal(v, after[path][1][k])
+    expected = [plain(x) for x in batches(4)]
+    reset()
+    for x, y in zip(batches(4), expected, strict=True):
+        assert torch.equal(pipe(x), y)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_in_the_model_itself_it_is_refused_by_name(make):
+    reset()
+    names = "ready|mode|where|step|seen|log|kinds|last|made|bank|COUNTS|shared"
+    text = rf"(changes|makes the attribute) '[\w. ]*({names})'"
+    with pytest.raises(CaptureError, match=text):
+        capture(make(), (batches(1)[0],))
+    assert (COUNTS["calls"], ByClass.shared) == (0, 0)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.b = Part(by_bool), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return self.b(y) * (2 if self.inner.ready else 1)
+
+
+def test_code_outside_that_reads_it():
+    with pytest.raises(CaptureError, match=r"reads 'inner\.ready', which changes from call to call"):
+        capture(Reader(), (batches(1)[0],))
+    captured = capture(nn.Sequential(Reader(), nn.Linear(2, 2)), (batches(1)[0],))
+    assert [k.module for k in captured.kept_whole] == ["0"]
+
+
+class Loss(nn.Module):
+    def __init__(self, inner=None):
+        super().__init__()
+        self.a, self.inner = nn.Linear(4, 4), inner
+
+    def forward(self, x):
+        y = self.a(x)
+        self.aux = y.square().mean()
+        return y if self.inner is None else self.inner(y)
+
+
+def test_a_loss_left_on_an_attribute():
+    x = batches(1)[0]
+    with pytest.raises(CaptureError, match=r"keeps the tensor 'aux' from one call to the next: let forward"):
+        capture(Loss(), (x,))
+    model = nn.Sequential(nn.Linear(4, 4), Loss(), nn.Linear(4, 2))
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    pipe(x)
+    assert not hasattr(copy.deepcopy(nn.Sequential(nn.Linear(4, 4), Loss())), "aux")
+    found = model[1].aux
+    model(x)
+    assert torch.equal(found, model[1].aux)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.tau, self.options = 1.0, {"scale": [1.0, 2.0]}
+        self.weight = torch.ones(3)
+
+    def forward(self, x):
+        y = self.head(torch.relu(self.b(torch.relu(self.a(x))))) * self.weight
+        return y * self.options["scale"][0] / self.tau
+
+
+class LoRA(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def new_head(m):
+    m.head = nn.Linear(4, 7)
+    m.weight = torch.ones(7)
+
+
+def same_head(m):
+    m.head = nn.Linear(4, 3)
+
+
+def lora(m):
+    m.requires_grad_(False)
+    m.a, m.b = LoRA(m.a), LoRA(m.b)
+
+
+def annealed(m):
+    m.tau = 0.1
+
+
+def nested(m):
+    m.options["scale"][0] = 3.0
+
+
+def constant(m):
+    m.weight = torch.arange(3.0)
+
+
+def parameter(m):
+    m.head.bias = nn.Parameter(torch.ones(3))
+
+
+def hook(m):
+    m.b.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def method(m):
+    m.forward = lambda x: m.head(m.a(x))
+
+
+CHANGES = [new_head, same_head, lora, annealed, nested, constant, parameter, hook, method]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_later_is_noticed(change):
+    torch.manual_seed(0)
+    model, x, y = Net(), batches(1)[0], torch.randint(0, 3, (5,))
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    change(model)
+    assert torch.equal(pipe(x), model(x))
+    change(model) if change is not lora else None
+    plain = copy.deepcopy(model) if change is not method else None
+    with pipe.trainer(
+        F.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.1), method="bp", executor="inline"
+    ) as trainer:
+        for _ in range(3):
+            trainer.step(x, y)
+    if plain is None:
+        return
+    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    for k, v in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[k], v)
+
+
+def test_a_change_that_cannot_be_followed_is_told():
+    model, x = Net(), batches(1)[0]
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    model.forward = lambda x: model.a(x) if x.sum() > 0 else model.b(x)
+    with pytest.raises(CaptureError, match=r"the attribute 'forward' is not as it was when the pipeline was"):
+        pipe(x)
+
+
+def test_an_unchanged_model_is_not_captured_again(monkeypatch):
+    model, x = Net(), batches(1)[0]
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    monkeypatch.setattr("dtrp.pipeline.compile_model", None)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    model.load_state_dict(Net().state_dict())
+    assert torch.equal(pipe(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+def test_a_refused_transform_leaves_nothing_behind():
+    class Jvp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+        def forward(self, x):
+            return torch.func.jvp(self.net, (x,), (torch.ones_like(x),))[1]
+
+    x = torch.randn(5, 3)
+    for way in (["record"], ["fx"], None):
+        with pytest.raises(CaptureError):
+            capture(Jvp(), (x,), ways=way)
+        assert torch.isfinite(Jvp()(x)).all()
+        capture(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (x,))
