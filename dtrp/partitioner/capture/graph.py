@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Signature:
     names: tuple[str, ...]  # of each leaf, for messages: "x", "batch['mask']"
     tensors: tuple[int, ...]  # which leaves are placeholders, in order
     constants: Mapping[int, Any]  # the other leaves, baked into the graph
+    plain: bool = False  # a call with so many tensors by position, and nothing else, is of this form
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
@@ -56,7 +57,12 @@ class Signature:
                     f"tensors to the model."
                 )
         constants = {i: leaf for i, leaf in enumerate(leaves) if i not in set(tensors)}
-        return cls(forward, spec, tuple(names), tensors, constants)
+        signature = cls(forward, spec, tuple(names), tensors, constants)
+        try:
+            alone = signature.flatten([leaves[i] for i in tensors], {})
+        except (TypeError, ValueError):
+            return signature
+        return replace(signature, plain=all(a is leaves[i] for a, i in zip(alone, tensors, strict=True)))
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -73,6 +79,13 @@ class Signature:
         ValueError
             A non-tensor argument differs from the example's.
         """
+        if (  # what a training loop does at every batch; defaults stand for the rest
+            self.plain
+            and not kwargs
+            and len(args) == len(self.tensors)
+            and all(type(a) is torch.Tensor for a in args)
+        ):
+            return list(args)
         leaves, names, spec = _bind(self.forward, args, kwargs)
         if spec != self.in_spec:
             raise TypeError(

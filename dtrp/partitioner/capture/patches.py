@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -51,18 +52,24 @@ class Observer(Protocol):
 
 @contextmanager
 def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
-    """Inside, calls and writes reach ``observer``; it is left alone while its ``paused`` is true."""
+    """Inside, calls and writes reach ``observer``; it is left alone while its ``paused`` is true, and by what
+    other threads do."""
+    here = threading.get_ident()
+
+    def unseen() -> bool:
+        return observer.paused or threading.get_ident() != here
+
     call, write = nn.Module.__call__, nn.Module.__setattr__
     function: Any = torch.autograd.Function
     apply = function.__dict__["apply"]
 
     def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if observer.paused:
+        if unseen():
             return call(module, *args, **kwargs)
         return observer.on_module(module, call, args, kwargs)
 
     def patched_write(module: nn.Module, name: str, value: Any) -> None:
-        if not observer.paused:
+        if not unseen():
             observer.on_write(module, name, value)
         write(module, name, value)
 
@@ -70,7 +77,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         def proceed(*a: Any, **k: Any) -> Any:
             return apply.__get__(None, cls)(*a, **k)  # the original, as a method of this class
 
-        if observer.paused:
+        if unseen():
             return proceed(*args, **kwargs)
         return observer.on_gradient_function(cls, proceed, args, kwargs)
 
@@ -79,12 +86,12 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
     def patched_enter(region: torch.autocast) -> Any:
         result = enter(region)  # type: ignore[no-untyped-call]
-        if not observer.paused:
+        if not unseen():
             observer.on_autocast(region, True)
         return result
 
     def patched_exit(region: torch.autocast, *error: Any) -> Any:
-        if not observer.paused:
+        if not unseen():
             observer.on_autocast(region, False)
         return leave(region, *error)
 

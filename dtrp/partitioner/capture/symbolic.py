@@ -7,6 +7,7 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,9 +86,11 @@ class _Guard(TorchFunctionMode):
 @contextmanager
 def _no_side_effects() -> Iterator[None]:
     """Assignments to modules inside forward, and regions that run twice, stop the tracing."""
-    write = nn.Module.__setattr__
+    write, here = nn.Module.__setattr__, threading.get_ident()
 
     def refuse(module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() != here:  # somebody who builds a model meanwhile
+            return write(module, name, value)
         raise TraceError(f"sets the attribute {name!r} of a {type(module).__name__} inside forward")
 
     def twice(*_: Any) -> Any:
@@ -118,6 +121,19 @@ class _ModuleTracer(Tracer):
         self._signature = signature
         self._opened, self._closed = opened, closed
         self.out_spec: torch.utils._pytree.TreeSpec | None = None
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:  # somebody who runs a model meanwhile
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m, module_qualified_name, closed=self._closed, opened=self._opened)
