@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -333,7 +334,10 @@ def test_torchscript_is_not_trained(no_workers: None) -> None:
 
 
 def test_what_cannot_be_sent_to_a_worker(pipe: dtrp.Pipeline) -> None:
+    """Found out while the processes load torch; none of them is left."""
     import threading
+
+    before = psutil.Process().children(recursive=True)
 
     lock = threading.Lock()
 
@@ -346,6 +350,7 @@ def test_what_cannot_be_sent_to_a_worker(pipe: dtrp.Pipeline) -> None:
         pytest.raises(TypeError, match="cannot be sent to a worker process"),
     ):
         t.step(*batches(1)[0])
+    assert psutil.Process().children(recursive=True) == before
 
 
 class Scaled(nn.Module):
