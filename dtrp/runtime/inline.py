@@ -1,7 +1,7 @@
 """All stages in this process, taking turns: the reference that other executors must equal.
 
-In a sweep each stage, the last one first, does one round, so that what a stage sends reaches the next one in
-the following sweep: sweep t is tick t of the published table.
+In a sweep each stage does one round, the last one first. Stage k is as many rounds behind stage 0 as the
+schedule says (`Schedule.lag`), so that what it needs is there: sweep t is tick t of the published table.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Inline:
                 feed = feed._replace(inputs=_owned(feed.inputs), target=_owned(feed.target))
             jobs.append(lambda stage=stage, feed=feed: stage.run(feed))  # type: ignore[misc]
         with self._as_in_workers():
-            self._sweep()
+            self._sweep([stage.schedule.lag(stage.stage) for stage in self.stages])
 
     def drain(self, *, close_group: bool = False) -> None:
         """Until nothing is in flight (`Workers` does not wait for it)."""
@@ -71,7 +71,7 @@ class Inline:
             jobs.append(lambda stage=stage: stage.drain(close_group=close_group))  # type: ignore[misc]
         with self._as_in_workers():
             while any(self._jobs) or any(self._running):
-                if not self._sweep():
+                if not self._sweep([0] * len(self.stages)):
                     waiting = "; ".join(f"stage {s.stage}: {s.meter.phase}" for s in self.stages)
                     self.failure = WorkerError(f"no stage can go on: {waiting}")
                     raise self.failure
@@ -88,31 +88,39 @@ class Inline:
                     found += stage.news(wait=wait)
         return found
 
-    def _sweep(self) -> bool:
-        """Let each stage do its next round, as far as it comes; whether any did anything. What breaks off in
-        the middle leaves stages with different batches: the run cannot go on."""
+    def _sweep(self, lags: Sequence[int]) -> bool:
+        """Let each stage do its next round, unless that is not due yet; whether any did anything."""
         if self.failure is not None:
             raise self.failure.again()
         moved = False
         for k in reversed(range(len(self.stages))):
-            running, done = self._running[k], self.stages[k].meter.done
-            if running is None:
-                if not self._jobs[k]:
-                    continue
-                running = self._jobs[k].popleft()()
-            try:
-                next(running)
-                self._running[k] = running
-                moved |= self.stages[k].meter.done > done
-            except StopIteration:
-                self._running[k] = None
+            if self._running[k] is None and len(self._jobs[k]) > lags[k]:
+                self._running[k] = self._jobs[k].popleft()()
                 moved = True
-            except BaseException as e:
-                self.failure = _told(k, e)
-                if isinstance(e, Exception):
-                    raise self.failure from e
-                raise
+                self._go_on(k)
+        goes = True
+        while goes:  # what waited for another
+            goes = sum(self._go_on(k) for k in reversed(range(len(self.stages)))) > 0
+            moved |= goes
         return moved
+
+    def _go_on(self, k: int) -> bool:
+        """Let a stage go on with its round as far as it comes; whether it got anywhere. What breaks off in
+        the middle leaves stages with different batches: the run cannot go on."""
+        running, done = self._running[k], self.stages[k].meter.done
+        if running is None:
+            return False
+        try:
+            next(running)
+        except StopIteration:
+            self._running[k] = None
+            return True
+        except BaseException as e:
+            self.failure = _told(k, e)
+            if isinstance(e, Exception):
+                raise self.failure from e
+            raise
+        return self.stages[k].meter.done > done
 
     # ---- questions -----------------------------------------------------------------------------------------
 
@@ -131,12 +139,8 @@ class Inline:
             self.call("end_evaluation")
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """A method of every `Stage`, after all rounds so far, all with the same arguments; in stage order."""
-        if self.failure is None:
-            with self._as_in_workers():
-                while any(self._jobs) or any(self._running):
-                    if not self._sweep():
-                        break
+        """A method of every `Stage`, after the rounds that are due by now, all with the same arguments; in
+        stage order."""
         results = []
         for stage in self.stages:
             with self._told_by(stage.stage):

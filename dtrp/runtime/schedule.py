@@ -71,6 +71,19 @@ class Schedule:
             return 2 * above
         return {"lean": above + 1, "1f1b": above + 1, "gpipe": self.parts, "bp": 1}[self.order]
 
+    @cache  # noqa: B019
+    def lag(self, stage: int) -> int:
+        """How many slots must have come in behind one before ``stage`` begins the round of that one.
+
+        Then nothing that the round waits for, norms of stages before it included, needs a slot that the
+        caller has not given yet: a question to a stage is answered, and means the same moment whoever runs
+        the stages. Exact orders are asked only when they are drained.
+        """
+        if self.exact:
+            return 0
+        ahead = [self.depth(k) + self._behind(k) for k in range(self.n_stages)]
+        return max(ahead) - ahead[stage]
+
     @cache  # noqa: B019  (a few schedules live as long as the process)
     def pattern(self, stage: int) -> tuple[tuple[Kind, int], ...]:
         """What ``stage`` does in every round: each kind of action, and to which slot, counted from the
@@ -91,13 +104,14 @@ class Schedule:
     def norm_offset(self, stage: int, other: int) -> int:
         """Whose gradients are clipped together: ``stage``'s of mini-batch m with ``other``'s of m + this.
 
-        In "fig1" those are the ones of one tick, which are made at the same time; elsewhere those of one
-        mini-batch.
+        In "fig1" with whole batches those are the ones of one tick, which are made at the same time;
+        elsewhere those of one mini-batch.
         """
-        if self.order != "fig1":
-            return 0
-        apart = abs(other - stage) // self.parts
-        return apart if other > stage else -apart
+        return self._behind(other) - self._behind(stage)
+
+    def _behind(self, stage: int) -> int:
+        """Mini-batches that a stage has backwarded before stage 0 has, where ticks are clipped together."""
+        return stage if self.order == "fig1" and self.parts == 1 else 0
 
     def tied_lag(self, owner: int, guest: int) -> int:
         """Slots between a guest's own backward and the newest sum of tied gradients that it must have seen.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Worker:
         self.voice = voice
         self.stage: Stage | None = None
         self.specs: list[pytree.TreeSpec] = []
+        self.held: deque[Feed] = deque()  # whose rounds are not due yet
         self.failed = False
         show_life(Page(page, n_stages), stage, self._look, lambda: os._exit(1))
 
@@ -93,12 +95,18 @@ class Worker:
         target = pytree.tree_unflatten(values[inputs:], self.specs[spec])
         feed = Feed(message.slot, values[:inputs], target, Update(lr_scale, batches), part, parts, share)
         if not evaluates:
-            _finish(self.stage.run(feed))
-            self._tell_news()
+            self.held.append(feed)
+            if len(self.held) > self.stage.schedule.lag(self.stage.stage):
+                self._round()
             return
         result = _finish(self.stage.evaluate(feed))
         if self.stage.program.is_last:
             self.tell("result", result)
+
+    def _round(self) -> None:
+        assert self.stage is not None
+        _finish(self.stage.run(self.held.popleft()))
+        self._tell_news()
 
     def do_spec(self, spec: pytree.TreeSpec) -> None:
         """The structure of targets to come."""
@@ -123,6 +131,8 @@ class Worker:
 
     def do_drain(self, close_group: bool) -> None:
         assert self.stage is not None
+        while self.held:
+            self._round()
         _finish(self.stage.drain(close_group=close_group))
         self._tell_news()
 

@@ -117,7 +117,7 @@ class Workers:
     def throttle(self) -> None:
         """Wait until the stages have caught up far enough for the next batch."""
         # Let workers run ahead of the caller, and the caller a little ahead of the workers.
-        while self._fed - self._finished > self.n_stages + 2:
+        while self._fed - self._finished > 2 * self.n_stages + 2:
             self._listen()
         self._listen(block=False)
 
