@@ -20,7 +20,9 @@ from .location import is_users
 class Observer(Protocol):
     """Who is told of what the model does; ``proceed`` does what would have happened without patches."""
 
-    paused: bool
+    @property
+    def paused(self) -> bool:
+        """Whether to leave it alone."""
 
     def on_module(
         self, module: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -152,7 +154,7 @@ class ObservedFakeMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
-        self.observer: Observer | None = None
+        self.observer: Any = None
 
     def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
