@@ -55,6 +55,12 @@ class FakeWorld:
             self.originals[id(self._twins[id(tensor)][1])] = tensor
         return self._twins[id(tensor)][1]
 
+    def meet(self, fake: torch.Tensor, real: torch.Tensor) -> None:
+        """A module that must really run gets ``real`` where it is given ``fake``, if that holds data."""
+        if not real.is_meta and not isinstance(real, FakeTensor):
+            self._met[id(fake)] = real
+            self._held.append(fake)
+
     def _make(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return _unread(self.mode.from_tensor(tensor))
@@ -229,6 +235,8 @@ def fake_inputs(
             else:
                 fake = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device)
             result.append(fake.requires_grad_(tensor.requires_grad))
+            if tuple(shape) == tuple(tensor.shape):
+                world.meet(result[-1], tensor)
     return result
 
 

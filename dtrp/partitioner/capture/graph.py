@@ -26,6 +26,8 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .structure import opened_object
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -42,6 +44,15 @@ class Signature:
         """The signature of ``model(*args, **kwargs)``."""
         forward = inspect.signature(model.forward)
         leaves, names, spec = _bind(forward, args, kwargs)
+        for name, leaf in zip(names, leaves, strict=True):
+            if opened_object(leaf) is not None:
+                kind = type(leaf).__name__
+                raise TypeError(
+                    f"argument {name!r} is a {kind}, an object with tensors inside that pytree does not "
+                    f"know: they could not be told from constants. Register the class once, torch.utils."
+                    f"_pytree.register_pytree_node({kind}, flatten, unflatten), or give the tensors in a "
+                    f"tuple or dict."
+                )
         tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         constants = {i: leaf for i, leaf in enumerate(leaves) if i not in set(tensors)}
         return cls(forward, spec, tuple(names), tensors, constants)

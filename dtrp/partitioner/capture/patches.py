@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
@@ -40,6 +41,9 @@ class Observer(Protocol):
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """A region of torch.autocast was entered, or is left."""
+
+    def on_checkpoint(self) -> None:
+        """A region of torch.utils.checkpoint is entered."""
 
     def on_question(self) -> None:
         """The model's own code asks whether gradients are enabled."""
@@ -94,6 +98,8 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
     def once(frame: Any) -> Any:
         # Checkpointing without storing would run the region again in the backward pass: here it runs once.
+        if not observer.paused:
+            observer.on_checkpoint()
         return nullcontext()
 
     enabled = torch.is_grad_enabled
@@ -107,6 +113,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         (torch, "is_grad_enabled", asked),
         (transformer, "_detect_is_causal_mask", given),
         (checkpoint, "_checkpoint_hook", once),
+        (Distribution, "_validate_args", False),  # which looks at values only to refuse some
         (torch.autocast, "__enter__", patched_enter),
         (torch.autocast, "__exit__", patched_exit),
         (nn.Module, "__call__", patched_call),

@@ -82,7 +82,7 @@ class RealRuns:
         run = self._made.get(key)
         again = need == "both" or run is not None or key is None
         if run is None:
-            run = RealRun(module, _run(module, args, kwargs, 0, lambda t: _met(t, met)))
+            run = RealRun(module, _first(module, args, kwargs, met))
         if run.second is None and need != "first" and again:
             run = replace(run, second=_another(run, args, kwargs, met))
         if key is not None:
@@ -90,11 +90,28 @@ class RealRuns:
         return run
 
 
+def _first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], met: Mapping[int, torch.Tensor]
+) -> Run:
+    """A run with what is known, and zeros for other integers; or ones, where these may be lengths."""
+    try:
+        return _run(module, args, kwargs, 0, lambda t: _met(t, met))
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            return _run(module, args, kwargs, 0, lambda t: _met(t, met, ones=True))
+        raise error from None
+
+
 def _another(
     run: RealRun, args: tuple[Any, ...], kwargs: dict[str, Any], met: Mapping[int, torch.Tensor]
 ) -> Run:
     """A run with other numbers, as different as the module can take without giving another form of result."""
-    attempts: list[Callable[[torch.Tensor], torch.Tensor]] = [_varied_like, _random_like]
+    attempts: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        _varied_like,
+        _random_like,
+        lambda t: _random_like(t) if t.is_floating_point() else _met(t, met),
+        lambda t: _random_like(t) if t.is_floating_point() else _met(t, met, ones=True),
+    ]
     for make in attempts:
         with contextlib.suppress(Exception):
             second = _run(run.module, args, kwargs, 1, make)
@@ -197,11 +214,14 @@ def _is_new(value: Any, name: str, attributes: dict[str, Any], contents: dict[st
     return any(id(t) not in known for _, t in tensors_in(value))
 
 
-def _met(fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
-    """The real tensor behind ``fake`` if it is known, else a random one."""
+def _met(
+    fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0, ones: bool = False
+) -> torch.Tensor:
+    """The real tensor behind ``fake`` if it is known, else a random one (or ``ones``, of integers)."""
     real = met.get(id(fake))
     if real is None or real.shape != fake.shape:
-        return _random_like(fake)
+        made = _random_like(fake)
+        return torch.ones_like(made) if ones and not made.dtype.is_floating_point else made
     real = real.detach().clone()
     if real.is_floating_point() or real.is_complex():
         real *= scale

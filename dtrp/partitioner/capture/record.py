@@ -171,11 +171,18 @@ class _Recording:
             if not within(name, [c for c in closed if c != name])
         )
         places = () if decisions is None else dict.fromkeys(decisions.places)
+        notes = [f"the model's check at {place} became a guard in the graph" for place in places]
+        if recorder.checkpoints:
+            notes.append(
+                f"torch.utils.checkpoint ({recorder.checkpoints[0]}) is left to the plan's own "
+                "recomputation: its regions run once a batch, so that BatchNorm in them updates its "
+                "statistics once, where the plain model does it twice"
+            )
         traced = Traced(
             recorder.writer.graph,
             out_spec,
             kept,
-            tuple(f"the model's check at {place} became a guard in the graph" for place in places),
+            tuple(notes),
             asks_grad=recorder.asks_grad,
             answers=() if decisions is None else tuple(decisions.made),
             constants=recorder.writer.constants,

@@ -45,7 +45,7 @@ from .writer import CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
-    "grad": "computes gradients inside forward",
+    "grad": "computes gradients inside forward (autograd.grad)",
     "backward": "calls backward() inside forward",
     "register_hook": "registers a gradient hook on a tensor",
     "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
@@ -77,6 +77,7 @@ class Recorder(TorchFunctionMode):
         self._closed, self._opened = closed, opened
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
+        self.checkpoints: list[str] = []  # where the model uses torch.utils.checkpoint
         self.asks_grad = False  # the model's code asks whether gradients are enabled
         self._updates: dict[str, torch.Tensor] = {}
         self._regions: list[str | None] = []  # of torch.autocast, by device
@@ -136,6 +137,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A custom autograd function: one node with its own backward."""
         if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
+            self.on_checkpoint()
             return args[0](*args[2:], **kwargs)
         target = GradientFunction(function)
         with self._pause():
@@ -252,6 +254,10 @@ class Recorder(TorchFunctionMode):
             self._regions.append(None)
         else:
             self._regions.append(region.device)
+
+    def on_checkpoint(self) -> None:
+        """The model enters a region of torch.utils.checkpoint, which runs once here."""
+        self.checkpoints.append(user_location())
 
     def on_question(self) -> None:
         """The model asks whether gradients are enabled."""

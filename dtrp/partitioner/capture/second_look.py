@@ -20,13 +20,14 @@ from torch.utils import _pytree as pytree
 from dtrp.partitioner.op_cost import FlopCount
 
 from .fakes import FakeWorld, fake_inputs
+from .patches import observed
 from .propagate import propagate
 from .sizes import batch_of
 from .snapshot import preserved_randomness, untouched
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
-from .verify import Unfaithful
+from .verify import Plain, Unfaithful
 
 MAX_FLOPS = 2e8
 _SAMPLES = 2
@@ -105,6 +106,7 @@ def _behaviour(
     seen: list[tuple[str, Any]] = []
     with (
         task.in_mode(training),
+        observed(Plain(), model),
         untouched(model, tensors=True),
         preserved_randomness(),
         torch.set_grad_enabled(task.grad),
@@ -160,7 +162,9 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _held(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value if value.layout == torch.strided else value.to_dense()).detach().clone()
 
 
 def _difference(a: Any, b: Any) -> str:

@@ -78,15 +78,16 @@ class _Follower:
     def on_gradient_function(
         self, function: type[torch.autograd.Function], proceed: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
-            return args[0](*args[2:], **kwargs)
         if function.__module__ == "torch.utils.checkpoint":
-            return proceed(*args, **kwargs)
+            self.on_checkpoint()
         return self._tracer.create_proxy("call_function", GradientFunction(function), args, kwargs)
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         if entered:
             raise TraceError("enters torch.autocast inside forward")
+
+    def on_checkpoint(self) -> None:
+        raise TraceError("uses torch.utils.checkpoint")
 
     def on_question(self) -> None:
         raise TraceError("asks whether gradients are enabled")
@@ -152,6 +153,8 @@ class _ModuleTracer(Tracer):
         return run, [self.root, *proxies]
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
+        if args[0] is torch.autograd.grad or args[0] in ("backward", "register_hook", "retain_grad"):
+            raise TraceError("computes gradients inside forward")
         node = super().create_node(kind, *args, **kwargs)
         node.meta["module"] = str(node.target) if kind == "call_module" else self.scope.module_path
         node.meta["location"] = user_location() if kind.startswith("call") else ""
