@@ -165,7 +165,11 @@ def _bind(
     except TypeError as e:
         raise TypeError(f"the inputs do not fit the model's forward{forward}: {e}") from None
     bound.apply_defaults()
-    pairs, spec = pytree.tree_flatten_with_path((bound.args, dict(sorted(bound.kwargs.items()))))
+    call = bound.args, dict(sorted(bound.kwargs.items()))
+    try:
+        pairs, spec = pytree.tree_flatten_with_path(call)
+    except ValueError:  # a class that was registered without the names of its parts
+        return _bind_unnamed(forward, call)
     positional = [
         name
         for name, p in forward.parameters.items()
@@ -182,6 +186,20 @@ def _bind(
             root = f"args[{key.idx}]"
         names.append(root + pytree.keystr(tuple(rest)))
     return [leaf for _, leaf in pairs], names, spec
+
+
+def _bind_unnamed(
+    forward: inspect.Signature, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> tuple[list[Any], list[str], pytree.TreeSpec]:
+    """As `_bind`, with leaves named after their argument and place in it."""
+    args, kwargs = call
+    names: list[str] = []
+    for name, value in [*zip(forward.parameters, args, strict=False), *kwargs.items()]:
+        n = len(pytree.tree_leaves(value))
+        names += [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
+    leaves, spec = pytree.tree_flatten(call)
+    names += [f"args[{i}]" for i in range(len(names), len(leaves))]
+    return leaves, names, spec
 
 
 def _optional_by_name(

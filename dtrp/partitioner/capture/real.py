@@ -217,11 +217,12 @@ def _is_new(value: Any, name: str, attributes: dict[str, Any], contents: dict[st
 def _met(
     fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0, ones: bool = False
 ) -> torch.Tensor:
-    """The real tensor behind ``fake`` if it is known, else a random one (or ``ones``, of integers)."""
+    """The real tensor behind ``fake`` if it is known, else a random one; ``ones`` for any integers."""
     real = met.get(id(fake))
+    if ones and not (fake.is_floating_point() or fake.is_complex()):
+        return torch.ones_like(_random_like(fake))
     if real is None or real.shape != fake.shape:
-        made = _random_like(fake)
-        return torch.ones_like(made) if ones and not made.dtype.is_floating_point else made
+        return _random_like(fake)
     real = real.detach().clone()
     if real.is_floating_point() or real.is_complex():
         real *= scale
