@@ -81,10 +81,9 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def patched_enter(region: torch.autocast) -> Any:
-        result = enter(region)  # type: ignore[no-untyped-call]
         if not observer.paused:
-            observer.on_autocast(region, True)
-        return result
+            observer.on_autocast(region, True)  # may refuse: nothing must have been entered then
+        return enter(region)
 
     def patched_exit(region: torch.autocast, *error: Any) -> Any:
         if not observer.paused:
