@@ -83,7 +83,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
     def patched_enter(region: torch.autocast) -> Any:
         if not observer.paused:
             observer.on_autocast(region, True)  # may refuse: nothing must have been entered then
-        return enter(region)
+        return enter(region)  # type: ignore[no-untyped-call]
 
     def patched_exit(region: torch.autocast, *error: Any) -> Any:
         if not observer.paused:
