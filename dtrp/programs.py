@@ -20,6 +20,7 @@ def make_programs(
 
     ``evaluation`` is another than ``compiled`` where the model's code asks whether gradients are enabled.
     """
+    _cut_from_history(model)
     cut = split(compiled.captured, compiled.plan, compiled.hazards)
     evaluated = cut.eval
     if evaluation is not compiled:
@@ -67,6 +68,17 @@ def _positions(model: nn.Module) -> dict[str, int]:
         own = (*module._parameters, *module._buffers)
         names += [f"{path}.{name}" if path else name for name in own]
     return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def _cut_from_history(model: nn.Module) -> None:
+    """Cut tensors that forward left on attributes from the graph of that pass: stages are copied and sent.
+
+    The hooks of ``torch.nn.utils.weight_norm`` keep a module's weight so, and make it anew in every pass.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                vars(module)[name] = value.detach()
 
 
 def _code(module: fx.GraphModule, device: torch.device) -> Code:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.capture.modes import in_mode
 from dtrp.partitioner.node_cost import NodeCost, NodeRunner, OutputSpec, TensorSpec
@@ -62,7 +63,9 @@ class CostWalk:
         args = fx.node.map_arg(node.args, self.values.__getitem__)
         kwargs = dict(fx.node.map_arg(node.kwargs, self.values.__getitem__))
         try:
-            if node.op == "call_module":
+            if is_gradient(node):
+                cost = self._gradient(node, args, kwargs)
+            elif node.op == "call_module":
                 cost = self.runner.module(self.module.get_submodule(str(node.target)), args, kwargs)
             elif node.op == "call_method":
                 name = str(node.target)
@@ -108,9 +111,17 @@ class CostWalk:
         if node.op == "call_module":
             with contextlib.suppress(Exception):
                 module = self.module.get_submodule(str(node.target))
-                return self.runner.module_on_samples(module, args, kwargs, given)
+                samples = self.captured.runs.inputs(module)
+                return self.runner.module_on_samples(module, args, kwargs, given, samples)
         self.failed.append((node, error))
         return given
+
+    def _gradient(self, node: fx.Node, args: Any, kwargs: Any) -> NodeCost:
+        """The cost of ``torch.autograd.grad``: the backward pass of what it differentiates."""
+        inside = [self.costs[n] for n in region_of(node) if n in self.costs]
+        forward = tuple(op for cost in inside for op in cost.backward)
+        twice = tuple(op for cost in inside for op in (*cost.forward, *cost.backward))
+        return replace(self._unknown(node, args, kwargs), forward=forward, backward=twice)
 
     def _unknown(self, node: fx.Node, args: Any, kwargs: Any) -> NodeCost:
         grad = any(isinstance(t, TensorSpec) and t.requires_grad for t in pytree.tree_leaves((args, kwargs)))

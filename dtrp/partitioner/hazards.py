@@ -34,13 +34,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .capture.custom import SameForm
 from .capture.fakes import FakeWorld
+from .capture.gradients import regions
 from .capture.graph import Captured, ModeGraph
 from .capture.modes import in_mode
+from .capture.real import RealRuns
 from .capture.snapshot import untouched
 from .eval_rules import rules_of_eval, units, without_cycles
 
 TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
 """Leaves that a link can carry from stage to stage."""
+
+CALLS = ("call_function", "call_method", "call_module")
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,10 @@ def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
     """The rules for cutting ``graph`` (default: the train graph). Nothing is computed."""
     gm = (graph or captured.train).module
     with in_mode(captured.model, captured.flags if gm is captured.train.module else None):
-        accesses, state = _watch(gm)
+        accesses, state = _watch(gm, captured.runs)
     groups, order, written = _storage_rules(accesses, state)
     groups += _untransferable(gm)
+    groups += [{n.name for n in region if n.op in CALLS} for region in regions(gm.graph)]
     random = [a.node.name for a in accesses if a.random]
     order += list(itertools.pairwise(random))
     order += _summing_order(accesses)
@@ -178,10 +183,10 @@ class _Runner(fx.Interpreter):
         return value
 
 
-def _watch(gm: fx.GraphModule) -> tuple[list[_Access], set[int]]:
+def _watch(gm: fx.GraphModule, runs: RealRuns) -> tuple[list[_Access], set[int]]:
     """What each node does, and the storages of parameters and buffers."""
     example = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
-    world = FakeWorld(next((v.fake_mode for v in example if isinstance(v, FakeTensor)), None))
+    world = FakeWorld(next((v.fake_mode for v in example if isinstance(v, FakeTensor)), None), runs)
     runner = _Runner(gm, world)
     allowed, world.mode.allow_non_fake_inputs = world.mode.allow_non_fake_inputs, True
     try:

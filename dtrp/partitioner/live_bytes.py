@@ -45,7 +45,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Takes in what an operator gave."""
         alive = self.now  # first forget what has died: its number may come back
         for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            # A sparse one (an embedding's gradient) has no storage to ask for; it is small by its purpose.
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self._live and key not in self._known:

@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from dtrp.partitioner.calibration import best_time, clock, identity, read_cache, using_threads, write_cache
+from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.capture.modes import in_mode
 from dtrp.partitioner.capture.snapshot import untouched
@@ -104,6 +105,8 @@ class _Clock:
             with in_mode(captured.model, captured.flags):
                 self.module = copy.deepcopy(captured.train.module).to(device)
         self.nodes = list(captured.train.module.graph.nodes)
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        self.examples = dict(zip(placeholders, captured.example, strict=False))
         # Nodes that write to their inputs get copies; until these nodes are known, all do.
         self.writers: set[fx.Node] = set()
         self.in_place: set[fx.Node] | None = None
@@ -124,6 +127,10 @@ class _Clock:
             sweep = self._sweep()
         times: dict[str, Any] = {"sweep": sweep}
         forward, backward = (_least(runs, which, overhead * which) for which in (0, 1))
+        for node in filter(is_gradient, self.nodes):  # it is the backward pass of others, and its own theirs
+            inside = [n.name for n in region_of(node) if n.name in self.costs and n is not node]
+            forward[node.name] = sum(backward[n] for n in inside)
+            backward[node.name] = sum(forward[n] + backward[n] for n in inside)
         for node in self.costs:
             times[node] = [forward[node], backward[node]]
         return times
@@ -151,6 +158,9 @@ class _Clock:
                 values[node] = next(given)
             elif node.op == "get_attr":
                 values[node] = self._attribute(str(node.target))
+            elif is_gradient(node):  # what it differentiates has been cut into nodes
+                values[node] = pytree.tree_map_only(torch.Tensor, self._like, node.meta["val"])
+                tape.append((node, [], [], None))
             elif node.op != "output":
                 values[node] = self._forward(node, values, tape)
         gradients: dict[tuple[fx.Node, int], torch.Tensor] = {}
@@ -160,6 +170,11 @@ class _Clock:
                     if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                         gradients[source, i] = torch.ones_like(leaf)
         for node, sources, parameters, outputs in reversed(tape):
+            if is_gradient(node):
+                for source in node.all_input_nodes:
+                    if values[source].requires_grad:
+                        gradients.setdefault((source, 0), torch.ones_like(values[source]))
+                continue
             self._backward(node, sources, parameters, outputs, gradients)
 
     def _forward(self, node: fx.Node, values: dict[fx.Node, Any], tape: list[Any]) -> Any:
@@ -293,13 +308,17 @@ class _Clock:
         return pytree.tree_map_only(torch.device, lambda _: self.device, arguments)
 
     def _example(self, node: fx.Node) -> Any:
-        """Numbers for a model input: normal ones, or zeros where they may be indices."""
+        """The example's numbers for a model input; on the meta device normal ones, or zeros."""
 
-        def make(fake: torch.Tensor) -> torch.Tensor:
-            made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=self.device)
-            return made.normal_() if fake.is_floating_point() else made.zero_()
+        given = self.examples.get(node)
+        if given is not None and not given.is_meta:
+            return given.detach().to(self.device, copy=True)
+        return pytree.tree_map_only(torch.Tensor, self._like, node.meta["val"])
 
-        return pytree.tree_map_only(torch.Tensor, make, node.meta["val"])
+    def _like(self, fake: torch.Tensor) -> torch.Tensor:
+        made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=self.device)
+        made = made.normal_() if fake.is_floating_point() else made.zero_()
+        return made.requires_grad_(fake.requires_grad)
 
 
 def _least(runs: Sequence[dict[str, list[float]]], which: int, overhead: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,9 +151,16 @@ class NodeRunner:
         return self._remember(key, lambda: self._run(target, args, kwargs, state))
 
     def module_on_samples(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: NodeCost
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: NodeCost,
+        samples: Sequence[torch.Tensor] = (),
     ) -> NodeCost:
-        """The cost of a module that cannot run on fake tensors, on random ones, with its own parameters.
+        """The cost of a module that cannot run on fake tensors, on real ones, with its own parameters.
+
+        These are ``samples``, in the order of its arguments' tensors, or random where they do not fit.
 
         ``made`` says what it gives: its sizes in this run depend on the numbers.
         """
@@ -161,7 +169,7 @@ class NodeRunner:
             raise RuntimeError("a module on the meta device cannot run on real tensors")
         with untouched(module, tensors=True):
             torch.manual_seed(0)
-            ran = self._run(module, args, kwargs, state, sample=True)
+            ran = self._run(module, args, kwargs, state, samples)
         inside = ran.saved_inside + sum(ran.fresh[i] for i in ran.saved_fresh)
         return replace(
             made,
@@ -188,9 +196,9 @@ class NodeRunner:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         state: Mapping[str, TensorSpec | torch.Tensor],
-        sample: bool = False,
+        samples: Sequence[torch.Tensor] | None = None,
     ) -> NodeCost:
-        """Run on fake tensors, or on a ``sample`` of real ones; a module's ``state`` may be real tensors."""
+        """Run on fake tensors, or on real ``samples``; a module's ``state`` may be real tensors."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
         saved: list[torch.Tensor] = []
 
@@ -199,8 +207,8 @@ class NodeRunner:
             return tensor
 
         autocast = nullcontext() if self._dtype is None else torch.autocast(_DEVICE.type, dtype=self._dtype)
-        make = _sample if sample else _fake
-        with nullcontext() if sample else self._mode, torch.enable_grad():
+        make = _fake if samples is None else partial(_sample, _by_spec(leaves, samples))
+        with nullcontext() if samples is not None else self._mode, torch.enable_grad():
             self._state = {n: t if isinstance(t, torch.Tensor) else make(t) for n, t in state.items()}
             # One value passed twice is one tensor: attention modules ask whether key *is* query.
             made: dict[int, torch.Tensor] = {}
@@ -217,7 +225,7 @@ class NodeRunner:
             ]
             call_args, call_kwargs = mutable(pytree.tree_unflatten(inputs, structure))
             forward = _Operators(inputs, self._state)
-            sketch = Sketch() if sample else nullcontext()
+            sketch = Sketch() if samples is not None else nullcontext()
             with sketch, forward, torch.autograd.graph.saved_tensors_hooks(pack, _unpack), autocast:
                 value = target(*call_args, **call_kwargs)
             out_leaves, out_structure = pytree.tree_flatten(value)
@@ -320,7 +328,18 @@ def _fake(spec: TensorSpec) -> torch.Tensor:
     )
 
 
-def _sample(spec: TensorSpec) -> torch.Tensor:
+def _by_spec(leaves: Sequence[Any], samples: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Samples by the ids of the leaves that they are for."""
+    specs = [leaf for leaf in leaves if isinstance(leaf, TensorSpec)]
+    if len(specs) != len(samples):
+        return {}
+    pairs = zip(specs, samples, strict=True)
+    return {id(s): t for s, t in pairs if (tuple(t.shape), t.dtype) == (s.shape, s.dtype)}
+
+
+def _sample(known: Mapping[int, torch.Tensor], spec: TensorSpec) -> torch.Tensor:
+    if id(spec) in known:
+        return known[id(spec)].detach().to(_DEVICE).clone().requires_grad_(spec.requires_grad)
     return random_tensor(spec.shape, spec.dtype, _DEVICE).requires_grad_(spec.requires_grad)
 
 

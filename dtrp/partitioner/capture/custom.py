@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from .structure import flatten_output
+from .structure import blank, flatten_output
 
 
 @has_side_effect
@@ -60,7 +60,7 @@ class Rebuild:
 
     def __call__(self, *values: Any) -> Any:
         """The object with these attributes."""
-        made: Any = object.__new__(self.kind)
+        made = blank(self.kind)
         for name, value in zip(self.names, values, strict=True):
             object.__setattr__(made, name, value)
         return made

@@ -1,10 +1,13 @@
-"""Checks of values in the root module's code: passed by the example, and guarded for other batches.
+"""Checks of values in a model's code: passed by the example, and guarded for other batches.
 
 A submodule that decides by values is kept whole. The root cannot be, and a branch of its own is refused. But
-a mere check of the inputs (``assert``, or an ``if`` that ends in ``raise``) stands for one way through the
-code. It is computed for the example, from the part of the graph that leads to it, and the graph gets a
-guard: a batch that does not pass is an error that names the line, as it is in the model. Only checks that
-need no layer with parameters are made this way.
+a mere check (``assert``, or an ``if`` that ends in ``raise``) stands for one way through the code, also where
+a library makes it (torch.distributions does, of every parameter). The graph gets a guard: a batch that does
+not pass is an error that names the line, as it is in the model.
+
+What the answer is for the example mostly follows from the check itself: ``if not valid.all(): raise`` must
+find ``valid.all()`` to be true. Otherwise (``if a and b: raise``) it is computed from the part of the graph
+that leads to it, if that needs no layer with parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .custom import guard
 from .fakes import FakeWorld
-from .location import user_frame
+from .location import asking_frame
 from .snapshot import preserved_randomness
 
 
@@ -49,10 +52,14 @@ class Decisions:
 
     def decide(self, condition: Node, place: str) -> tuple[bool, Any]:
         """The answer to ``if condition:`` and the function of the guard."""
-        frame = user_frame()
-        if frame is None or not is_check(frame.f_code.co_filename, frame.f_lineno):
+        frame = asking_frame()
+        check = frame and check_at(frame.f_code.co_filename, frame.f_lineno)
+        if check is None:
             raise Undecided("it is a branch, not a check")
-        if self._repeated is not None:
+        passed = passing_answer(*check)
+        if passed is not None:
+            answer = passed
+        elif self._repeated is not None:
             if len(self.made) == len(self._repeated):
                 raise Undecided("with another batch size it decides more often")
             answer = self._repeated[len(self.made)]
@@ -61,6 +68,10 @@ class Decisions:
         self.made.append(answer)
         self.places.append(place)
         return answer, guard
+
+    def back_to(self, count: int) -> None:
+        """Forget all but the first decisions: the code that made the others is recorded in another way."""
+        del self.made[count:], self.places[count:]
 
     def _evaluate(self, condition: Node) -> bool:
         """The truth of a node's real value, computed with its ancestors from the example."""
@@ -115,15 +126,37 @@ class Answers(TorchFunctionMode):
             return self._left.pop(0)
 
 
-def is_check(file: str, line: int) -> bool:
-    """Whether the statement whose condition stands at a line only refuses: assert, or if ... raise."""
+def check_at(file: str, line: int) -> tuple[ast.expr, bool] | None:
+    """The condition that stands at a line and what it must be, if its statement only refuses.
+
+    That is: assert, or if ... raise.
+    """
     for statement in _conditional_statements(file):
         test = statement.test
         if test.lineno <= line <= (test.end_lineno or test.lineno):
             if isinstance(statement, ast.Assert):
-                return True
-            return not statement.orelse and _refuses(statement.body[-1])
-    return False
+                return test, True
+            return (test, False) if not statement.orelse and _refuses(statement.body[-1]) else None
+    return None
+
+
+def passing_answer(test: ast.expr, wanted: bool) -> bool | None:
+    """What each tensor in a condition must be for the condition to be ``wanted``; None if that depends."""
+    match test:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return passing_answer(operand, not wanted)
+        case ast.BoolOp(op=op, values=values):
+            if isinstance(op, ast.And) is not wanted:
+                return None  # one of them may be otherwise
+            answers = {passing_answer(value, wanted) for value in values}
+            return answers.pop() if len(answers) == 1 else None
+        case ast.Call(func=ast.Name(id="all" | "any" as name)):
+            return wanted if (name == "all") is wanted else None
+        case ast.Compare(ops=ops):
+            return wanted if wanted or len(ops) == 1 else None
+        case ast.Name() | ast.Attribute() | ast.Subscript() | ast.Call() | ast.BinOp():
+            return wanted
+    return None
 
 
 @functools.lru_cache(maxsize=32)

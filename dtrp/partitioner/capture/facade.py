@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dtrp.errors import CaptureError
 
+from .ambient import ambient_state
 from .explain import Failure, capture_error
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
@@ -84,7 +85,7 @@ def capture(
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
-            with untouched(model), _quiet():
+            with untouched(model), ambient_state(), _quiet():
                 both = WAYS[name](task)
                 _check(task, both, run)
         except Exception as error:
@@ -139,6 +140,8 @@ def _accepted(task: Task, both: BothModes, way: str) -> Captured:
         tuple(task.opened),
         task.flags,
         both.train.asks_grad or both.eval.asks_grad,
+        tuple(task.tensors),
+        task.runs,
     )
 
 

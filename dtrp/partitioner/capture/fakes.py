@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .real import Need, RealRun, RealRuns, plain_values
+from .real import Need, RealRun, RealRuns, Values, plain_values
 from .snapshot import containers_in, copied, refill
 from .state import REGISTRIES
 from .structure import map_tensors, mirror, tensors_in
@@ -36,7 +37,9 @@ class FakeWorld:
         self._contents: dict[int, dict[str, Any]] = {}  # of the dicts, lists and sets among these
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
-        self._met: dict[int, torch.Tensor] = {}  # what modules really gave, by the id of the fake for it
+        self._met = Values()  # what modules really gave, by the id of the fake for it
+        # The same with other samples of the example in each: other values that modules can do with.
+        self._others: list[Values] = []
         self._held: list[torch.Tensor] = []  # these fakes, so that their ids are not given to others
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
@@ -55,12 +58,6 @@ class FakeWorld:
             self.originals[id(self._twins[id(tensor)][1])] = tensor
         return self._twins[id(tensor)][1]
 
-    def meet(self, fake: torch.Tensor, real: torch.Tensor) -> None:
-        """A module that must really run gets ``real`` where it is given ``fake``, if that holds data."""
-        if not real.is_meta and not isinstance(real, FakeTensor):
-            self._met[id(fake)] = real
-            self._held.append(fake)
-
     def _make(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return _unread(self.mode.from_tensor(tensor))
@@ -69,6 +66,16 @@ class FakeWorld:
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
+
+    def meet(
+        self, fake: torch.Tensor, real: Callable[[], Any], others: Sequence[Callable[[], Any]] = ()
+    ) -> None:
+        """What ``fake`` stands for in the example, and in calls with other samples."""
+        self._held.append(fake)
+        self._met.setdefault(id(fake), real)
+        self._others += [Values() for _ in others[len(self._others) :]]
+        for met, other in zip(self._others, others, strict=False):
+            met[id(fake)] = other
 
     @contextmanager
     def inhabited_by(self, model: nn.Module) -> Iterator[None]:
@@ -109,7 +116,7 @@ class FakeWorld:
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise RuntimeError("a module on the meta device cannot run on real inputs")
             need: Need = "second" if self.sizes == "other" else "both" if self.compares else "first"
-            run = self._runs.of(module, args, kwargs, self._met, need)
+            run = self._runs.of(module, args, kwargs, self._met, need, self._others)
             self.flops += run.first.flops
             inputs: list[torch.Tensor] = []
             map_tensors(inputs.append, (args, kwargs))
@@ -153,7 +160,7 @@ class FakeWorld:
                 self.sized_by_values = True
                 valued = [not a or a != b for a, b in zip(sizes, sizes_too, strict=True)]
                 if self.sizes == "other":
-                    x = second[id(x)] if all(sizes_too) else x.new_zeros([size or 1 for size in sizes_too])
+                    x = second[id(x)] if all(sizes_too) else _part_of(x, [size or 1 for size in sizes_too])
                 elif self.sizes == "none":
                     x = x.new_zeros([0 if v else size for size, v in zip(sizes, valued, strict=True)])
             made = _unread(self.mode.from_tensor(x.detach().clone()))
@@ -203,6 +210,16 @@ class FakeWorld:
                 refill(container, contents)
 
 
+def _part_of(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The first rows of a tensor, which mean something to the code behind; zeros where it has too few."""
+    part = tensor[tuple(slice(size) for size in sizes)]
+    return part if list(part.shape) == list(sizes) else tensor.new_zeros(sizes)
+
+
+def _with_data(tensor: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
+
+
 def _unread(fake: torch.Tensor) -> torch.Tensor:
     """The same without the number that torch remembers of a 0-dim one: the next call may find another."""
     fake.item_memo = None  # type: ignore[attr-defined]
@@ -236,7 +253,7 @@ def fake_inputs(
                 fake = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device)
             result.append(fake.requires_grad_(tensor.requires_grad))
             if tuple(shape) == tuple(tensor.shape):
-                world.meet(result[-1], tensor)
+                world.meet(result[-1], partial(_with_data, tensor))
     return result
 
 

@@ -17,16 +17,18 @@ The contract that every way of capturing keeps, and that costs, split and export
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .structure import opened_object
+from .real import RealRuns
+from .structure import hidden_tensors, opened
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,15 @@ class Signature:
         """The signature of ``model(*args, **kwargs)``."""
         forward = inspect.signature(model.forward)
         leaves, names, spec = _bind(forward, args, kwargs)
-        for name, leaf in zip(names, leaves, strict=True):
-            if opened_object(leaf) is not None:
-                kind = type(leaf).__name__
-                raise TypeError(
-                    f"argument {name!r} is a {kind}, an object with tensors inside that pytree does not "
-                    f"know: they could not be told from constants. Register the class once, torch.utils."
-                    f"_pytree.register_pytree_node({kind}, flatten, unflatten), or give the tensors in a "
-                    f"tuple or dict."
-                )
         tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+        for name, leaf in zip(names, leaves, strict=True):
+            if not isinstance(leaf, torch.Tensor) and hidden_tensors(leaf):
+                raise TypeError(
+                    f"argument {name!r} is a {type(leaf).__name__}, which holds tensors where they cannot be "
+                    f"seen: they would be frozen into the graph. Say what it is made of, by "
+                    f"torch.utils._pytree.register_pytree_node({type(leaf).__name__}, ...), or pass its "
+                    f"tensors to the model."
+                )
         constants = {i: leaf for i, leaf in enumerate(leaves) if i not in set(tensors)}
         return cls(forward, spec, tuple(names), tensors, constants)
 
@@ -139,6 +140,8 @@ class Captured:
     opened: tuple[str, ...] = ()  # modules that were not to be kept whole
     flags: tuple[bool, ...] = ()  # each module's ``training``, for the train graph
     asks_grad: bool = False  # its code asks whether gradients are enabled
+    example: tuple[torch.Tensor, ...] = ()  # the call's tensors that it was captured for
+    runs: RealRuns = field(default_factory=RealRuns)  # of what is kept whole
 
     def graph(self, training: bool) -> ModeGraph:
         """The graph of a mode."""
@@ -165,41 +168,28 @@ def _bind(
     except TypeError as e:
         raise TypeError(f"the inputs do not fit the model's forward{forward}: {e}") from None
     bound.apply_defaults()
-    call = bound.args, dict(sorted(bound.kwargs.items()))
-    try:
-        pairs, spec = pytree.tree_flatten_with_path(call)
-    except ValueError:  # a class that was registered without the names of its parts
-        return _bind_unnamed(forward, call)
+    args, named = opened((bound.args, dict(sorted(bound.kwargs.items()))))
+    leaves, spec = pytree.tree_flatten((args, named))
     positional = [
         name
         for name, p in forward.parameters.items()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    names = []
-    for path, _ in pairs:
-        where, key, *rest = cast(tuple[Any, ...], path)
-        if where == pytree.SequenceKey(1):
-            root = str(key.key)
-        elif key.idx < len(positional):
-            root = positional[key.idx]
-        else:
-            root = f"args[{key.idx}]"
-        names.append(root + pytree.keystr(tuple(rest)))
-    return [leaf for _, leaf in pairs], names, spec
-
-
-def _bind_unnamed(
-    forward: inspect.Signature, call: tuple[tuple[Any, ...], dict[str, Any]]
-) -> tuple[list[Any], list[str], pytree.TreeSpec]:
-    """As `_bind`, with leaves named after their argument and place in it."""
-    args, kwargs = call
-    names: list[str] = []
-    for name, value in [*zip(forward.parameters, args, strict=False), *kwargs.items()]:
-        n = len(pytree.tree_leaves(value))
-        names += [name] if n == 1 else [f"{name}[{i}]" for i in range(n)]
-    leaves, spec = pytree.tree_flatten(call)
-    names += [f"args[{i}]" for i in range(len(names), len(leaves))]
+    positional += [f"args[{i}]" for i in range(len(positional), len(args))]
+    names = [
+        root + inner
+        for root, value in (*zip(positional, args, strict=False), *named.items())
+        for inner in _parts_of(value)
+    ]
     return leaves, names, spec
+
+
+def _parts_of(value: Any) -> Iterator[str]:
+    """How each leaf of an argument is reached: ``"['mask']"``."""
+    try:
+        yield from [pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(value)]
+    except ValueError:  # a class that was registered without names for its parts
+        yield from [f"[{i}]" for i in range(len(pytree.tree_leaves(value)))]
 
 
 def _optional_by_name(
@@ -222,7 +212,7 @@ def _optional_by_name(
 
 
 def _same(a: Any, b: Any) -> bool:
-    if a is b:
+    if a is b or (isinstance(a, weakref.ref) and isinstance(b, weakref.ref)):  # to what holds the argument
         return True
     try:
         return type(a) is type(b) and bool(a == b)

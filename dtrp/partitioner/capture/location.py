@@ -29,6 +29,14 @@ def user_frame() -> FrameType | None:
     return frame
 
 
+def asking_frame() -> FrameType | None:
+    """The innermost frame that is not of this package: a library's or the user's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    return frame
+
+
 def raised_at(error: BaseException) -> str:
     """``"file.py:123"`` of the innermost user's line that ``error`` passed through."""
     found = ""

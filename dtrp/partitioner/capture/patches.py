@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -42,11 +42,11 @@ class Observer(Protocol):
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """A region of torch.autocast was entered, or is left."""
 
-    def on_checkpoint(self) -> None:
-        """A region of torch.utils.checkpoint is entered."""
-
     def on_question(self) -> None:
         """The model's own code asks whether gradients are enabled."""
+
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        """A region that checkpointing would run again in the backward pass runs in this context."""
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = value``, before it happens."""
@@ -97,9 +97,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
     def once(frame: Any) -> Any:
         # Checkpointing without storing would run the region again in the backward pass: here it runs once.
-        if not observer.paused:
-            observer.on_checkpoint()
-        return nullcontext()
+        return nullcontext() if observer.paused else observer.on_checkpoint()
 
     enabled = torch.is_grad_enabled
 

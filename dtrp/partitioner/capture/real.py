@@ -1,10 +1,14 @@
-"""Modules that cannot run on fake tensors run on real random ones, for the shapes of what they give."""
+"""Modules that cannot run on fake tensors run on real ones, for the shapes of what they give.
+
+On the example's own numbers where these are known, on numbers that they ran on before, or on random ones.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -48,6 +52,7 @@ class RealRuns:
 
     def __init__(self) -> None:
         self._made: dict[Hashable | None, RealRun] = {}
+        self._served: dict[int, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {}  # inputs that did, by module
 
     def of(
         self,
@@ -56,6 +61,7 @@ class RealRuns:
         kwargs: dict[str, Any],
         met: Mapping[int, torch.Tensor],
         need: Need = "both",
+        others: Sequence[Mapping[int, torch.Tensor]] = (),
     ) -> RealRun:
         """Run ``module`` with its present parameters on tensors like those given. Nothing of it is changed.
 
@@ -66,11 +72,13 @@ class RealRuns:
         args, kwargs
             Its arguments, with fake tensors.
         met : mapping
-            By a fake tensor's id, the real one that a module before this one gave. The first run takes
-            these, which code with expectations can do with (boxes have their corners in order); the second
-            takes them, halved, only where random numbers will not do.
+            By a fake tensor's id, the real one that it stands for. The first run takes these, which code
+            with expectations can do with (boxes have their corners in order, lengths are none of them zero);
+            the second takes ``others``, or these, halved, only where random numbers will not do.
         need
             Which runs are asked for. ``"second"``: another than one already made, or any.
+        others : sequence of mappings
+            As ``met``, for calls with other samples.
 
         Raises
         ------
@@ -81,43 +89,98 @@ class RealRuns:
         key = _key(module, args, kwargs)
         run = self._made.get(key)
         again = need == "both" or run is not None or key is None
+        served = self.served(module, args, kwargs)
         if run is None:
-            run = RealRun(module, _first(module, args, kwargs, met))
+            run = RealRun(module, _first(module, args, kwargs, (met, served)))
+            inputs = tuple(t.detach().clone() for t in run.first.inputs)
+            self._served.setdefault(id(module), (module, inputs))  # the example's own come first
         if run.second is None and need != "first" and again:
-            run = replace(run, second=_another(run, args, kwargs, met))
+            run = replace(run, second=_another(run, args, kwargs, (met, served), others))
         if key is not None:
             self._made[key] = run
         return run
 
+    def inputs(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
+        """The tensors that it first ran on, ``()`` if it never did."""
+        return self._served[id(module)][1] if id(module) in self._served else ()
+
+    def served(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[int, torch.Tensor]:
+        """By the ids of a call's tensors, numbers like those that the module ran on before."""
+        fakes: list[torch.Tensor] = []
+        map_tensors(fakes.append, (args, kwargs))
+        before = self.inputs(module)
+        pairs = zip(fakes, before, strict=len(before) == len(fakes))
+        return {id(fake): real for fake, old in pairs if (real := _rows_like(old, fake)) is not None}
+
+
+def _rows_like(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor | None:
+    """``real`` with its samples repeated or left out to have the shape of ``fake``; None if it cannot."""
+    if real.dtype != fake.dtype or real.dim() != fake.dim() or real.shape[1:] != fake.shape[1:]:
+        return None
+    if real.shape == fake.shape:
+        return real
+    return real[torch.arange(fake.shape[0], device=real.device) % len(real)] if len(real) else None
+
 
 def _first(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], met: Mapping[int, torch.Tensor]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Sequence[Mapping[int, torch.Tensor]],
 ) -> Run:
     """A run with what is known, and zeros for other integers; or ones, where these may be lengths."""
     try:
-        return _run(module, args, kwargs, 0, lambda t: _met(t, met))
+        return _run(module, args, kwargs, 0, lambda t: _met(t, *known))
     except Exception as error:
         with contextlib.suppress(Exception):
-            return _run(module, args, kwargs, 0, lambda t: _met(t, met, ones=True))
+            return _run(module, args, kwargs, 0, lambda t: _ones_like(t) if _counts(t) else _met(t, *known))
         raise error from None
 
 
 def _another(
-    run: RealRun, args: tuple[Any, ...], kwargs: dict[str, Any], met: Mapping[int, torch.Tensor]
+    run: RealRun,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Sequence[Mapping[int, torch.Tensor]],
+    others: Sequence[Mapping[int, torch.Tensor]],
 ) -> Run:
     """A run with other numbers, as different as the module can take without giving another form of result."""
-    attempts: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        _varied_like,
-        _random_like,
-        lambda t: _random_like(t) if t.is_floating_point() else _met(t, met),
-        lambda t: _random_like(t) if t.is_floating_point() else _met(t, met, ones=True),
-    ]
-    for make in attempts:
+
+    def attempt(make: Callable[[torch.Tensor], torch.Tensor], seed: int) -> Run | None:
         with contextlib.suppress(Exception):
-            second = _run(run.module, args, kwargs, 1, make)
+            second = _run(run.module, args, kwargs, seed, make)
             if flatten_output(second.result)[1] == flatten_output(run.first.result)[1]:
                 return second
-    return _run(run.module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
+        return None
+
+    def sizes(found: Run) -> list[int]:
+        return [size for _, tensor in tensors_in(found.result) for size in tensor.shape]
+
+    def news(second: Run) -> int:
+        """In how many sizes it differs from the first."""
+        return sum(a != b for a, b in zip(sizes(run.first), sizes(second), strict=False))
+
+    # Sizes may be equal in two runs by chance: what shows that they depend on values is looked for. Other
+    # samples of the example are dear to compute; they matter where numbers count or choose something.
+    counts = any(_counts(t) for _, t in tensors_in((args, kwargs)))
+    given = [partial(_given, met=other) for other in others if other]
+    makers: list[Callable[[torch.Tensor], torch.Tensor]]
+    makers = [_varied_like, *(given if counts else ()), _random_like, *(() if counts else given)]
+    if counts:
+        makers.append(lambda t: _met(t, *known) if _counts(t) else _random_like(t))
+        makers.append(lambda t: _ones_like(t) if _counts(t) else _random_like(t))
+    best: Run | None = None
+    for seed, make in enumerate(makers, 1):
+        if best is not None and make in given and not counts:
+            break
+        second = attempt(make, seed)
+        if second is not None and (best is None or news(second) > news(best)):
+            best = second
+        if best is not None and news(best):
+            break
+    return best or _run(run.module, args, kwargs, 1, lambda t: _met(t, *known, scale=0.5))
 
 
 def plain_values(result: Any) -> list[Any]:
@@ -214,19 +277,42 @@ def _is_new(value: Any, name: str, attributes: dict[str, Any], contents: dict[st
     return any(id(t) not in known for _, t in tensors_in(value))
 
 
-def _met(
-    fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0, ones: bool = False
-) -> torch.Tensor:
-    """The real tensor behind ``fake`` if it is known, else a random one; ``ones`` for any integers."""
-    real = met.get(id(fake))
-    if ones and not (fake.is_floating_point() or fake.is_complex()):
-        return torch.ones_like(_random_like(fake))
-    if real is None or real.shape != fake.shape:
+def _counts(fake: torch.Tensor) -> bool:
+    """Whether a tensor may hold lengths, indices or flags."""
+    return not (fake.is_floating_point() or fake.is_complex())
+
+
+def _ones_like(fake: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(_random_like(fake))
+
+
+class Values(dict[int, Any]):
+    """Real tensors by the ids of the fake ones; some are computed when they are asked for."""
+
+    def get(self, key: int, default: Any = None) -> Any:
+        """The tensor, ``default`` if it is not known."""
+        value = super().get(key)
+        if callable(value) and not isinstance(value, torch.Tensor):
+            value = self[key] = value()
+        return default if value is None else value
+
+
+def _met(fake: torch.Tensor, *known: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
+    """The real tensor behind ``fake`` if it is known, else a random one."""
+    found = (values.get(id(fake)) for values in known)
+    real = next((t for t in found if t is not None and t.shape == fake.shape), None)
+    if real is None:
         return _random_like(fake)
     real = real.detach().clone()
     if real.is_floating_point() or real.is_complex():
         real *= scale
     return real.requires_grad_(fake.requires_grad)
+
+
+def _given(fake: torch.Tensor, met: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The real tensor in place of ``fake`` in another call, which may have other sizes."""
+    real = met.get(id(fake))
+    return _random_like(fake) if real is None else real.detach().clone().requires_grad_(fake.requires_grad)
 
 
 def _varied_like(fake: torch.Tensor) -> torch.Tensor:

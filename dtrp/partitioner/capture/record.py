@@ -6,12 +6,14 @@ another batch size too, and numbers that changed are computed from tensors in th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .decisions import Decisions
+from .example_values import repeated
 from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
 from .leaves import has_hooks
@@ -19,7 +21,7 @@ from .location import raised_at
 from .modes import BothModes
 from .patches import ObservedFakeMode, observed
 from .recorder import VALUE_DEPENDENT, Recorder
-from .sizes import Differs, free_the_batch, unify
+from .sizes import Differs, batch_of, free_the_batch, unify
 from .snapshot import foreign_randomness, untouched
 from .state import changes_of, state_of, within
 from .structure import flatten_output
@@ -51,7 +53,7 @@ class _Found:
 
     traced: Traced
     failures: dict[str, str]  # modules that were given up half-way, and why
-    decisions: Decisions | None
+    decisions: Decisions
     sized_by_values: bool
 
 
@@ -63,7 +65,6 @@ class _Recording:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._closed = dict(task.closed)
-        self._deciding = False  # the root itself decides by values
         self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
         self._sized = False  # by values, as the example showed
@@ -78,14 +79,10 @@ class _Recording:
         while True:  # each attempt closes at least one module more
             try:
                 found = self._once(batch, size)
-            except VALUE_DEPENDENT as error:
-                # The root itself decides by values: it may be a mere check, or stand in a method.
-                if isinstance(error, DataDependentOutputException) and not self._deciding:
-                    self._deciding = True
-                elif not self._by_methods:
-                    self._by_methods = True
-                else:
+            except VALUE_DEPENDENT:
+                if self._by_methods:
                     raise
+                self._by_methods = True  # the root itself decides by values: that may stand in a method
                 continue
             # Some modules may have been given up half-way and replaced by single nodes. Record again with
             # these closed from the start: their half-run code may have left something behind.
@@ -154,11 +151,12 @@ class _Recording:
         world = FakeWorld(mode, self._task.runs)
         world.sizes, world.compares = sizes, not batch
         with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
-            decisions = Decisions(model, world, tensors, self._decisions) if self._deciding else None
+            decisions = Decisions(model, world, tensors, self._decisions)
             recorder = Recorder(model, world, closed, self._task.opened, decisions)
             inputs = fake_inputs(world, tensors, batch, size)
             for i, tensor in enumerate(inputs):
                 recorder.placeholder(f"input_{i}", tensor)
+            recorder.know_examples(model, _calls(tensors, inputs))
             args, kwargs = self._task.signature.unflatten(inputs)
             mode.observer = recorder
             if self._by_methods:
@@ -183,22 +181,26 @@ class _Recording:
             for name, why in closed.items()
             if not within(name, [c for c in closed if c != name])
         )
-        places = () if decisions is None else dict.fromkeys(decisions.places)
-        notes = [f"the model's check at {place} became a guard in the graph" for place in places]
-        if recorder.checkpoints:
-            notes.append(
-                f"torch.utils.checkpoint ({recorder.checkpoints[0]}) is left to the plan's own "
-                "recomputation: its regions run once a batch, so that BatchNorm in them updates its "
-                "statistics once, where the plain model does it twice"
-            )
         traced = Traced(
             recorder.writer.graph,
             out_spec,
             kept,
-            tuple(notes),
+            tuple(
+                f"the model's check at {place} became a guard in the graph"
+                for place in dict.fromkeys(decisions.places)
+            ),
             asks_grad=recorder.asks_grad,
-            answers=() if decisions is None else tuple(decisions.made),
+            answers=tuple(decisions.made),
             constants=recorder.writer.constants,
             methods=recorder.writer.methods,
         )
         return _Found(traced, recorder.failures, decisions, world.sized_by_values)
+
+
+def _calls(example: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The example in the sizes of ``inputs``, and with its samples in another order or one for all."""
+    size, batch = batch_of(inputs)
+    last = size - 1
+    orders = (range(size), range(last, -1, -1), [0] * size, [last] * size)
+    with _disable_current_modes():
+        return [repeated(example, batch, list(order)) for order in orders]

@@ -19,7 +19,7 @@ import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,8 +32,10 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
+from .checkpointed import Checkpointed, reentrant, updates_buffers, versions
 from .custom import GradientFunction, SameForm, Under
 from .decisions import Decisions, Undecided
+from .example_values import ExampleCalls
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
@@ -41,11 +43,10 @@ from .methods import KeptMethod, own_methods
 from .snapshot import foreign_randomness, preserved_randomness
 from .structure import Step, mirror, mutable, replace_tensors, tensors_in
 from .targets import node_form, property_name
-from .writer import CannotRecord, GraphWriter
+from .writer import CannotKeep, CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
-    "grad": "computes gradients inside forward (autograd.grad)",
     "backward": "calls backward() inside forward",
     "register_hook": "registers a gradient hook on a tensor",
     "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
@@ -66,7 +67,7 @@ class Recorder(TorchFunctionMode):
         world: FakeWorld,
         closed: Collection[str],
         opened: Collection[str],
-        decisions: Decisions | None = None,
+        decisions: Decisions,
     ) -> None:
         super().__init__()
         self.writer = GraphWriter(model, world)
@@ -77,8 +78,9 @@ class Recorder(TorchFunctionMode):
         self._closed, self._opened = closed, opened
         self._decisions = decisions
         self._names = {m: name for name, m in model.named_modules()}
-        self.checkpoints: list[str] = []  # where the model uses torch.utils.checkpoint
         self.asks_grad = False  # the model's code asks whether gradients are enabled
+        self._checkpointed = Checkpointed()
+        self._examples: ExampleCalls | None = None
         self._updates: dict[str, torch.Tensor] = {}
         self._regions: list[str | None] = []  # of torch.autocast, by device
 
@@ -97,12 +99,17 @@ class Recorder(TorchFunctionMode):
             if self.writer.depends_on_inputs(tensor)
         }
 
+    def know_examples(self, model: nn.Module, calls: list[list[torch.Tensor]]) -> None:
+        """The inputs' real tensors in the example's call, and in some others that the model may get."""
+        self._examples = ExampleCalls(model, self._world, self.writer, calls)
+
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
         for name, value in self._updates.items():
             buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
             node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
             node.meta["update"] = name
+        self.asks_grad |= self._checkpointed.write(self.writer)
         self.writer.output(leaves)
 
     # What the model does
@@ -118,17 +125,14 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         with self._pause():
-            if getattr(func, "__name__", "") == "__set__" and property_name(func) == "requires_grad":
-                return self._set_requires_grad(*args)
+            name = getattr(func, "__name__", "")
+            if name == "requires_grad_" or (name == "__set__" and property_name(func) == "requires_grad"):
+                return self._set_requires_grad(*args, **kwargs)
             self._refuse(func)
             try:
                 return self._call(func, node_form, args, kwargs)
             except Exception as error:
-                if (
-                    getattr(func, "__name__", "") != "__bool__"
-                    or self.writer.module
-                    or self._decisions is None
-                ):
+                if getattr(func, "__name__", "") != "__bool__":
                     raise
                 return self._decide(args[0], error)
 
@@ -137,8 +141,9 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A custom autograd function: one node with its own backward."""
         if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
-            self.on_checkpoint()
-            return args[0](*args[2:], **kwargs)
+            flows, region, inputs = reentrant(args)
+            with torch.set_grad_enabled(flows), self._checkpointed.region() if flows else nullcontext():
+                return region(*inputs)
         target = GradientFunction(function)
         with self._pause():
             if function.__module__ == "torch.utils.checkpoint":  # what it keeps for itself (torch 2.11)
@@ -158,7 +163,7 @@ class Recorder(TorchFunctionMode):
         mark, outer = self.writer.mark(), self.writer.module
         self.writer.module = name
         found = mutable((args, kwargs))
-        states = foreign_randomness()
+        states, decided = foreign_randomness(), len(self._decisions.made)
         try:
             with preserved_randomness():
                 result = proceed(module, *args, **kwargs)
@@ -166,9 +171,10 @@ class Recorder(TorchFunctionMode):
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
             return result
         except Exception as error:
-            if name in self._opened or region:
+            if name in self._opened or region or isinstance(error, CannotKeep):
                 raise
             self.writer.roll_back(mark)
+            self._decisions.back_to(decided)
             self.writer.module = outer
             mirror((args, kwargs), found, lambda x: x)  # what it has put in so far is known no more
             try:
@@ -199,11 +205,12 @@ class Recorder(TorchFunctionMode):
             return self._method_leaf(key, kept, args, kwargs)
         mark, outer = self.writer.mark(), self.writer.method
         self.writer.method = key
-        found = mutable((args, kwargs))
+        found, decided = mutable((args, kwargs)), len(self._decisions.made)
         try:
             return method(*args, **kwargs)
         except VALUE_DEPENDENT as error:
             self.writer.roll_back(mark)
+            self._decisions.back_to(decided)
             self.writer.module = ""
             mirror((args, kwargs), found, lambda x: x)
             try:
@@ -219,7 +226,7 @@ class Recorder(TorchFunctionMode):
         name = self.writer.hold(key, kept)
         with self._pause():
             return self._call(
-                lambda *a, **k: self._world.really_run(kept, a, k),
+                lambda *a, **k: self._really_run(kept, a, k),
                 lambda _, a, k: ("call_module", name, a, k),
                 args,
                 kwargs,
@@ -235,6 +242,8 @@ class Recorder(TorchFunctionMode):
         full = f"{path}.{name}" if path else name
         if name in module._buffers and isinstance(value, torch.Tensor):
             twin = self.writer.attribute(full)
+            # Other graphs, such as that of evaluation, would go on reading the tensor that was there before.
+            self._checkpointed.refuse(full, CannotKeep)
             if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
                 raise CannotRecord(f"replaces the buffer {full!r} by another kind of tensor")
             self._updates[full] = value
@@ -245,6 +254,10 @@ class Recorder(TorchFunctionMode):
         elif isinstance(value, torch.Tensor):
             self.left[path, name] = value
 
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        """A region of torch.utils.checkpoint."""
+        return self._checkpointed.region() if torch.is_grad_enabled() else nullcontext()
+
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """The model enters a region of torch.autocast, or leaves it."""
         # Checkpointing enters autocast just to repeat the outer state.
@@ -254,10 +267,6 @@ class Recorder(TorchFunctionMode):
             self._regions.append(None)
         else:
             self._regions.append(region.device)
-
-    def on_checkpoint(self) -> None:
-        """The model enters a region of torch.utils.checkpoint, which runs once here."""
-        self.checkpoints.append(user_location())
 
     def on_question(self) -> None:
         """The model asks whether gradients are enabled."""
@@ -294,6 +303,9 @@ class Recorder(TorchFunctionMode):
         changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
         if not outputs and not changed:
             return result  # a question, answered
+        for tensor in changed:
+            if name := self.writer.attribute_name(tensor):
+                self._checkpointed.refuse(name)
         node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
         if kept:
             self.writer.node("call_function", SameForm.of(kept, result), (node,), {}, None)
@@ -301,28 +313,31 @@ class Recorder(TorchFunctionMode):
 
     def _decide(self, condition: torch.Tensor, error: Exception) -> bool:
         """What the example says of a condition in the root's code; a guard for other batches."""
-        assert self._decisions is not None
-        node, place = self.writer.argument(condition), user_location()
         try:
+            node, place = self.writer.argument(condition), user_location()
             answer, guard = self._decisions.decide(node, place)
-        except Undecided:
+        except (Undecided, CannotRecord):
             raise error from None
         self.writer.node("call_function", guard, (node, answer, place), {}, None)
         return answer
 
-    def _set_requires_grad(self, tensor: torch.Tensor, value: bool) -> None:
+    def _set_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
         node = self.writer.node(
-            "call_method", "requires_grad_", (self.writer.argument(tensor), value), {}, tensor
+            "call_method", "requires_grad_", (self.writer.argument(tensor), requires_grad), {}, tensor
         )
-        tensor.requires_grad = value
+        tensor.requires_grad = requires_grad
         node.meta["val"] = light(tensor)
         self.writer.learn(tensor, node)
+        return tensor
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before = versions(module)
+        if name in self._closed and before and module.training:
+            self._checkpointed.refuse(f"{name}.{next(iter(before))}")
         with self._pause(), preserved_randomness():  # what it draws is its own affair
             outer, self.writer.module = self.writer.module, name
             try:
-                return self._call(
+                result = self._call(
                     lambda *a, **k: self._run(module, proceed, a, k),
                     lambda _, a, k: ("call_module", name, a, k),
                     args,
@@ -331,16 +346,26 @@ class Recorder(TorchFunctionMode):
                 )
             finally:
                 self.writer.module = outer
+        if self._checkpointed.inside and updates_buffers(module, before):
+            if self._checkpointed.nested:
+                self._checkpointed.refuse(f"{name}.{next(iter(before))}")
+            self._checkpointed.updates(list(self.writer.graph.find_nodes(op="call_module", target=name))[-1])
+        return result
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return proceed(module, *args, **kwargs)
         except Exception as error:
             try:
-                return self._world.really_run(module, args, kwargs)
+                return self._really_run(module, args, kwargs)
             except Exception as real:
                 error.__dict__.setdefault("dtrp_real", reason(real))
                 raise error from None
+
+    def _really_run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._examples is not None:
+            self._examples.meet((args, kwargs))
+        return self._world.really_run(module, args, kwargs)
 
     def _written(self, form: Any, changes: bool) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
         """The node's arguments. Where gradients are switched off, none must flow through it."""

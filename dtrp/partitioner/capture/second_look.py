@@ -20,14 +20,13 @@ from torch.utils import _pytree as pytree
 from dtrp.partitioner.op_cost import FlopCount
 
 from .fakes import FakeWorld, fake_inputs
-from .patches import observed
 from .propagate import propagate
 from .sizes import batch_of
 from .snapshot import preserved_randomness, untouched
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
-from .verify import Plain, Unfaithful
+from .verify import Unfaithful
 
 MAX_FLOPS = 2e8
 _SAMPLES = 2
@@ -106,7 +105,6 @@ def _behaviour(
     seen: list[tuple[str, Any]] = []
     with (
         task.in_mode(training),
-        observed(Plain(), model),
         untouched(model, tensors=True),
         preserved_randomness(),
         torch.set_grad_enabled(task.grad),
@@ -162,9 +160,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _held(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value if value.layout == torch.strided else value.to_dense()).detach().clone()
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _difference(a: Any, b: Any) -> str:
@@ -178,8 +174,10 @@ def _difference(a: Any, b: Any) -> str:
         # Objects that do not define equality are different in any two calls of the model itself.
         undefined = "__eq__" not in {k for c in type(a).__mro__[:-1] for k in vars(c)}
         return "" if equal or undefined else f"{_short(b)} instead of {_short(a)}"
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
         return f"{_short(b)} instead of {_short(a)}"
+    if a.layout != torch.strided:  # the gradients of sparse embeddings
+        a, b = a.to_dense(), b.to_dense()
     if torch.equal(a, b) or a.numel() == 0:
         return ""
     wide = torch.complex128 if a.is_complex() else torch.float64
@@ -193,6 +191,7 @@ def _difference(a: Any, b: Any) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
+        layout = "" if value.layout == torch.strided else f" ({value.layout})"
+        return f"{value.dtype} of shape {tuple(value.shape)}{layout}".removeprefix("torch.")
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import operator
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Proxy
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
@@ -17,7 +22,9 @@ from torch.utils import _pytree as pytree
 # One step into a value, as the fx function that makes it: (operator.getitem, key) or (getattr, name).
 Step = tuple[Callable[..., Any], Any]
 
+_CODE = (type, FunctionType, MethodType, ModuleType, partial, nn.Module)
 _DEPTH = 8  # how far objects are opened; what holds its parent is not followed for ever
+_MANY = 10_000  # parts of an object that are looked at
 
 
 class Rebuilt:
@@ -37,14 +44,34 @@ def _flatten(value: Rebuilt) -> tuple[list[Any], Any]:
 
 def _unflatten(parts: Any, context: Any) -> Any:
     kind, names = context
-    value = object.__new__(kind)
+    value = blank(kind)
     for name, part in zip(names, parts, strict=True):
         object.__setattr__(value, name, part)  # also where the class is frozen
+        for key, held in vars(part).items() if hasattr(part, "__dict__") else ():
+            if isinstance(held, weakref.ref) and isinstance(held(), (kind, type(None))):
+                object.__setattr__(part, key, weakref.ref(value))  # a part that knows its owner
     return value
 
 
+def blank(kind: Any) -> Any:
+    """An object of a class, without attributes yet."""
+    try:
+        return object.__new__(kind)
+    except TypeError:  # it is made in C
+        return kind.__new__(kind)
+
+
+def _flatten_with_keys(value: Rebuilt) -> tuple[list[Any], Any]:
+    keys = [pytree.GetAttrKey(name) for name in value.names]
+    return list(zip(keys, value.parts, strict=True)), (value.kind, value.names)
+
+
 pytree.register_pytree_node(
-    Rebuilt, _flatten, _unflatten, serialized_type_name="dtrp.partitioner.capture.structure.Rebuilt"
+    Rebuilt,
+    _flatten,
+    _unflatten,
+    serialized_type_name="dtrp.partitioner.capture.structure.Rebuilt",
+    flatten_with_keys_fn=_flatten_with_keys,
 )
 
 
@@ -53,16 +80,32 @@ def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
     Objects that pytree does not know are opened along their attributes if they hold tensors.
     """
-    return pytree.tree_flatten(_opened(output, _DEPTH))
+    return pytree.tree_flatten(opened(output))
 
 
-def _opened(value: Any, depth: int) -> Any:
+def hidden_tensors(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether an object that `opened` leaves as it is holds tensors somewhere all the same."""
+    waiting, seen = [(value, depth)], {id(value)}
+    while waiting and len(seen) < _MANY:
+        held, left = waiting.pop()
+        if isinstance(held, torch.Tensor):
+            return True
+        for part in gc.get_referents(held) if left and not isinstance(held, _CODE) else ():
+            if id(part) not in seen:
+                seen.add(id(part))
+                waiting.append((part, left - 1))
+    return False
+
+
+def opened(value: Any, depth: int = _DEPTH) -> Any:
+    """``value`` with a `Rebuilt` in place of each object that holds tensors and that pytree does not know."""
+
     def open_object(x: Any) -> Any:
         if depth == 0 or isinstance(x, (torch.Tensor, Proxy)) or not _holds_tensors(x, depth):
             return x
         steps = list(_parts(x))
         names = tuple(name for (_, name), _ in steps)
-        return Rebuilt(type(x), names, [_opened(part, depth - 1) for _, part in steps])
+        return Rebuilt(type(x), names, [opened(part, depth - 1) for _, part in steps])
 
     return pytree.tree_map(open_object, value)
 
@@ -169,6 +212,6 @@ def _parts(value: Any) -> Iterator[tuple[Step, Any]]:
 def _is_plain_object(value: Any) -> bool:
     return (
         hasattr(value, "__dict__")
-        and not callable(value)
+        and not isinstance(value, _CODE)
         and type(value).__module__.split(".")[0] not in ("builtins", "torch", "numpy", "logging", "typing")
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class _Follower:
         if entered:
             raise TraceError("enters torch.autocast inside forward")
 
-    def on_checkpoint(self) -> None:
+    def on_checkpoint(self) -> AbstractContextManager[None]:
         raise TraceError("uses torch.utils.checkpoint")
 
     def on_question(self) -> None:
@@ -109,6 +110,8 @@ class _Guard(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if name in ("_set_grad_enabled", "_enter_autocast", "set_autocast_enabled", "_enter_inference_mode"):
             raise TraceError(f"switches gradients or autocast inside forward ({name})")
+        if func is torch.autograd.grad:
+            raise TraceError("computes gradients inside forward")
         result = func(*args, **(kwargs or {}))
         if is_tensor(result) and name != "__get__":
             # All its arguments were constants: it would stand in the graph as data.

@@ -16,19 +16,27 @@ _OTHER = ("neg", "invert", "abs", "pos", "eq", "ne", "lt", "le", "gt", "ge", "ge
 _OPERATORS: dict[str, Callable[..., Any]] = {
     f"__{name}__": getattr(operator, f"__{name}__")
     for name in (*_BINARY, *_BITWISE, *_OTHER, *(f"i{name}" for name in (*_BINARY, *_BITWISE)))
+    if name != "imatmul"  # tensors have none
 }
 _REFLECTED = {f"__r{name}__": _OPERATORS[f"__{name}__"] for name in (*_BINARY, *_BITWISE)}
 _WRAPPED = {"pow": operator.pow, "pow_": operator.ipow}
 _OPERATORS["__div__"] = operator.truediv
 _REFLECTED["__rdiv__"] = operator.truediv
 _OPERATORS["__idiv__"] = operator.itruediv
+# A method may call itself by another name (``Tensor.__pow__`` is a wrapped ``pow``): its place in the class
+# tells what it is. The plain name of a method counts more than an operator's, ``x.neg()`` is no ``-x``.
+_NAMES: dict[Any, str] = {}
+for _name in (*_OPERATORS, *_REFLECTED):
+    _method: Any = getattr(torch.Tensor, _name, None)
+    if _method is not None and getattr(torch.Tensor, _method.__name__, None) != _method:
+        _NAMES[_method] = _name
 
 
 def node_form(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
     """``(op, target, args, kwargs)`` of the node for ``function(*args, **kwargs)``."""
-    name = getattr(function, "__name__", "")
+    name = str(_NAMES.get(function) or getattr(function, "__name__", ""))
     if is_property(function):
         attribute = property_name(function)
         if attribute == "data":

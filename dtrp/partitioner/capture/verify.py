@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from .checkpointed import reentrant
 from .decisions import Answers
 from .fakes import FakeWorld, fake_inputs
 from .leaves import has_hooks
@@ -84,7 +85,7 @@ def _events_of_model(task: Task, traced: Traced, watched: int = -1) -> list[Even
         args, kwargs = task.signature.unflatten(inputs)
         watcher.found = dict(model.named_buffers())
         watcher.watch_methods(traced.methods)
-        answers = Answers(traced.answers, lambda: watcher.module == "") if traced.answers else nullcontext()
+        answers = Answers(traced.answers, lambda: not watcher.within) if traced.answers else nullcontext()
         with torch.compiler.set_stance("force_eager"), answers, observed(watcher, model), log:
             _seed()
             output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
@@ -105,8 +106,11 @@ def _events_of_graph(task: Task, traced: Traced) -> list[Event]:
         inputs = _inputs(task, world, log)
         with torch.compiler.set_stance("force_eager"), observed(Plain(), model), log:
             _seed()
+            found = dict(model.named_buffers())
             leaves = list(runner.run(*inputs))
-            _finish(log, model, inputs, leaves, traced.out_spec, runner.updates)
+            # A module kept whole assigns to its buffers by itself.
+            assigned = {n: b for n, b in model.named_buffers() if b is not found.get(n)}
+            _finish(log, model, inputs, leaves, traced.out_spec, {**assigned, **runner.updates})
     return log.events
 
 
@@ -173,14 +177,17 @@ class Plain:
 
     def on_gradient_function(self, function: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
-            return args[0](*args[2:], **kwargs)
+            flows, region, inputs = reentrant(args)
+            with torch.set_grad_enabled(flows):
+                return region(*inputs)
         return proceed(*args, **kwargs)
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None: ...
 
-    def on_checkpoint(self) -> None: ...
-
     def on_question(self) -> None: ...
+
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None: ...
 
@@ -192,6 +199,7 @@ class _Watcher(Plain):
 
     def __init__(self, model: nn.Module, world: FakeWorld, traced: Traced, watched: int) -> None:
         self.module = ""
+        self.within = 0  # modules that are one node each, in which nothing is decided for the graph
         self._model, self._world, self._watched = model, world, watched
         self._names = {m: name for name, m in model.named_modules()}
         self._whole = {str(n.target) for n in traced.graph.find_nodes(op="call_module")}
@@ -209,9 +217,16 @@ class _Watcher(Plain):
             if name not in self._whole:
                 return proceed(module, *args, **kwargs)
             run = lambda *a, **k: proceed(module, *a, **k)  # noqa: E731
-            return whole(self.log, self._world, name, module, run, args, kwargs)
+            return self._as_one(name, module, run, args, kwargs)
         finally:
             self.module = outer
+
+    def _as_one(self, name: str, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.within += 1
+        try:
+            return whole(self.log, self._world, name, module, run, args, kwargs)
+        finally:
+            self.within -= 1
 
     def watch_methods(self, kept: Mapping[str, nn.Module]) -> None:
         """Methods that are kept whole in the graph are so here too."""
@@ -223,7 +238,7 @@ class _Watcher(Plain):
     def _on_method(self, held: str, kept: nn.Module, method: Any, *args: Any, **kwargs: Any) -> Any:
         if self.paused or self.module:
             return method(*args, **kwargs)
-        return whole(self.log, self._world, held, kept, method, args, kwargs)
+        return self._as_one(held, kept, method, args, kwargs)
 
 
 class _Runner(Interpreter):
@@ -245,6 +260,8 @@ class _Runner(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self._node = n
+        if "again" in n.meta:  # what checkpointing does in the backward pass; the model runs without it here
+            return None
         if "update" in n.meta:
             args = self.map_nodes_to_values(n.args, n)
             self.updates[self.log.known(args[0])] = args[1]  # type: ignore[index,arg-type,assignment]

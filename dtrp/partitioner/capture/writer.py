@@ -15,6 +15,7 @@ from torch.fx.node import base_types
 
 from .custom import Rebuild
 from .fakes import FakeWorld, light
+from .gradients import enclose
 from .location import user_location
 from .methods import held_name
 from .names import named_tensors
@@ -25,6 +26,10 @@ class CannotRecord(Exception):
     """The running module does something that a graph cannot hold."""
 
     place = ""  # the user's line, where the traceback does not lead there
+
+
+class CannotKeep(CannotRecord):
+    """It does something for which keeping it whole would not help either."""
 
 
 @dataclass
@@ -83,6 +88,7 @@ class GraphWriter:
         """End the graph with the flat output."""
         node = self.graph.output(tuple(self.argument(leaf) for leaf in leaves))
         self._describe(node, tuple(leaves))
+        enclose(self.graph, self._describe)
 
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = light(value)
@@ -105,9 +111,18 @@ class GraphWriter:
             node = self.node("call_function", function, (node, key), {}, value)
         return node
 
+    def source(self, tensor: torch.Tensor) -> tuple[Node, tuple[Step, ...]] | None:
+        """The node that gives ``tensor``, and the steps into its value, if one does."""
+        known = self._known.get(id(tensor))
+        return None if known is None else (known.node, known.steps)
+
     def attribute(self, name: str) -> torch.Tensor:
         """The model's tensor with that qualified name."""
         return next(tensor for tensor, n in self._attributes.values() if n == name)
+
+    def attribute_name(self, tensor: torch.Tensor) -> str:
+        """The qualified name of one of the model's own tensors, ``""`` for another."""
+        return self._attributes[id(tensor)][1] if id(tensor) in self._attributes else ""
 
     def uses_attribute(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is the model's own, and was changed in this recording."""
