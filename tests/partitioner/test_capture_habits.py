@@ -184,13 +184,8 @@ def others(m, x):
 @pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
 @pytest.mark.parametrize("forward", [rsample, likelihood, divergence, policy, others])
 def test_distributions_check_their_arguments(forward, inside, x):
-    """Each check becomes a guard; the code around it is cut like any other."""
     model = Model(lambda m, x: m.inner(x), forward) if inside else Model(forward)
-    captured = assert_faithful(model, (x,))
-    assert not captured.kept_whole
-    assert "the model's check at" in captured.notes[0]
-    with pytest.raises(RuntimeError, match=r"does not pass the model's check at .*habits\.py:\d+"):
-        captured.graph(True)(x * float("nan"))
+    assert not assert_faithful(model, (x,)).kept_whole
 
 
 def refuse_if_not_all(m, x):

@@ -1,5 +1,8 @@
 """Calls of other shapes than the example's are right, or refused with the shapes."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -31,15 +34,98 @@ def mean_by_size(m, x):
     return m.b(m.a(x).sum(1) / x.shape[1])
 
 
-def test_a_size_that_the_code_computes_with_is_refused():
-    """It stands in the graph as a number: another length would be divided by the example's."""
+def test_a_size_that_the_code_computes_with_is_free():
     pipe = compiled(mean_by_size, torch.randn(2, 5, 4))
-    x = torch.randn(7, 5, 4)
-    assert torch.equal(pipe(x), pipe.model(x)), "any batch size"
-    with pytest.raises(ValueError, match=r"'args\[0\]' is float32 of shape \(2, 10, 4\) now") as error:
-        pipe(torch.randn(2, 10, 4))
-    assert "(2, 5, 4) when the model was compiled" in str(error.value)
-    assert "any batch size" in str(error.value)
+    for shape in [(7, 5, 4), (2, 10, 4), (1, 1, 4)]:
+        x = torch.randn(shape)
+        assert torch.equal(pipe(x), pipe.model(x))
+
+
+def masks_by_factories(m, x):
+    t, d = x.shape[1:]
+    mask = torch.ones(t, t).tril() + torch.zeros((t, t)) + torch.full((t, t), 0.5) + torch.eye(t)
+    return m.b(mask @ m.a(x)) + torch.arange(t)[:, None] + x.new_ones(t, d)
+
+
+def positions(m, x):
+    steps = [torch.arange(len(x)), torch.linspace(0, 1, int(x.size(0)))]
+    return m.b(m.a(x)) * (1 / math.sqrt(x.size(1))) + sum(steps)[:, None, None]
+
+
+def heads(m, x):
+    n, t, d = x.size()
+    y = m.a(x).view(n, t, 2, d // 2).transpose(1, 2)
+    y = (y @ y.mT / t).softmax(-1) @ y
+    return m.b(y.transpose(1, 2).reshape(n, -1, d))
+
+
+def gathered(m, x):
+    nodes = m.a(x).flatten(0, 1)
+    edges = torch.arange(nodes.shape[0]) % x.shape[0]
+    return m.b(torch.zeros(x.shape[0], nodes.size(1)).index_add_(0, edges, nodes))
+
+
+def padded(m, x):
+    extra = -x.shape[1] % 4
+    y = nn.functional.pad(x, (0, 0, 0, extra))
+    return m.b(m.a(y))[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("function", [masks_by_factories, positions, heads, gathered, padded])
+@pytest.mark.parametrize("training", [True, False])
+def test_all_sizes_that_the_code_leaves_open_are_open(function, training, monkeypatch):
+    pipe = compiled(function, torch.randn(2, 5, 4))
+    pipe.train(training)
+    monkeypatch.setattr("dtrp.partitioner.capture.fits.capture", None)
+    for shape in [(2, 5, 4), (3, 9, 4), (4, 1, 4), (1, 30, 4)]:
+        x = torch.randn(shape)
+        assert torch.equal(pipe(x), pipe.model(x))
+
+
+def by_length(m, x):
+    if x.shape[1] > 8:
+        return m.a(x)
+    return m.b(x)
+
+
+def by_loop(m, x):
+    for i in range(x.shape[1]):
+        x = x + m.a(x[:, i : i + 1])
+    return x
+
+
+def by_table(m, x):
+    return m.b(x) * {5: 1.0, 6: 2.0}.get(x.shape[1], 3.0)
+
+
+@pytest.mark.parametrize("function", [by_length, by_loop, by_table])
+def test_a_size_that_decides_is_refused_with_its_line(function):
+    pipe = compiled(function, torch.randn(2, 5, 4))
+    for n in (2, 3):
+        x = torch.randn(n, 5, 4)
+        assert torch.equal(pipe(x), pipe.model(x))
+    text = r"args\[0\]' is float32 of shape \(2, 9, 4\) now.*test_fits\.py:\d+ needs a plain Python value"
+    with pytest.raises(ValueError, match=text):
+        pipe(torch.randn(2, 9, 4))
+
+
+@pytest.mark.parametrize("executor", ["inline", "workers"])
+def test_other_lengths_in_every_batch_train_like_the_plain_loop(executor):
+    torch.manual_seed(0)
+    pipe = compiled(heads, torch.randn(2, 5, 4))
+    plain = copy.deepcopy(pipe.model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    with pipe.trainer(
+        nn.functional.mse_loss, lambda p: torch.optim.SGD(p, lr=0.1), method="bp", executor=executor
+    ) as trainer:
+        for t in (5, 9, 3, 12, 5, 1):
+            x, y = torch.randn(2, t, 4), torch.randn(2, t, 4)
+            trainer.step(x, y)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(plain(x), y).backward()
+            optimizer.step()
+    for k, v in plain.state_dict().items():
+        torch.testing.assert_close(pipe.model.state_dict()[k], v)
 
 
 def test_a_size_that_the_code_does_not_look_at_is_free():
@@ -101,18 +187,17 @@ def test_sizes_that_must_be_equal():
     pipe = compiled(masked, torch.randn(3, 4), torch.ones(3))
     x = torch.randn(5, 4)
     assert torch.equal(pipe(x, torch.ones(5)), pipe.model(x, torch.ones(5)))
-    with pytest.raises(ValueError, match="as capturing it for the new ones fails"):
+    with pytest.raises(ValueError, match="and fails with these sizes"):
         pipe(x, torch.ones(4))
 
 
-def test_shapes_that_were_found_right_are_not_captured_again(monkeypatch):
+def test_shapes_that_were_found_right_are_not_looked_at_again(monkeypatch):
     x = torch.randn(2, 5, 4)
     captured = capture(Model(lambda m, x: m.b(m.a(x))), (x,))
-    assert captured.method == "record"
     fits = Fits(captured)
     longer = torch.randn(2, 6, 4)
     fits.check([longer], (longer,), {}, True)
-    monkeypatch.setattr("dtrp.partitioner.capture.fits.capture", None)
+    monkeypatch.setattr("dtrp.partitioner.capture.fits.propagate", None)
     fits.check([longer], (longer,), {}, True)
     fits.check([x], (x,), {}, True)
 

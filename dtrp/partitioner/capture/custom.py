@@ -30,6 +30,26 @@ def guard(condition: torch.Tensor, expected: bool, place: str) -> None:
         )
 
 
+class OtherSizes(RuntimeError):
+    """A batch has sizes that a graph is not for."""
+
+
+@has_side_effect
+def same_size(value: Any, expected: Any, place: str) -> None:
+    """Refuse sizes with which the model's code would take another course.
+
+    Raises
+    ------
+    OtherSizes
+        ``value`` is not ``expected``.
+    """
+    if value != expected:
+        raise OtherSizes(
+            f"the model's code at {place} needs a plain Python value that depends on sizes, which is {value} "
+            f"now and was {expected} when the model was compiled"
+        )
+
+
 class Rebuild:
     """Makes an object of a class that fx does not know from its attributes, as the target of a node."""
 

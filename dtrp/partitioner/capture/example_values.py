@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +54,12 @@ class ExampleValues:
                 for each in node.graph.nodes if needed else ():
                     if each in needed:
                         self._values[each] = self._run(each)
+                value = self._values[node]
+                for function, key in steps:
+                    value = function(value, key)
+                return value
         except Exception:  # whatever the user's code raises on them: another number will have to do
             return None
-        value = self._values[node]
-        for function, key in steps:
-            value = function(value, key)
-        return value
 
     def _missing(self, node: Node) -> set[Node]:
         found: set[Node] = set()
@@ -114,7 +115,7 @@ class ExampleCalls:
         for _, tensor in tensors_in(arguments):
             source = self._writer.source(tensor)
             if source is not None:
-                real, *others = [call.of(*source) for call in self._calls]
+                real, *others = [partial(call.of, *source) for call in self._calls]
                 self._world.meet(tensor, real, others)
 
 

@@ -69,6 +69,12 @@ _KNOWN = (
         "in the part named above.",
     ),
     (
+        ("calls backward() inside forward",),
+        "forward computes gradients itself, through layers that stages would cut apart",
+        "Do it in a submodule of its own, under torch.enable_grad() and from a detached input: it is then "
+        "kept whole, as one node; or compute these gradients in the loss.",
+    ),
+    (
         ("under torch.utils.checkpoint",),
         "a buffer is changed under torch.utils.checkpoint, whose code runs once more in the backward pass",
         "Switch checkpointing off (stages recompute by themselves: dtrp.compile(..., recompute=True)), or "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .real import Need, RealRun, RealRuns, plain_values
+from .real import Need, RealRun, RealRuns, Values, plain_values
 from .snapshot import containers_in, copied, refill
 from .state import REGISTRIES
 from .structure import map_tensors, mirror, tensors_in
@@ -36,9 +37,9 @@ class FakeWorld:
         self._contents: dict[int, dict[str, Any]] = {}  # of the dicts, lists and sets among these
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
-        self._met: dict[int, torch.Tensor] = {}  # what modules really gave, by the id of the fake for it
+        self._met = Values()  # what modules really gave, by the id of the fake for it
         # The same with other samples of the example in each: other values that modules can do with.
-        self._others: list[dict[int, torch.Tensor]] = []
+        self._others: list[Values] = []
         self._held: list[torch.Tensor] = []  # these fakes, so that their ids are not given to others
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
@@ -66,15 +67,15 @@ class FakeWorld:
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
 
-    def meet(self, fake: torch.Tensor, real: torch.Tensor | None, others: Sequence[Any]) -> None:
+    def meet(
+        self, fake: torch.Tensor, real: Callable[[], Any], others: Sequence[Callable[[], Any]] = ()
+    ) -> None:
         """What ``fake`` stands for in the example, and in calls with other samples."""
         self._held.append(fake)
-        if real is not None:
-            self._met.setdefault(id(fake), real)
-        self._others += [{} for _ in others[len(self._others) :]]
-        for met, other in zip(self._others, others, strict=True):
-            if isinstance(other, torch.Tensor):
-                met[id(fake)] = other
+        self._met.setdefault(id(fake), real)
+        self._others += [Values() for _ in others[len(self._others) :]]
+        for met, other in zip(self._others, others, strict=False):
+            met[id(fake)] = other
 
     @contextmanager
     def inhabited_by(self, model: nn.Module) -> Iterator[None]:
@@ -215,6 +216,10 @@ def _part_of(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     return part if list(part.shape) == list(sizes) else tensor.new_zeros(sizes)
 
 
+def _with_data(tensor: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
+
+
 def _unread(fake: torch.Tensor) -> torch.Tensor:
     """The same without the number that torch remembers of a 0-dim one: the next call may find another."""
     fake.item_memo = None  # type: ignore[attr-defined]
@@ -247,6 +252,8 @@ def fake_inputs(
             else:
                 fake = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device)
             result.append(fake.requires_grad_(tensor.requires_grad))
+            if tuple(shape) == tuple(tensor.shape):
+                world.meet(result[-1], partial(_with_data, tensor))
     return result
 
 

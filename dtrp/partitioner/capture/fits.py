@@ -15,8 +15,12 @@ from torch import nn
 
 from dtrp.errors import CaptureError
 
+from .custom import OtherSizes, same_size
 from .facade import capture
+from .fakes import FakeWorld, fake_inputs
 from .graph import Captured, ModeGraph
+from .modes import in_mode
+from .propagate import propagate
 from .sizes import batch_of
 from .traced import Traced, same_graph
 
@@ -40,9 +44,10 @@ class Fits:
         ValueError
             Names the argument, its shape now and in the example, and what to do.
         """
-        if self._captured.method == "fx":
-            return
         graph = self._captured.graph(training)
+        if self._captured.method == "fx" and all(map(_alike, tensors, self._example)):
+            self._pass_guards(graph, tensors, training)
+            return
         size, batch = batch_of(self._example)
         key = (training, *((tuple(t.shape), t.dtype) for t in tensors))
         if key in self._right:
@@ -68,6 +73,32 @@ class Fits:
                     f"{self._told(other[0], tensors)}: the graph is for the shapes of the example{free}, "
                     f"as {reason}. Pad to these shapes, or compile again with an example of the new ones."
                 )
+        self._right.add(key)
+
+    def _pass_guards(self, graph: ModeGraph, tensors: Sequence[torch.Tensor], training: bool) -> None:
+        """Run the graph on fake tensors of the call's sizes if it has guards; nothing is computed."""
+        key = (training, *(t.shape for t in tensors))
+        guards = graph.module.graph.find_nodes(op="call_function", target=same_size)
+        if key in self._right or not guards:
+            return
+        pairs = enumerate(zip(tensors, self._example, strict=True))
+        i = next((i for i, (a, b) in pairs if a.shape != b.shape), None)
+        if i is not None:
+            world = FakeWorld()
+            world.compares = False
+            model = self._captured.model
+            try:
+                with in_mode(model, self._captured.flags if training else None):
+                    inputs = fake_inputs(world, [t.detach() for t in tensors])
+                    propagate(graph.module, graph.module.graph, world, inputs, keep=False)
+            except OtherSizes as error:
+                raise ValueError(
+                    f"{self._told(i, tensors)}: {error}, so the graph is not for these sizes. Pad to sizes "
+                    "that take the same course, or compile again with an example of the new ones."
+                ) from None
+            except Exception as error:
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{self._told(i, tensors)}, and fails with these sizes: {line}") from None
         self._right.add(key)
 
     def _like_example(self, i: int, tensor: torch.Tensor, is_batch: bool) -> bool:
@@ -97,6 +128,10 @@ class Fits:
         if not (_same(mine.train, new.train) and _same(mine.eval, new.eval)):
             return "the model's code computes with sizes, or takes another course with the new ones"
         return ""
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.dim() == b.dim()
 
 
 def _same(a: ModeGraph, b: ModeGraph) -> bool:

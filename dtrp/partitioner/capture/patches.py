@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
@@ -21,7 +22,9 @@ from .location import is_users
 class Observer(Protocol):
     """Who is told of what the model does; ``proceed`` does what would have happened without patches."""
 
-    paused: bool
+    @property
+    def paused(self) -> bool:
+        """Whether to leave it alone."""
 
     def on_module(
         self, module: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -85,10 +88,9 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def patched_enter(region: torch.autocast) -> Any:
-        result = enter(region)  # type: ignore[no-untyped-call]
-        if not unseen():
-            observer.on_autocast(region, True)
-        return result
+        if not observer.paused:
+            observer.on_autocast(region, True)  # may refuse: nothing must have been entered then
+        return enter(region)  # type: ignore[no-untyped-call]
 
     def patched_exit(region: torch.autocast, *error: Any) -> Any:
         if not unseen():
@@ -115,6 +117,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         (torch, "is_grad_enabled", asked),
         (transformer, "_detect_is_causal_mask", given),
         (checkpoint, "_checkpoint_hook", once),
+        (Distribution, "_validate_args", False),  # which looks at values only to refuse some
         (torch.autocast, "__enter__", patched_enter),
         (torch.autocast, "__exit__", patched_exit),
         (nn.Module, "__call__", patched_call),
@@ -162,7 +165,7 @@ class ObservedFakeMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
-        self.observer: Observer | None = None
+        self.observer: Any = None
 
     def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer

@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from dtrp.partitioner.op_cost import FlopCount
 
+from .custom import guard, same_size
 from .fakes import FakeWorld, light
 from .snapshot import untouched
 
+_KEPT = (same_size, guard)
 _CONSTANT_TYPES = (torch.device, torch.dtype, torch.layout, torch.memory_format, str)
 
 
@@ -84,6 +86,19 @@ def propagate(
     count = count or FlopCount()
     with untouched(model), world.inhabited_by(model), torch.enable_grad(), count:
         return _Propagator(model, graph, world, constants, keep, count).run(*inputs)
+
+
+def without_unused(graph: Graph) -> None:
+    """Leave out questions that nobody uses the answers of (a size that was only looked at)."""
+    for node in reversed(graph.nodes):
+        value = node.meta.get("val")
+        asked = not isinstance(value, torch.Tensor) and node.op in ("call_function", "call_method")
+        if asked and not node.users and node.target not in _KEPT and not _holds_tensors(value):
+            graph.erase_node(node)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return value is None or any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value))
 
 
 def fold_constants(graph: Graph) -> None:

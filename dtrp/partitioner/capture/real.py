@@ -89,13 +89,13 @@ class RealRuns:
         key = _key(module, args, kwargs)
         run = self._made.get(key)
         again = need == "both" or run is not None or key is None
-        met = {**self.served(module, args, kwargs), **met}
+        served = self.served(module, args, kwargs)
         if run is None:
-            run = RealRun(module, _run(module, args, kwargs, 0, lambda t: _met(t, met)))
+            run = RealRun(module, _first(module, args, kwargs, (met, served)))
             inputs = tuple(t.detach().clone() for t in run.first.inputs)
             self._served.setdefault(id(module), (module, inputs))  # the example's own come first
         if run.second is None and need != "first" and again:
-            run = replace(run, second=_another(run, args, kwargs, met, others))
+            run = replace(run, second=_another(run, args, kwargs, (met, served), others))
         if key is not None:
             self._made[key] = run
         return run
@@ -124,18 +124,33 @@ def _rows_like(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor | None:
     return real[torch.arange(fake.shape[0], device=real.device) % len(real)] if len(real) else None
 
 
+def _first(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Sequence[Mapping[int, torch.Tensor]],
+) -> Run:
+    """A run with what is known, and zeros for other integers; or ones, where these may be lengths."""
+    try:
+        return _run(module, args, kwargs, 0, lambda t: _met(t, *known))
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            return _run(module, args, kwargs, 0, lambda t: _ones_like(t) if _counts(t) else _met(t, *known))
+        raise error from None
+
+
 def _another(
     run: RealRun,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    met: Mapping[int, torch.Tensor],
+    known: Sequence[Mapping[int, torch.Tensor]],
     others: Sequence[Mapping[int, torch.Tensor]],
 ) -> Run:
     """A run with other numbers, as different as the module can take without giving another form of result."""
 
-    def attempt(make: Callable[[torch.Tensor], torch.Tensor]) -> Run | None:
+    def attempt(make: Callable[[torch.Tensor], torch.Tensor], seed: int) -> Run | None:
         with contextlib.suppress(Exception):
-            second = _run(run.module, args, kwargs, 1, make)
+            second = _run(run.module, args, kwargs, seed, make)
             if flatten_output(second.result)[1] == flatten_output(run.first.result)[1]:
                 return second
         return None
@@ -147,17 +162,25 @@ def _another(
         """In how many sizes it differs from the first."""
         return sum(a != b for a, b in zip(sizes(run.first), sizes(second), strict=False))
 
-    # Sizes may be equal in two runs by chance: what shows that they depend on values is looked for.
+    # Sizes may be equal in two runs by chance: what shows that they depend on values is looked for. Other
+    # samples of the example are dear to compute; they matter where numbers count or choose something.
+    counts = any(_counts(t) for _, t in tensors_in((args, kwargs)))
+    given = [partial(_given, met=other) for other in others if other]
     makers: list[Callable[[torch.Tensor], torch.Tensor]]
-    makers = [_varied_like, *(partial(_given, met=other) for other in others if other), _random_like]
+    makers = [_varied_like, *(given if counts else ()), _random_like, *(() if counts else given)]
+    if counts:
+        makers.append(lambda t: _met(t, *known) if _counts(t) else _random_like(t))
+        makers.append(lambda t: _ones_like(t) if _counts(t) else _random_like(t))
     best: Run | None = None
-    for make in makers:
-        second = attempt(make)
+    for seed, make in enumerate(makers, 1):
+        if best is not None and make in given and not counts:
+            break
+        second = attempt(make, seed)
         if second is not None and (best is None or news(second) > news(best)):
             best = second
         if best is not None and news(best):
-            return best
-    return best or _run(run.module, args, kwargs, 1, lambda t: _met(t, met, 0.5))
+            break
+    return best or _run(run.module, args, kwargs, 1, lambda t: _met(t, *known, scale=0.5))
 
 
 def plain_values(result: Any) -> list[Any]:
@@ -254,10 +277,31 @@ def _is_new(value: Any, name: str, attributes: dict[str, Any], contents: dict[st
     return any(id(t) not in known for _, t in tensors_in(value))
 
 
-def _met(fake: torch.Tensor, met: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
+def _counts(fake: torch.Tensor) -> bool:
+    """Whether a tensor may hold lengths, indices or flags."""
+    return not (fake.is_floating_point() or fake.is_complex())
+
+
+def _ones_like(fake: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(_random_like(fake))
+
+
+class Values(dict[int, Any]):
+    """Real tensors by the ids of the fake ones; some are computed when they are asked for."""
+
+    def get(self, key: int, default: Any = None) -> Any:
+        """The tensor, ``default`` if it is not known."""
+        value = super().get(key)
+        if callable(value) and not isinstance(value, torch.Tensor):
+            value = self[key] = value()
+        return default if value is None else value
+
+
+def _met(fake: torch.Tensor, *known: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
     """The real tensor behind ``fake`` if it is known, else a random one."""
-    real = met.get(id(fake))
-    if real is None or real.shape != fake.shape:
+    found = (values.get(id(fake)) for values in known)
+    real = next((t for t in found if t is not None and t.shape == fake.shape), None)
+    if real is None:
         return _random_like(fake)
     real = real.detach().clone()
     if real.is_floating_point() or real.is_complex():

@@ -114,8 +114,13 @@ class _Recording:
         """
         text = "takes another course with another size, which is computed from values"
         try:
-            others = [self._once(batch, size, "other"), self._once(batch, size, "none")]
-            failures = others[0].failures | others[1].failures
+            others = [self._once(batch, size, "other")]
+            try:
+                others.append(self._once(batch, size, "none"))
+            except VALUE_DEPENDENT:  # a module kept whole that takes nothing empty
+                if self._same_sizes(found.traced, others[0].traced):
+                    raise
+            failures = {name: why for other in others for name, why in other.failures.items()}
             if not failures:
                 unify([found.traced, *(other.traced for other in others)], by_values=True)
             return failures
@@ -131,6 +136,14 @@ class _Recording:
             error, place = CannotRecord(f"{text}: {failure}"), raised_at(failure)
         error.place = place
         raise error
+
+    @staticmethod
+    def _same_sizes(a: Traced, b: Traced) -> bool:
+        shapes = [
+            [v.shape for n in t.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+            for t in (a, b)
+        ]
+        return shapes[0] == shapes[1]
 
     def _once(self, batch: tuple[int, ...], size: int | tuple[int, ...], sizes: Sizes = "found") -> _Found:
         model, tensors, closed = self._task.model, self._task.tensors, self._closed

@@ -6,10 +6,9 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+import operator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,18 +18,19 @@ from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from .fakes import FakeWorld, fake_inputs
-from .graph import Signature
+from .custom import GradientFunction, same_size
+from .fakes import FakeWorld, fake_inputs, light
 from .leaves import has_hooks, is_leaf
-from .location import is_users, user_location
+from .location import user_location
 from .modes import BothModes
-from .patches import replaced
-from .propagate import fold_constants, open_outputs, propagate
-from .snapshot import foreign_randomness, untouched
+from .patches import observed
+from .propagate import fold_constants, open_outputs, without_unused
+from .snapshot import foreign_randomness, preserved_randomness, untouched
 from .state import changes_of, state_of
-from .structure import flatten_output
+from .structure import flatten_output, mutable
 from .task import Task
 from .traced import Traced
+from .valued import Valued, followed, is_tensor, valued
 
 
 def trace_symbolically(task: Task) -> BothModes:
@@ -41,8 +41,15 @@ def trace_symbolically(task: Task) -> BothModes:
         raise TraceError("the model itself has hooks")
 
     def trace() -> Traced:
-        tracer = _ModuleTracer(task.signature, task.opened, task.closed)
-        with untouched(model), _no_side_effects(), replaced((torch, "is_grad_enabled", _asked)), _Guard():
+        world = FakeWorld(runs=task.runs)
+        tracer = _ModuleTracer(task, world)
+        with (
+            untouched(model),
+            world.inhabited_by(model),
+            observed(_Follower(tracer), model),
+            followed(tracer, model),
+            _Guard(tracer),
+        ):
             states, state = foreign_randomness(), state_of(model)
             graph = tracer.trace(model)
             if changes := changes_of(model, state, ()):
@@ -50,61 +57,67 @@ def trace_symbolically(task: Task) -> BothModes:
             if foreign_randomness() != states:
                 raise TraceError("draws random numbers from Python's or numpy's generator")
         assert tracer.out_spec is not None
-        world = FakeWorld()
-        propagate(model, graph, world, fake_inputs(world, task.tensors))
+        without_unused(graph)
         fold_constants(graph)
         return Traced(graph, open_outputs(graph, tracer.out_spec))
 
     return BothModes.of(model, task.flags, trace)
 
 
-_is_grad_enabled = torch.is_grad_enabled
+class _Follower:
+    """What the model does besides calling torch functions: stops what no node would repeat."""
 
+    def __init__(self, tracer: _ModuleTracer) -> None:
+        self._tracer = tracer
 
-def _asked() -> bool:
-    if is_users(sys._getframe(1).f_code.co_filename):
+    @property
+    def paused(self) -> bool:
+        return self._tracer.running
+
+    def on_module(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return proceed(module, *args, **kwargs)
+
+    def on_gradient_function(
+        self, function: type[torch.autograd.Function], proceed: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if function.__module__ == "torch.utils.checkpoint":
+            self.on_checkpoint()
+        return self._tracer.create_proxy("call_function", GradientFunction(function), args, kwargs)
+
+    def on_autocast(self, region: torch.autocast, entered: bool) -> None:
+        if entered:
+            raise TraceError("enters torch.autocast inside forward")
+
+    def on_checkpoint(self) -> AbstractContextManager[None]:
+        raise TraceError("uses torch.utils.checkpoint")
+
+    def on_question(self) -> None:
         raise TraceError("asks whether gradients are enabled")
-    return _is_grad_enabled()
+
+    def on_write(self, module: nn.Module, name: str, value: Any) -> None:
+        raise TraceError(f"sets the attribute {name!r} of a {type(module).__name__} inside forward")
 
 
 class _Guard(TorchFunctionMode):
-    """Stops where symbolic tracing would silently freeze or drop what the model does."""
+    """Stops where tracing would silently freeze or drop what the model does."""
+
+    def __init__(self, tracer: _ModuleTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if self._tracer.running:
+            return func(*args, **(kwargs or {}))
         if name in ("_set_grad_enabled", "_enter_autocast", "set_autocast_enabled", "_enter_inference_mode"):
             raise TraceError(f"switches gradients or autocast inside forward ({name})")
         if func is torch.autograd.grad:
             raise TraceError("computes gradients inside forward")
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and name not in ("__get__", "detach"):
+        if is_tensor(result) and name != "__get__":
             # All its arguments were constants: it would stand in the graph as data.
             raise TraceError(f"computes a tensor from constants ({name})")
         return result
-
-
-@contextmanager
-def _no_side_effects() -> Iterator[None]:
-    """Assignments to modules inside forward, and regions that run twice, stop the tracing."""
-    write, here = nn.Module.__setattr__, threading.get_ident()
-
-    def refuse(module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() != here:  # somebody who builds a model meanwhile
-            return write(module, name, value)
-        raise TraceError(f"sets the attribute {name!r} of a {type(module).__name__} inside forward")
-
-    def twice(*_: Any) -> Any:
-        raise TraceError("uses torch.utils.checkpoint inside forward")
-
-    regions: Any = checkpoint
-    hook = regions._checkpoint_hook
-    try:
-        nn.Module.__setattr__ = refuse  # type: ignore[method-assign,assignment]
-        regions._checkpoint_hook = twice
-        yield
-    finally:
-        nn.Module.__setattr__ = write  # type: ignore[method-assign]
-        regions._checkpoint_hook = hook
 
 
 class _ModuleTracer(Tracer):
@@ -113,27 +126,19 @@ class _ModuleTracer(Tracer):
     # Buffers that forward uses or changes become nodes like parameters.
     proxy_buffer_attributes = True
 
-    def __init__(self, signature: Signature, opened: Collection[str], closed: Collection[str]) -> None:
+    def __init__(self, task: Task, world: FakeWorld) -> None:
         # Plain Python functions of sizes (math.sqrt of a width) become nodes too.
         import math
 
         super().__init__(autowrap_modules=(math,))
-        self._signature = signature
-        self._opened, self._closed = opened, closed
+        self._task, self._world = task, world
+        self._signature = task.signature
+        self._opened, self._closed = task.opened, task.closed
         self.out_spec: torch.utils._pytree.TreeSpec | None = None
-        self._thread = threading.get_ident()
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if threading.get_ident() != self._thread:  # somebody who runs a model meanwhile
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        self.running = False  # a node's function, to learn its value
+        self._inputs = iter(fake_inputs(world, task.tensors))
+        self._pinned: set[Any] = set()
+        self._values: dict[Node, Any] = {}  # with their history, unlike those that stay in the graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m, module_qualified_name, closed=self._closed, opened=self._opened)
@@ -152,10 +157,73 @@ class _ModuleTracer(Tracer):
         return run, [self.root, *proxies]
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
+        if args[0] is torch.autograd.grad or args[0] in ("backward", "register_hook", "retain_grad"):
+            raise TraceError("computes gradients inside forward")
         node = super().create_node(kind, *args, **kwargs)
         node.meta["module"] = str(node.target) if kind == "call_module" else self.scope.module_path
         node.meta["location"] = user_location() if kind.startswith("call") else ""
+        if kind != "output":
+            self._values[node] = self._value(node)
+            node.meta["val"] = self._light(self._values[node])
+        else:
+            node.meta["val"] = torch.fx.map_arg(node.args[0], lambda n: n.meta["val"])
         return node
+
+    def _light(self, value: Any) -> Any:
+        self.running = True
+        try:
+            return light(value)
+        finally:
+            self.running = False
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is Valued else super().create_arg(a)
+
+    def proxy(self, node: Node) -> Any:
+        return valued(self, node, node.meta["val"])
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)
+
+    def pin(self, proxy: Valued) -> None:
+        """Put a guard into the graph that the proxy's value is what it is."""
+        key = proxy.node, proxy.value
+        if key not in self._pinned:
+            self._pinned.add(key)
+            self.create_node("call_function", same_size, (proxy.node, proxy.value, user_location()), {})
+
+    def _value(self, node: Node) -> Any:
+        """What a node gives on fake tensors."""
+        args, kwargs = mutable(torch.fx.map_arg((node.args, node.kwargs), self._values.__getitem__))
+        self.running = True
+        try:
+            match node.op:
+                case "placeholder":
+                    return next(self._inputs)
+                case "get_attr":
+                    return operator.attrgetter(str(node.target))(self.root)
+                case "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                case "call_module":
+                    return self._module(str(node.target), args, kwargs)
+                case _:
+                    return node.target(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self.running = False
+
+    def _module(self, name: str, args: Any, kwargs: Any) -> Any:
+        module = self.root.get_submodule(name)
+        with preserved_randomness():
+            try:
+                return module(*args, **kwargs)
+            except Exception as error:
+                try:
+                    return self._world.really_run(module, args, kwargs)
+                except Exception:
+                    raise error from None
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         try:

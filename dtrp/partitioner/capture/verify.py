@@ -104,7 +104,7 @@ def _events_of_graph(task: Task, traced: Traced) -> list[Event]:
     with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
         runner.log = log = _started(task, model, world, runner.where)
         inputs = _inputs(task, world, log)
-        with torch.compiler.set_stance("force_eager"), observed(_Plain(), model), log:
+        with torch.compiler.set_stance("force_eager"), observed(Plain(), model), log:
             _seed()
             found = dict(model.named_buffers())
             leaves = list(runner.run(*inputs))
@@ -167,7 +167,7 @@ def _finish(
             log.add(f"gradient of {name}", log.value(p.grad), ())
 
 
-class _Plain:
+class Plain:
     """Lets a graph run as it is; what the model does inside its layers is as when the model runs."""
 
     paused = False
@@ -192,7 +192,7 @@ class _Plain:
     def on_write(self, module: nn.Module, name: str, value: Any) -> None: ...
 
 
-class _Watcher(_Plain):
+class _Watcher(Plain):
     """Follows the model's own run: which module is running, and which must really run."""
 
     log: OperatorLog
