@@ -88,7 +88,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def patched_enter(region: torch.autocast) -> Any:
-        if not observer.paused:
+        if not unseen():
             observer.on_autocast(region, True)  # may refuse: nothing must have been entered then
         return enter(region)  # type: ignore[no-untyped-call]
 
@@ -104,12 +104,12 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
     def once(frame: Any) -> Any:
         # Checkpointing without storing would run the region again in the backward pass: here it runs once.
-        return nullcontext() if observer.paused else observer.on_checkpoint()
+        return nullcontext() if unseen() else observer.on_checkpoint()
 
     enabled = torch.is_grad_enabled
 
     def asked() -> bool:
-        if not observer.paused and is_users(sys._getframe(1).f_code.co_filename):
+        if not unseen() and is_users(sys._getframe(1).f_code.co_filename):
             observer.on_question()
         return enabled()
 

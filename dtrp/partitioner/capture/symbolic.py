@@ -7,6 +7,7 @@ that must know a value (a branch on a shape, ``len``, an assertion) cannot be fo
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,7 +17,6 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 
 from .custom import GradientFunction, same_size
 from .fakes import FakeWorld, fake_inputs, light
@@ -131,7 +131,7 @@ class _ModuleTracer(Tracer):
         import math
 
         super().__init__(autowrap_modules=(math,))
-        self._task, self._world = task, world
+        self._task, self._world, self._thread = task, world, threading.get_ident()
         self._signature = task.signature
         self._opened, self._closed = task.opened, task.closed
         self.out_spec: torch.utils._pytree.TreeSpec | None = None
@@ -183,10 +183,14 @@ class _ModuleTracer(Tracer):
         return valued(self, node, node.meta["val"])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self._unseen() else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)
+        return forward(*args, **kwargs) if self._unseen() else super().call_module(m, forward, args, kwargs)
+
+    def _unseen(self) -> bool:
+        """Whether it is not the model's forward that runs: a node, to learn its value, or another thread."""
+        return self.running or threading.get_ident() != self._thread
 
     def pin(self, proxy: Valued) -> None:
         """Put a guard into the graph that the proxy's value is what it is."""
