@@ -105,6 +105,9 @@ def compiled(
                 return with_plan(str(path))
     found = with_plan(None).plan
     stage_of = cut(found, run.lengths) if plan is None else plan["stage_of"]
+    if set(found.stage_of) != set(stage_of) and len(found.stage_of) == len(stage_of):
+        # Nodes of other names (x += y was written as an addition once) in the same order.
+        stage_of = dict(zip(found.stage_of, stage_of.values(), strict=True))
     if set(found.stage_of) != set(stage_of):
         raise dtrp.PlanMismatchError("the captured graph has other nodes than the recorded plan")
     recompute = (*[run.recompute] * (run.stages - 1), False)
