@@ -36,16 +36,11 @@ def make_programs(
     order = _positions(model)
     with in_mode(model, compiled.captured.flags):  # a stage's train mode is as it was made
         modules = [
-            _stage_module(train, evaluate, device, order)
-            for train, evaluate, device in zip(cut.train.modules, evaluated.modules, devices, strict=True)
-        ]
-    if loss is not None:
-        if hasattr(modules[-1], LOSS):
-            raise ValueError(
-                f"the loss has parameters or buffers, which are trained under the name {LOSS!r}, but the "
-                f"model has a module of that name; rename it in the model"
+            _stage_module(train, evaluate, device, order, loss if k == len(devices) - 1 else None)
+            for k, (train, evaluate, device) in enumerate(
+                zip(cut.train.modules, evaluated.modules, devices, strict=True)
             )
-        modules[-1].add_module(LOSS, loss)
+        ]
     train = _as_trained(cut.train.wiring, modules)
     ties = _ties(modules, train.trained)
     written = compiled.hazards.written_inputs
@@ -70,7 +65,11 @@ def make_programs(
 
 
 def _stage_module(
-    train: fx.GraphModule, evaluate: fx.GraphModule, device: torch.device, order: Mapping[str, int]
+    train: fx.GraphModule,
+    evaluate: fx.GraphModule,
+    device: torch.device,
+    order: Mapping[str, int],
+    loss: nn.Module | None,
 ) -> StageModule:
     """A stage's graphs as a plain module that runs without fx.
 
@@ -78,7 +77,15 @@ def _stage_module(
     """
     held = {**attributes(train, train.graph), **attributes(evaluate, evaluate.graph)}
     names = sorted(held, key=lambda name: (order.get(name, len(order)), name.count("."), name))
-    return StageModule({name: held[name] for name in names}, _code(train, device), _code(evaluate, device))
+    inside = {name: held[name] for name in names}
+    if loss is not None:
+        if any(name.split(".")[0] == LOSS for name in names):
+            raise ValueError(
+                f"the loss has parameters or buffers, which are trained under the name {LOSS!r}, but the "
+                f"model has a module of that name; rename it in the model"
+            )
+        inside[LOSS] = loss
+    return StageModule(inside, _code(train, device), _code(evaluate, device))
 
 
 def _positions(model: nn.Module) -> dict[str, int]:

@@ -51,7 +51,7 @@ HOMES = {  # in the runtime
     "getsignal": {"interrupts.py"},
     "random.seed(": {"random.py"},
     "__dict__": {"twins.py", "program.py"},
-    ".training = ": {"stage.py"},
+    ".training = ": {"program.py", "stage.py"},
     "subprocess.Popen(": {"processes.py"},
 }
 

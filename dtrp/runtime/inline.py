@@ -190,7 +190,9 @@ class Inline:
 def _told(stage: int, error: BaseException) -> WorkerError:
     if isinstance(error, WorkerError):
         return error
-    text = "".join(traceback.format_exception(error)) if isinstance(error, Exception) else ""
+    if not isinstance(error, Exception):
+        return WorkerError(f"{type(error).__name__} in the middle of a tick")
+    text = "".join(traceback.format_exception(error))
     return WorkerError(
         f"stage {stage} failed: {type(error).__name__}: {error}", stage=stage, remote_traceback=text
     )
