@@ -74,7 +74,8 @@ class QueueLinks:
         return queue.popleft() if queue else None
 
     def waiting(self) -> int:
-        return sum(len(queue) for channel, queue in self.queues.items() if channel.target == self.stage)
+        mine = self.stage
+        return sum(len(queue) for channel, queue in self.queues.items() if queue and channel[2] == mine)
 
 
 def canonical(value: Any) -> Any:

@@ -95,6 +95,10 @@ class ParameterSet:
 
     def __post_init__(self) -> None:
         self.parameters: list[Tensor] = list(self.names.values())
+        places = {id(p): i for i, p in enumerate(self.parameters)}
+        # Which parameters each of the optimizer's groups has, and those that the user's optimizer leaves out.
+        self._members = [[places[id(p)] for p in g["params"]] for g in self.optimizer.param_groups]
+        self._left_out = sorted(set(places.values()).difference(*self._members))
         # Whether the scheduler is one of those that ReduceLROnPlateau is the model of.
         self.wants_metric = (
             self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters
@@ -105,14 +109,15 @@ class ParameterSet:
         if s <= 0:
             torch._foreach_copy_(targets, self.parameters)
             return
-        into = dict(zip(self.parameters, targets, strict=True))
         with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
-            for group in self.optimizer.param_groups:
-                members = [p for p in group["params"] if p in into]
-                states = [self._state(p) for p in members]
-                predict_all(self.predictor, members, group, states, s, [into.pop(p) for p in members])
-        if into:  # the user's optimizer leaves them out
-            torch._foreach_copy_(list(into.values()), list(into))
+            for group, members in zip(self.optimizer.param_groups, self._members, strict=True):
+                weights = [self.parameters[i] for i in members]
+                states = [self._state(p) for p in weights]
+                predict_all(self.predictor, weights, group, states, s, [targets[i] for i in members])
+        if self._left_out:
+            torch._foreach_copy_(
+                [targets[i] for i in self._left_out], [self.parameters[i] for i in self._left_out]
+            )
 
     def _state(self, parameter: Tensor) -> Mapping[str, Any]:
         state: Mapping[str, Any] = self.optimizer.state.get(parameter, {})

@@ -116,6 +116,7 @@ class Trainer:
             False  # in the pipeline; newer weights in the stages than in the model
         )
         self._rescued = _Rescued(self)
+        self._modes: list[tuple[nn.Module, bool]] = []  # of all modules, when training began
         self._exact = False  # the exact order is followed for now
         self._exact_updates: float = config.exact_start
         self._closed = False
@@ -501,10 +502,13 @@ class Trainer:
         inputs, named, target = take_target(
             self._compiled.model, args, kwargs, has_target=self.config.loss_fn is not None
         )
-        if self._run is None and not self._compiled.model.training:
+        if self._run is not None:
+            self._check_modes()
+        elif not self._compiled.model.training:
             self._compiled.model.train()
         try:
-            self._compiled.prepare(inputs, named)
+            if self._run is None:
+                self._compiled.prepare(inputs, named)
             tensors = self._compiled.bind(inputs, named)
         except TypeError as e:
             raise TypeError(f"{e}; {what_step_takes(args, self.config.loss_fn is not None)}") from None
@@ -514,8 +518,21 @@ class Trainer:
             self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return self._run, tensors, target
 
+    def _check_modes(self) -> None:
+        """Stages have the modes of the moment when training began. (A model that is in eval mode as a whole
+        is being looked at; that changes nothing here.)"""
+        if self._compiled.model.training:
+            for module, mode in self._modes:
+                if module.training is not mode:
+                    raise RuntimeError(
+                        f"a {type(module).__name__} was put into {'eval' if mode else 'train'} mode after "
+                        f"training began, which its stage cannot follow; leave this trainer and go on with a "
+                        f"new one, pipe.trainer(...), which takes the modes as it finds them"
+                    )
+
     def _start(self) -> Inline | Workers:
         """Start the stages."""
+        self._modes = [(m, m.training) for m in self._compiled.model.modules()]
         programs = self._compiled.programs(self._owner.loss)
         self._wiring, self._eval_wiring = programs[0].train, programs[0].evaluate
         self._owner.begin()
