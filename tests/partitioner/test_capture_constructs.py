@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import random
+import threading
 
 import pytest
 import torch
@@ -521,3 +522,19 @@ def test_a_refusal_prints_nothing(x, capfd):
     with pytest.raises(CaptureError):
         capture(Part(by_values), (x,))
     assert capfd.readouterr() == ("", "")
+
+
+def test_factories_in_other_threads_are_left_alone(x):
+    """Somebody who fills batches while the model is captured gets tensors."""
+    found = []
+
+    def forward(m, x):
+        other = threading.Thread(target=lambda: found.append(torch.zeros(3) + torch.arange(3)))
+        other.start()
+        other.join()
+        return m.a(x) + torch.ones(x.shape[0], 1)
+
+    captured = assert_faithful(Part(forward), (x,))
+    assert captured.method == "fx"
+    assert len(found) > 1
+    assert all(type(t) is torch.Tensor for t in found)

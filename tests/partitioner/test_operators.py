@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.capture.graph import Signature
 from dtrp.partitioner.capture.modes import BothModes
@@ -214,28 +213,31 @@ class Big(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("function", [Reverse.apply, by_type, torch.is_tensor, in_half])
-def test_what_fx_gets_wrong_goes_to_the_recorder(function, device):
+def test_what_proxies_tempt_to_get_wrong_is_right_at_any_size(function, device):
     if function is torch.is_tensor:
 
         def function(x):
             return x.exp() if torch.is_tensor(x) else x
 
     with torch.device(device):
-        model, x = (
-            Big(function),
-            torch.randn(4096, 4096, 64) if device == "meta" else torch.randn(2, 4096, 64),
-        )
+        shape = (4096, 4096, 64) if device == "meta" else (2, 4096, 64)
+        model, x = Big(function), torch.randn(shape)
     if function is in_half:
         model.b = nn.Linear(x.shape[1], 64, device=device)
     captured = capture(model, (x,))
-    assert captured.method == "record"
-    with pytest.raises(CaptureError, match=r"where its graph runs|autocast|inside forward"):
-        capture(model, (x,), ways=["fx"])
+    assert captured.method == ("record" if function is in_half else "fx")
+    code = captured.train.module.code
+    names = {Reverse.apply: "Reverse(", by_type: "tanh(", in_half: "_matmul("}
+    assert names.get(function, "exp(") in code
 
 
 def test_the_first_operator_that_differs_is_named():
-    with pytest.raises(
-        CaptureError, match=r"the model runs aten\.tanh.* where its graph runs aten\.t"
-    ) as error:
-        capture(Big(by_type), (torch.randn(4, 64),), ways=["fx"])
+    task, good = traced(Big(by_type), torch.randn(4, 64), trace_symbolically)
+    bad = good.copy()
+    for node in bad.graph.nodes:
+        if node.target is torch.tanh:
+            node.target = torch.sin
+    text = r"the model runs aten\.tanh\.default\(%\d+\).* where its graph runs aten\.sin"
+    with pytest.raises(Unfaithful, match=text) as error:
+        verify(task, bad, True)
     assert "test_operators.py:" in str(error.value)

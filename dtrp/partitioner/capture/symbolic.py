@@ -1,7 +1,8 @@
-"""First way: torch.fx's symbolic tracing, down to the layers of torch.nn.
+"""First way: torch.fx's symbolic tracing, down to the layers of torch.nn, by proxies that know their values.
 
-All sizes stay symbolic, so the graph takes any batch and any resolution that the model takes. Python code
-that must know a value (a branch on a shape, ``len``, an assertion) cannot be followed.
+Sizes stay open, so the graph takes any batch and any resolution that the model takes; where code needs a
+true number, a guard stands in the graph (`valued`). What has effects besides values (regions of no_grad and
+autocast, assigned attributes, modules that must be kept whole) is left to the recorder.
 """
 
 from __future__ import annotations
@@ -183,12 +184,12 @@ class _ModuleTracer(Tracer):
         return valued(self, node, node.meta["val"])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._unseen() else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.unseen() else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._unseen() else super().call_module(m, forward, args, kwargs)
+        return forward(*args, **kwargs) if self.unseen() else super().call_module(m, forward, args, kwargs)
 
-    def _unseen(self) -> bool:
+    def unseen(self) -> bool:
         """Whether it is not the model's forward that runs: a node, to learn its value, or another thread."""
         return self.running or threading.get_ident() != self._thread
 

@@ -196,7 +196,7 @@ def followed(tracer: Any, model: nn.Module) -> Iterator[None]:
 
     def made(function: Any) -> Any:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if tracer.running:
+            if tracer.unseen():
                 return function(*args, **kwargs)
             return tracer.create_proxy("call_function", function, args, kwargs)
 
