@@ -441,7 +441,12 @@ class Pipeline:
             base = compile_model(self.model, self._request, args, kwargs)
             self._variants[base.captured.flags, True] = base
             whole = {kept.module for kept in base.captured.kept_whole}
-            self._watch = Watch(self.model, whole, base.captured.tensor_attributes)
+            called = {
+                str(node.target)
+                for mode in (base.captured.train, base.captured.eval)
+                for node in mode.module.graph.find_nodes(op="call_module")
+            }
+            self._watch = Watch(self.model, whole, base.captured.tensor_attributes, called)
             self._compiled = base
             self._example = keep_example(self.bind(*self._call))
         grad = grad or not base.captured.asks_grad

@@ -249,12 +249,20 @@ def _told(owner: str, name: str, old: Any, new: Any) -> str:
 class Watch:
     """What of a model its graphs depend on, apart from the values of tensors; tells what was changed.
 
-    ``whole``: modules that really run in the graphs, and so follow their own attributes. ``tensors``: names
-    of tensor attributes that the graphs use though they are no parameters or buffers.
+    ``whole``: modules that really run in the graphs, and so follow their own attributes. ``called``: modules
+    that the graphs call, whose hooks, and their parts', run. ``tensors``: names of tensor attributes that the
+    graphs use though they are no parameters or buffers.
     """
 
-    def __init__(self, model: nn.Module, whole: Collection[str] = (), tensors: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        whole: Collection[str] = (),
+        tensors: Collection[str] = (),
+        called: Collection[str] = (),
+    ) -> None:
         self._model, self._whole, self._tensors = model, frozenset(whole), frozenset(tensors)
+        self._called = {id(m) for name, m in model.named_modules() if within(name, called)}
         self._quick = self._pointers()
         self._full = self._details()
 
@@ -277,7 +285,8 @@ class Watch:
             values = vars(module)
             made.append(id(module))
             made.append(tuple(map(id, module._parameters.values())))
-            made += [tuple(map(id, values[hooks].values())) for hooks in _HOOKS if values[hooks]]
+            if id(module) not in self._called:
+                made += [tuple(map(id, values[hooks].values())) for hooks in _HOOKS if values[hooks]]
             for name in values.keys() - _OWN:
                 value = values[name]
                 made.append(frozen(value) if changeable(value) else id(value))
@@ -289,9 +298,10 @@ class Watch:
         for path, module in self._model.named_modules(remove_duplicate=False):
             name = path or type(module).__name__
             found[f"the module {name!r}"] = id(module), type(module)
-            found[f"the hooks of module {name!r}"] = [
-                tuple(map(id, vars(module)[hooks].values())) for hooks in _HOOKS
-            ]
+            if id(module) not in self._called:
+                found[f"the hooks of module {name!r}"] = [
+                    tuple(map(id, vars(module)[hooks].values())) for hooks in _HOOKS
+                ]
             for own, p in module._parameters.items():
                 full = f"{path}.{own}".removeprefix(".")
                 found[f"the parameter {full!r}"] = (
