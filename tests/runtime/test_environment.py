@@ -385,7 +385,14 @@ def test_importable() -> None:
 # ---- streams -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("redirect", ["<&-", "2>&-", "<&- 2>&- >&-"], ids=["stdin", "stderr", "all"])
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        pytest.param("<&-", id="stdin", marks=pytest.mark.slow),
+        pytest.param("2>&-", id="stderr", marks=pytest.mark.slow),
+        pytest.param("<&- 2>&- >&-", id="all"),
+    ],
+)
 def test_closed_descriptors(tmp_path: Path, redirect: str) -> None:
     script(
         tmp_path,
@@ -512,6 +519,7 @@ def test_trainers_in_threads(executors: tuple[str, str], nothing_left: None) -> 
         assert same(state, expected)
 
 
+@pytest.mark.slow
 def test_in_the_processes_of_a_pool(tmp_path: Path) -> None:
     said = script(
         tmp_path,
@@ -653,6 +661,7 @@ def test_stages_that_wait_for_each_other(nothing_left: None) -> None:
     assert took < 20
 
 
+@pytest.mark.slow
 def test_a_stage_that_computes_for_long_is_left_alone() -> None:
     with trainer(compiled(mlp(3)), "workers", busy, watchdog=1.5) as t:
         for x, y in [*batches(2), *batches(1, size=3), *batches(2)]:
@@ -660,8 +669,17 @@ def test_a_stage_that_computes_for_long_is_left_alone() -> None:
     assert len(t.losses) == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        (1, signal.SIGKILL),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGKILL, marks=pytest.mark.slow),
+        (2, signal.SIGSTOP),
+    ],
+)
 def test_each_worker_killed_or_stopped(stage: int, number: signal.Signals, nothing_left: None) -> None:
     t = trainer(compiled(mlp(3), 3), "workers", watchdog=3.0)
     what = "killed by SIGKILL" if number == signal.SIGKILL else "shown no sign of life"
