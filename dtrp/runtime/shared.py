@@ -207,6 +207,8 @@ class _Receiver(_End):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.forms: dict[int, Form] = {}
+        self.poll = select.poll()
+        self.poll.register(self.socket, select.POLLIN)
 
     def _next(self, size: int) -> bytearray:
         while len(self.read) < size:
@@ -293,6 +295,11 @@ class SharedLinks:
         while not inbox:
             self._read(channel.source)
         return inbox.popleft()
+
+    def has(self, source: int) -> bool:
+        """Whether something from ``source`` is there already."""
+        receiver = self._receivers[source]
+        return bool(receiver.read) or bool(receiver.poll.poll(0))
 
     def take_any(self, source: int) -> tuple[Channel, Message]:
         """The next message of whatever kind from ``source``."""

@@ -20,6 +20,7 @@ PACE = 0.25  # seconds between signs of life
 SIZE = 256  # bytes for each process
 HEAD = struct.Struct("<QQd?")  # beats, things done, processor time, whether it waits for another stage
 WORKING = 0.01  # of a processor: who takes less does not compute
+ASLEEP = 10  # times the limit: so long may a stage wait in the middle of its work (for a service, a device)
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,13 @@ class Watch:
                 return None
             phases = "; ".join(f"stage {k}: {s.phase}" for k, s in enumerate(signs))
             busy = [k for k, s in enumerate(signs) if not s.waits and s.phase != "idle"]
+            if busy and late_by <= ASLEEP * self.limit:
+                return None
             if busy:
                 return busy[0], (
-                    f"stage {busy[0]} has not computed for {late_by:.0f} s (watchdog={self.limit:g} s), in "
-                    f"the middle of its work: its code waits for something, a lock or a connection ({phases})"
+                    f"stage {busy[0]} has not computed for {late_by:.0f} s ({ASLEEP} times the watchdog's "
+                    f"{self.limit:g} s), in the middle of its work: its code waits for something, a lock or "
+                    f"a connection ({phases})"
                 )
             return next(k for k, s in enumerate(signs) if s.waits), (
                 f"the stages have waited for each other for {late_by:.0f} s (watchdog={self.limit:g} s): "

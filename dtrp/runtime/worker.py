@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .batch import Feed, Update
+from .batch import Feed, Loss, Skip, Update
 from .config import TrainConfig
 from .environment import Environment
 from .links import LostStage, Message
@@ -28,6 +29,8 @@ from .stage import Stage
 from .transfer import dumps, loads
 from .vitals import Page, show_life
 from .voice import Voice
+
+PATIENCE = 0.005  # seconds that a loss may wait to be told
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Worker:
         self.specs: list[pytree.TreeSpec] = []
         self.held: deque[Feed] = deque()  # whose rounds are not due yet
         self.failed = False
+        self.unsaid: list[Loss | Skip] = []
+        self.said = 0.0  # when, by the clock
         show_life(Page(page, n_stages), stage, self._look, lambda: os._exit(1))
 
     def _look(self) -> tuple[int, bool, str]:
@@ -68,6 +73,8 @@ class Worker:
         """Until told to stop. After a failure only questions are answered."""
         while True:
             try:
+                if self.unsaid and not self.links.has(CALLER):
+                    self._say_news()
                 channel, message = self.links.take_any(CALLER)
             except LostStage:
                 return  # the caller is gone
@@ -85,6 +92,7 @@ class Worker:
                 if self.failed:
                     continue
                 self.failed = True
+                self._say_news()  # of the batches that went well
                 self.voice.fail(e, e.stage if isinstance(e, LostStage) else None)
                 self.links.close(but=CALLER)  # peers that wait for this stage wait in vain
 
@@ -145,10 +153,19 @@ class Worker:
         self.tell("reply", number, getattr(self.stage, method)(*arguments))
 
     def _tell_news(self, *, wait: bool = False) -> None:
-        """A loss is never waited for while rounds go on."""
+        """A loss is never waited for while rounds go on.
+
+        Each word wakes the caller, which costs as much as a small stage's whole round: where rounds are
+        short, several losses are said at once, when there is nothing else to do or `PATIENCE` is over.
+        """
         assert self.stage is not None
-        for item in self.stage.news(wait=wait):
-            self.tell("news", item)
+        self.unsaid += self.stage.news(wait=wait)
+        if self.unsaid and (wait or time.monotonic() - self.said > PATIENCE):
+            self._say_news()
+
+    def _say_news(self) -> None:
+        self.tell("news", self.unsaid)
+        self.unsaid, self.said = [], time.monotonic()
 
 
 def _finish(job: Generator[None, None, Any]) -> Any:

@@ -117,7 +117,7 @@ class Workers:
     def throttle(self) -> None:
         """Wait until the stages have caught up far enough for the next batch."""
         # Let workers run ahead of the caller, and the caller a little ahead of the workers.
-        while self._fed - self._finished > 2 * self.n_stages + 2:
+        while self._fed - self._finished > 2 * self.n_stages + 6:
             self._listen()
         self._listen(block=False)
 
@@ -289,9 +289,9 @@ class Workers:
 
     def _note(self, stage: int, message: tuple[Any, ...]) -> None:
         match message:
-            case ("news", item):
-                self._news.append(item)
-                self._finished += isinstance(item, Loss)
+            case ("news", items):
+                self._news += items
+                self._finished += sum(isinstance(item, Loss) for item in items)
             case ("reply", number, value):
                 self._replies[stage, number] = value
             case ("result", value):
