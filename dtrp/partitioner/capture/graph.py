@@ -241,4 +241,6 @@ def _short(value: Any) -> str:
 
 
 def _describe(names: Sequence[str]) -> str:
-    return "(" + ", ".join(names) + ")"
+    return (
+        f"({', '.join(names)})" if len(names) <= 12 else f"({', '.join(names[:3])}, ... {len(names)} values)"
+    )
