@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .folder import check_replaceable, existing, read_folder, replace_folder, sync, write_folder
+from .folder import check_replaceable, existing, load_plain, read_folder, replace_folder, sync, write_folder
 
 FORMAT = "dtrp checkpoint"
 VERSION = 2
@@ -114,10 +114,7 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     source = existing(Path(path))
     try:
-        if source.is_dir():
-            data = read_folder(source)
-        else:
-            data = torch.load(source, map_location="cpu", weights_only=True)
+        data = read_folder(source) if source.is_dir() else load_plain(source)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {source}") from None
     except Exception as e:

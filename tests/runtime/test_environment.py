@@ -678,7 +678,7 @@ def test_a_stage_that_computes_for_long_is_left_alone() -> None:
         (1, signal.SIGKILL),
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGKILL, marks=pytest.mark.slow),
-        (2, signal.SIGSTOP),
+        pytest.param(2, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
 def test_each_worker_killed_or_stopped(stage: int, number: signal.Signals, nothing_left: None) -> None:
