@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOMES[name], __name__), name)
         globals()[name] = value
         return value
-    if name in ("onnx", "partitioner", "runtime"):
+    if name in ("callbacks", "integrations", "onnx", "partitioner", "runtime"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -183,6 +183,7 @@ class Pipeline:
         watchdog: float = 60.0,
         compensation_warmup: int = 100,
         tensorboard: str | os.PathLike[str] | None = None,
+        logger: Any = None,
         record: bool = False,
         schedule: Literal["auto", "fig1", "lean"] = "auto",
         micro_batches: int | Literal["auto"] = "auto",
@@ -254,6 +255,9 @@ class Pipeline:
         tensorboard : path, optional
             A folder for TensorBoard: losses, evaluations, the stages' measurements (needs the extra
             ``tensorboard``).
+        logger : optional
+            Who is told the same numbers: a ``SummaryWriter``, a run of Weights & Biases, a logger of
+            Lightning, a function ``(numbers, step)``, or a list of such. It is not closed here.
         record : bool
             Keep what each stage did (`Trainer.events`).
         schedule : {"auto", "fig1", "lean"}
@@ -334,6 +338,7 @@ class Pipeline:
             batch_compensation=batch_compensation,
             compensation_warmup=compensation_warmup,
             tensorboard=tensorboard,
+            logger=logger,
             autosave=autosave,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,18 +26,27 @@ class Failed:
     message: str
     trace: str
 
+    @classmethod
+    def by(cls, name: str, error: Exception) -> Failed:
+        """The metric of this name, with ``error``."""
+        return cls(f"metric {name!r} failed: {type(error).__name__}: {error}", traceback.format_exc())
+
 
 @dataclass(frozen=True)
 class Measure:
-    """Maps ``(output, target)`` of a batch to ``{name: (mean, weight)}``; the weight is the batch size."""
+    """Maps ``(output, target)`` of a batch to ``{name: (mean, weight)}``; the weight is the batch size.
+
+    Objects that gather what they see (`gathers`) get every batch, and are asked at the end (`totals`).
+    """
 
     loss_fn: Callable[..., Tensor] | None
     metrics: Mapping[str, Metric]
     accuracy: bool
+    gathering: Mapping[str, Any]
 
     @classmethod
     def of(cls, loss_fn: Callable[..., Tensor] | None, metric: Any) -> Measure:
-        """From what the user passed as ``metric``: nothing, a callable, or callables by name.
+        """From what the user passed as ``metric``: nothing, a metric, or metrics by name.
 
         Raises
         ------
@@ -44,15 +54,23 @@ class Measure:
             Something else.
         """
         if metric is None:
-            return cls(loss_fn, {}, True)
-        if callable(metric):
-            return cls(loss_fn, {getattr(metric, "__name__", type(metric).__name__): metric}, False)
-        if isinstance(metric, Mapping) and all(callable(m) for m in metric.values()):
-            return cls(loss_fn, dict(metric), False)
-        raise TypeError(
-            f"metric={metric!r}: expected a callable (output, target) -> number, a dict of such callables by "
-            f"name, or None"
-        )
+            return cls(loss_fn, {}, True, {})
+        named = metric if isinstance(metric, Mapping) else {"" if gathers(metric) else _name(metric): metric}
+        if not all(gathers(m) or (callable(m) and not isinstance(m, type)) for m in named.values()):
+            raise TypeError(
+                f"metric={metric!r}: expected a callable (output, target) -> number, a metric of "
+                f"torchmetrics (an object, such as MulticlassF1Score(10)), a dict of such by name, or None"
+            )
+        each = {name: m for name, m in named.items() if not gathers(m)}
+        return cls(loss_fn, each, False, {name: m for name, m in named.items() if gathers(m)})
+
+    def begin(self, device: torch.device) -> Measure:
+        """The same for one evaluation on ``device``: with objects of its own, that have seen nothing yet."""
+        gathering = {name: copy.deepcopy(metric) for name, metric in self.gathering.items()}
+        for metric in gathering.values():
+            metric.reset()
+            metric.to(device)
+        return replace(self, gathering=gathering)
 
     def with_loss(self, loss_fn: Callable[..., Tensor]) -> Measure:
         """The same with another loss: the last stage's own module."""
@@ -64,17 +82,52 @@ class Measure:
             target = target.target
         size = float(_batch_size(target if target is not None else output))
         found = {"loss": (loss, size)}
-        for name, metric in self.metrics.items():
+        scores = class_scores(output)
+        for name, metric in {**self.metrics, **self.gathering}.items():
             try:
-                found[name] = (float(metric(output, target)), size)
+                if name in self.gathering:
+                    metric.update(output if scores is None else scores, target)
+                else:
+                    found[name] = (float(metric(output, target)), size)
             except Exception as e:
-                return Failed(f"metric {name!r} failed: {type(e).__name__}: {e}", traceback.format_exc())
+                return Failed.by(name or _name(metric), e)
         if self.accuracy and (hits := class_hits(output, target)) is not None and hits.numel():
             found["accuracy"] = (float(hits.double().mean()), float(hits.numel()))
         return found
 
+    def totals(self) -> dict[str, tuple[Any, float]] | Failed:
+        """What the metrics say that have seen all batches: in the form of one more batch, of weight 1."""
+        found: dict[str, Any] = {}
+        for name, metric in self.gathering.items():
+            try:
+                value = metric.compute()
+            except Exception as e:
+                return Failed.by(name or _name(metric), e)
+            if isinstance(value, Mapping):
+                found |= {f"{name}/{key}" if name else key: v for key, v in value.items()}
+            else:
+                found[name or _name(metric)] = value
+        return {name: (_plain(value), 1.0) for name, value in found.items()}
 
-def combine(batches: Iterable[Mapping[str, tuple[float, float]] | Failed]) -> dict[str, float]:
+
+def gathers(metric: Any) -> bool:
+    """Whether it is a metric as torchmetrics has them: gathers batches by ``update``, ``compute`` tells."""
+    verbs = ("update", "compute", "reset", "to")
+    return not isinstance(metric, type) and all(callable(getattr(metric, verb, None)) for verb in verbs)
+
+
+def _name(metric: Any) -> str:
+    return str(getattr(metric, "__name__", type(metric).__name__))
+
+
+def _plain(value: Any) -> Any:
+    """A number; a tensor of several stays one."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.item() if value.numel() == 1 else value.cpu()
+
+
+def combine(batches: Iterable[Mapping[str, tuple[Any, float]] | Failed]) -> dict[str, Any]:
     """Weighted means over all batches; empty for no batch.
 
     Raises
@@ -82,13 +135,13 @@ def combine(batches: Iterable[Mapping[str, tuple[float, float]] | Failed]) -> di
     WorkerError
         A metric failed on one of them.
     """
-    total: dict[str, list[float]] = {}
+    total: dict[str, list[Any]] = {}
     for batch in batches:
         if isinstance(batch, Failed):
             raise WorkerError(batch.message, remote_traceback=batch.trace)
         for name, (mean, weight) in batch.items():
             entry = total.setdefault(name, [0.0, 0.0])
-            entry[0] += mean * weight
+            entry[0] = entry[0] + mean * weight
             entry[1] += weight
     return {name: value / weight for name, (value, weight) in total.items() if weight > 0}
 
@@ -98,8 +151,8 @@ def class_hits(output: Any, target: Any) -> Tensor | None:
 
     The classes lie along the last dimension, or along dimension 1 as ``cross_entropy`` has it for images.
     """
-    scores = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(scores, Tensor) or not isinstance(target, Tensor):
+    scores = class_scores(output)
+    if scores is None or not isinstance(target, Tensor):
         return None
     if target.is_floating_point() or target.dtype == torch.bool or scores.dim() != target.dim() + 1:
         return None
@@ -110,6 +163,12 @@ def class_hits(output: Any, target: Any) -> Tensor | None:
     else:
         return None
     return (guess == target)[target >= 0]
+
+
+def class_scores(output: Any) -> Tensor | None:
+    """A model's output, or the ``logits`` in it."""
+    scores = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return scores if isinstance(scores, Tensor) else None
 
 
 def _batch_size(tree: Any) -> int:

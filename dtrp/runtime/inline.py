@@ -125,7 +125,8 @@ class Inline:
     # ---- questions -----------------------------------------------------------------------------------------
 
     def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
-        """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
+        """``measure`` of every batch, in order, then its totals; ``batches`` gives lists of feeds, one per
+        stage."""
         try:
             self.call("begin_evaluation", measure)
             for feeds in batches:
@@ -135,6 +136,7 @@ class Inline:
                         with self._told_by(stage.stage):
                             result = _finish(stage.evaluate(feed))
                 yield result
+            yield self.call("totals")[-1]
         finally:
             self.call("end_evaluation")
 

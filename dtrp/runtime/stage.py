@@ -466,9 +466,13 @@ class Stage:
         """Go to eval mode; the last stage will answer each batch with ``measure(output, target)``."""
         if isinstance(measure, Measure) and self.config.loss_fn is held_loss and self.program.is_last:
             measure = measure.with_loss(self.module.get_submodule("loss"))
-        self._measure = measure
+        self._measure = measure.begin(self.program.device) if measure and self.program.is_last else measure
         self._modes = [(m, m.training) for m in self.module.modules()]
         self.module.eval()
+
+    def totals(self) -> Any:
+        """The last stage: what metrics say that have seen all batches."""
+        return self._measure.totals() if self._measure is not None and self.program.is_last else None
 
     def end_evaluation(self) -> None:
         """Every submodule's own mode is as before `begin_evaluation`."""

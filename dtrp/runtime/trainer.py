@@ -7,7 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -23,18 +23,18 @@ from .arguments import as_call, check_loader, feeds, n_samples, split_batch, tak
 from .batch import Feed
 from .checkpoint import as_folder, read_checkpoint, write_checkpoint
 from .compensation import WARMUP, Joiner, Mini
-from .config import TrainConfig, check_launch, short
+from .config import TrainConfig, check_launch
 from .evaluation import Measure, combine
 from .events import Event
+from .fitting import Callbacks, fit
 from .handback import Owner, loss_with_tensors
 from .history import History
 from .inline import Inline
+from .loggers import Loggers
 from .loss import held_loss
 from .program import StageProgram
-from .progress import Bar
 from .run_state import RunState, check_builds, model_groups
 from .stats import StageStats
-from .tensorboard import TensorBoard
 from .timeline import write_timeline
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Trainer:
         batch_compensation: int = 1,
         compensation_warmup: int = WARMUP,
         tensorboard: str | os.PathLike[str] | None = None,
+        logger: Any = None,
         autosave: tuple[str | os.PathLike[str], float] | None = None,
     ) -> None:
         check_launch(executor, watchdog, batch_compensation, compensation_warmup, autosave, timeline)
@@ -106,7 +107,8 @@ class Trainer:
         self._stage_config = config if self._owner.loss is None else replace(config, loss_fn=held_loss)
         self._history = History(lr=check_builds(self._owner, config))
         self._joiner = Joiner(batch_compensation, compensation_warmup)
-        self._board = None if tensorboard is None else TensorBoard(tensorboard)
+        self._loggers = Loggers(logger, tensorboard)
+        self._callbacks = Callbacks()  # of the `fit` that runs
         self._events: list[Event] = []
         self._stats: list[StageStats] = []
         self._run: Inline | Workers | None = None
@@ -244,7 +246,8 @@ class Trainer:
         val_loader: Iterable[Any] | None = None,
         *,
         metric: Any = None,
-    ) -> list[dict[str, float]]:
+        callbacks: Sequence[Any] = (),
+    ) -> list[dict[str, Any]]:
         """Train ``epochs`` times over ``loader``, with a progress bar if the trainer was given one.
 
         At the end of an epoch an incomplete group of accumulated batches is stepped with, as a mean of its
@@ -260,6 +263,10 @@ class Trainer:
             Evaluated after each epoch.
         metric
             As in `evaluate`.
+        callbacks : list
+            Objects with any of ``on_step(trainer, loss)``, ``on_epoch(trainer, row)`` (the numbers of this
+            epoch) and ``on_save(trainer, path)``. One that returns True ends the run. `dtrp.callbacks` has
+            some.
 
         Returns
         -------
@@ -271,43 +278,11 @@ class Trainer:
         ValueError
             The loader gives no batch in some epoch (a generator can be gone through only once).
         """
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs={short(epochs)}: expected an int >= 0, as in fit(loader, epochs=10)")
-        check_loader(loader, self.config.loss_fn is not None)
-        if epochs > 1:
-            _refuse_once_only(loader, f"epochs={epochs}")
-        if 0 < self._exact_updates < 1:
-            self._exact_updates = self._share_of(loader, epochs)
-        history: list[dict[str, float]] = []
-        for epoch in range(epochs):
-            before = self._history.fed
-            with Bar(loader, f"epoch {epoch + 1}/{epochs}", self) as bar:
-                for batch in bar:
-                    args, kwargs = as_call(batch)
-                    bar.show(self.step(*args, **kwargs))
-            if self._history.fed == before:
-                raise ValueError(
-                    f"the loader gave no batch in epoch {epoch + 1}; give fit a loader that can be gone "
-                    f"through once per epoch and is not empty (with drop_last=True, batch_size must not "
-                    f"exceed the data)"
-                )
-            self._drain(close_group=True)
-            losses = [loss for loss in self.losses[before:] if math.isfinite(loss)]
-            row = {"train_loss": math.fsum(losses) / len(losses) if losses else math.nan}
-            if val_loader is not None:
-                row |= self.evaluate(val_loader, metric=metric)
-            self.end_epoch(row.get("loss", row["train_loss"]))
-            history.append(row)
-        return history
-
-    def _share_of(self, loader: Iterable[Any], epochs: int) -> float:
-        """The exact start in updates, given as a share."""
-        if not isinstance(loader, Sized):
-            raise ValueError(
-                f"exact_start={self.config.exact_start!r} is a share of the run, whose length a "
-                f"{type(loader).__name__} does not tell; give a number of updates"
-            )
-        return round(self._exact_updates * len(loader) * epochs / self.config.accumulate)
+        self._callbacks = Callbacks(callbacks)
+        try:
+            return fit(self, loader, epochs, val_loader, metric)
+        finally:
+            self._callbacks = Callbacks()
 
     def end_epoch(self, *metrics: float) -> None:
         """Step the learning-rate schedulers, where they step per epoch (``scheduler_step="epoch"``).
@@ -321,7 +296,7 @@ class Trainer:
             self._run.call("schedulers", *metrics)
             self._history.lr = next((lr for lrs in self._run.call("learning_rates") for lr in lrs), None)
 
-    def evaluate(self, loader: Iterable[Any], metric: Any = None) -> dict[str, float]:
+    def evaluate(self, loader: Iterable[Any], metric: Any = None) -> dict[str, Any]:
         """Loss and metrics over ``loader``, in eval mode, with the current weights.
 
         Drains the pipeline first; training goes on afterwards as if nothing had been.
@@ -330,13 +305,16 @@ class Trainer:
         ----------
         loader : iterable
             As for `fit`; any batch sizes.
-        metric : callable or dict of callables, optional
-            ``(output, target) -> number``, a mean over the batch. Default: accuracy, for class targets.
+        metric : callable, torchmetrics.Metric, MetricCollection, or dict of such, optional
+            ``(output, target) -> number``, a mean over the batch; or an object of torchmetrics, which sees
+            all batches and is asked at the end (a copy is; it gets the output's ``logits``, where there are
+            any). Default: accuracy, for class targets.
 
         Returns
         -------
         dict
-            ``loss`` and the metrics, means weighted by batch size; empty for an empty loader.
+            ``loss`` and the metrics, means weighted by batch size, or what torchmetrics computes: numbers,
+            or tensors of more than one. Empty for an empty loader.
         """
         measure = Measure.of(self._stage_config.loss_fn, metric)
         check_loader(loader, self.config.loss_fn is not None)
@@ -354,8 +332,7 @@ class Trainer:
 
         with self._rescued, closing(run.evaluate(fed(), measure)) as results:
             found = combine(results)
-        if self._board is not None:
-            self._board.evaluation(len(self.losses), found)
+        self._loggers.evaluation(len(self.losses), found)
         return found
 
     # ---- seeing it run ---------------------------------------------------------------------------------
@@ -425,6 +402,7 @@ class Trainer:
         state = self._resume or RunState.gather(self._owner, self.config, stages, self._counters())
         write_checkpoint(path, state.to_write(self._owner), folder=folder)
         self._saved = time.monotonic()
+        self._callbacks.call("on_save", self, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over a run that `save` wrote: the next step is the one that would have come next.
@@ -480,8 +458,7 @@ class Trainer:
                         _ = self.events
         finally:
             self._closed = True
-            if self._board is not None:
-                self._board.close()
+            self._loggers.close()
             if self._run is not None:
                 self._reminder.detach()
                 self._run.close()
@@ -580,10 +557,9 @@ class Trainer:
     def _collect(self, *, wait: bool = False) -> float | None:
         if self._run is not None:
             new = self._history.settle(self._run.news(wait=wait))
-            if self._board is not None:
-                self._board.losses(new)
-                if self._board.due() and (stats := self.glance()):
-                    self._board.stages(len(self.losses), stats)
+            self._loggers.losses(new)
+            if self._loggers.due() and (stats := self.glance()):
+                self._loggers.stages(len(self.losses), stats)
         return self.losses[-1] if self.losses else None
 
     def _counters(self) -> dict[str, Any]:
@@ -604,12 +580,3 @@ class _Rescued:
         if isinstance(error, WorkerError) and run is not None:
             for state in run.rescued():
                 self.trainer._owner.take(state)
-
-
-def _refuse_once_only(loader: Iterable[Any], what: str) -> None:
-    """Refuse an iterator, which would be empty from the second epoch on."""
-    if isinstance(loader, Iterator):
-        raise ValueError(
-            f"{what} with a {type(loader).__name__}, which can be gone through only once; give fit a list or "
-            f"a DataLoader, or train with epochs=1"
-        )

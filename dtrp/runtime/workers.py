@@ -131,7 +131,8 @@ class Workers:
         return found
 
     def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
-        """``measure`` of every batch, in order; ``batches`` gives lists of feeds, one per stage."""
+        """``measure`` of every batch, in order, then its totals; ``batches`` gives lists of feeds, one per
+        stage."""
         self.call("begin_evaluation", measure)
         self._results.clear()
         awaited = 0
@@ -145,6 +146,7 @@ class Workers:
                     awaited -= 1
             for _ in range(awaited):
                 yield self._result()
+            yield self.call("totals")[-1]
         finally:
             if self.failure is None:
                 self.call("end_evaluation")

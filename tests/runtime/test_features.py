@@ -458,21 +458,6 @@ def test_timeline(tmp_path: Any) -> None:
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
 
 
-def test_tensorboard(tmp_path: Any) -> None:
-    pytest.importorskip("tensorboard")
-    with trainer(compiled(), tensorboard=tmp_path) as t:
-        t.fit(batches(4), 1, batches(2))
-    assert list(tmp_path.glob("events.out.*"))
-
-
-def test_without_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="needs the package tensorboard: pip install"):
-        trainer(compiled(), tensorboard=tmp_path)
-
-
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrp.runtime.progress.PACE", 0.0)
     with trainer(compiled(), progress=True) as t:
