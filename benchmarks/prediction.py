@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import dtrp
 from dtrp.partitioner.stage_cost import StageCost, stage_costs
+from dtrp.partitioner.training import Training
 from dtrp.runtime import meter
 from dtrp.runtime.stage import Stage
 
@@ -37,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests say how to look 
 
 from tests.runtime.inside import stages
 
-OPTIMIZER_BYTES = 1.0  # SGD with momentum, below
 BATCHES = 6
 
 
@@ -84,9 +84,7 @@ def run(name: str, n_stages: int, costs: str, recompute: bool | str) -> list[Mea
     pipe = dtrp.compile(
         model, n_stages, example_inputs=x, devices=["cpu"] * n_stages, costs=costs, recompute=recompute
     )
-    predicted = stage_costs(
-        pipe.graph, pipe.plan.stage_of, pipe.plan.recompute, optimizer_bytes=OPTIMIZER_BYTES
-    )
+    predicted = stage_costs(pipe.graph, pipe.plan.stage_of, pipe.plan.recompute, training=Training(1.0))
     optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
     spent: dict[tuple[int, int], float] = {}
     # The stages run one after the other in this thread: its own clock leaves out what else the machine does.

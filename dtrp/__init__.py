@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .runtime.predictors import Predictor
     from .runtime.trainer import Trainer
     from .stages import Stage
+    from .training_report import TrainingReport
 
 __all__ = [
     "CaptureError",
@@ -39,6 +40,7 @@ __all__ = [
     "Predictor",
     "Stage",
     "Trainer",
+    "TrainingReport",
     "WorkerError",
     "__version__",
     "compile",
@@ -52,6 +54,7 @@ _HOMES = {
     "Predictor": ".runtime.predictors",
     "Stage": ".stages",
     "Trainer": ".runtime.trainer",
+    "TrainingReport": ".training_report",
     "compile": ".compiling",
     "load_weights": ".runtime.handback",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +25,20 @@ from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
 from .partitioner.capture.modes import Flags, flags_of, training_flags
 from .partitioner.capture.state import Watch
-from .partitioner.compiler import Compiled, Request, adapt, compile_model, threads_per_stage
+from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
-from .partitioner.report import PartitionReport
+from .partitioner.report import PartitionReport, shared
 from .partitioner.split import split
+from .partitioner.training import Training
 from .programs import make_programs
 from .runtime.config import TrainConfig
 from .runtime.predictors import Predictor
 from .runtime.program import StageProgram
+from .runtime.stats import StageStats
 from .runtime.trainer import Trainer
 from .stages import Stage, submodules_of
+from .training_report import TrainingReport
 
 
 class Pipeline:
@@ -410,7 +414,40 @@ class Pipeline:
             overwrite=overwrite,
         )
 
-    # ---- what the trainer asks for (runtime/trainer.py, Host) --------------------------------------------
+    # ---- what the trainer asks for (runtime/trainer.py, Compiled) ----------------------------------------
+
+    def expect(self, config: TrainConfig, optimizer_bytes: float) -> Training:
+        """How training will go: what is planned from now on is planned for that, and the report says it."""
+        schedule = config.schedule(self.n_stages)
+        training = Training(
+            optimizer_bytes=optimizer_bytes,
+            predicts=config.predicts,
+            horizon=config.horizon,
+            order=schedule.order,
+            micro_batches=schedule.parts,
+            recompute=config.recompute(True),
+            known=True,
+        )
+        self._request = replace(self._request, training=training)
+        if self._compiled is not None:
+            with EXCLUSIVE:
+                report = reprice(self._compiled, self._request)
+                self._compiled = replace(self._compiled, report=report)
+                self._variants = {key: replace(c, report=report) for key, c in self._variants.items()}
+        return training
+
+    def report_on(
+        self, config: TrainConfig, training: Training, stats: Sequence[StageStats], executor: str
+    ) -> TrainingReport:
+        """What was predicted of a run beside what it measured."""
+        made, request = self._planned, self._request
+        report = (
+            made.report
+            if training == request.training
+            else reprice(made, replace(request, training=training))
+        )
+        cores = shared(made.graph.graph["specs"] * self.n_stages)
+        return TrainingReport.of(report, stats, config, training.micro_batches, executor, cores)
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for a call with these arguments, unless planned already; again if the model was changed.

@@ -14,6 +14,7 @@ from torch import nn
 
 import dtrp
 from dtrp.partitioner.stage_cost import stage_costs
+from dtrp.partitioner.training import Training
 
 from .runtime.inside import stages
 
@@ -39,7 +40,7 @@ def test_predicted_peaks_come_true(recompute: bool, horizon: str, allocations: M
     x, y = torch.randn(256, 256), torch.randint(256, (256,))
     pipe = dtrp.compile(nn.Sequential(*layers), 3, example_inputs=x, recompute=recompute)
     predicted = stage_costs(
-        pipe.graph, pipe.plan.stage_of, pipe.plan.recompute, optimizer_bytes=1.0, horizon=horizon
+        pipe.graph, pipe.plan.stage_of, pipe.plan.recompute, training=Training(1.0, horizon=horizon)
     )
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
     with pipe.trainer(F.cross_entropy, sgd, executor="inline", horizon=horizon) as trainer:

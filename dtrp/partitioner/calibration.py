@@ -48,16 +48,23 @@ def calibrate(device: torch.device, threads: int | None = None) -> DeviceSpec:
 
 @functools.lru_cache(maxsize=32)
 def _calibrated(device: torch.device, threads: int, key: str) -> DeviceSpec:
-    bandwidth, latency = _CUDA_LINK if device.type == "cuda" else _CPU_LINK  # not measured: not of the cache
+    # Not measured: not of the cache.
+    bandwidth, latency = _CUDA_LINK if device.type == "cuda" else _CPU_LINK
+    cores = 0 if device.type == "cuda" else available_cores()
     cached = read_cache("calibration", key)
     if cached is not None:
         with contextlib.suppress(TypeError, ValueError, KeyError):
             spec = DeviceSpec.from_dict(cached)
-            return replace(spec, link_bandwidth=bandwidth, link_latency=latency)
+            return replace(spec, link_bandwidth=bandwidth, link_latency=latency, cores=cores)
     with using_threads(threads):
         spec = _measure(device, bandwidth, latency)
     write_cache("calibration", key, spec.to_dict())
-    return spec
+    return replace(spec, cores=cores)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_cache(kind: str, key: str) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from .plan import Plan, fingerprint
 from .planner import make_plan
 from .report import PartitionReport
 from .split import Split, split
+from .training import ASSUMED, Training
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class Request:
     costs: str
     bandwidth: float | None
     plan: Plan | None
+    training: Training = ASSUMED
+    tick_overhead: float = 0.0  # of a stage on the CPU
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _cut(captured: Captured, request: Request) -> Compiled:
     """The pipe behind capturing."""
     n_stages = len(request.devices)
     hazards = find_hazards(captured)
-    specs = device_specs(request.devices)
+    specs = device_specs(request.devices, request.tick_overhead)
     graph = cost_graph(captured, device=specs, bandwidth=request.bandwidth, mode=request.costs)
     devices = [s.with_link(request.bandwidth) for s in specs]
     plan = request.plan
@@ -107,13 +110,30 @@ def _cut(captured: Captured, request: Request) -> Compiled:
             devices=devices,
             memory_limit=request.memory_limit,
             recompute=request.recompute,
+            training=request.training,
         )
     else:
         nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
-    report = PartitionReport.of(
-        captured, graph, plan, devices=request.devices, specs=devices, memory_limit=request.memory_limit
-    )
+    report = _report(captured, graph, plan, request)
     return Compiled(captured, hazards, graph, plan, split(captured, plan, hazards), report)
+
+
+def reprice(compiled: Compiled, request: Request) -> PartitionReport:
+    """The report on the same stages, for the training that is now known."""
+    return _report(compiled.captured, compiled.graph, compiled.plan, request)
+
+
+def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request) -> PartitionReport:
+    specs = device_specs(request.devices, request.tick_overhead)
+    return PartitionReport.of(
+        captured,
+        graph,
+        plan,
+        devices=request.devices,
+        specs=[s.with_link(request.bandwidth) for s in specs],
+        memory_limit=request.memory_limit,
+        training=request.training,
+    )
 
 
 def _heavy_leaves(compiled: Compiled) -> list[str]:
@@ -132,13 +152,14 @@ def _heavy_leaves(compiled: Compiled) -> list[str]:
     )
 
 
-def device_specs(devices: Sequence[torch.device]) -> list[DeviceSpec]:
+def device_specs(devices: Sequence[torch.device], tick_overhead: float = 0.0) -> list[DeviceSpec]:
     """What the stages' devices can do, one entry per stage."""
     known: dict[str, DeviceSpec] = {}
     threads = threads_per_stage(len(devices))
     for device in map(str, devices):
         if device not in known:
-            known[device] = device_spec(device, threads=threads)
+            spec = device_spec(device, threads=threads)
+            known[device] = replace(spec, tick_overhead=tick_overhead if spec.kind == "cpu" else 0.0)
     return [known[str(device)] for device in devices]
 
 

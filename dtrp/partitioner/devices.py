@@ -42,6 +42,10 @@ class DeviceSpec:
         ``"cpu"`` or ``"cuda"``; see `overlaps`.
     threads : int
         CPU threads that a stage has (0: as many as torch uses, or no CPU).
+    tick_overhead : float
+        Seconds that a stage's loop takes in every tick, besides the operators.
+    cores : int
+        CPU cores that all stages together have (0: each has a device of its own).
     """
 
     name: str
@@ -53,6 +57,8 @@ class DeviceSpec:
     link_latency: float = 10e-6
     kind: str = "cuda"
     threads: int = 0
+    tick_overhead: float = 0.0
+    cores: int = 0
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops:
@@ -92,6 +98,10 @@ class DeviceSpec:
     def with_link(self, bandwidth: float | None) -> DeviceSpec:
         """The same device behind another link (bytes per second); ``None`` changes nothing."""
         return self if bandwidth is None else replace(self, link_bandwidth=float(bandwidth))
+
+    def shared(self, n_stages: int) -> float:
+        """How many of ``n_stages`` stages compute at a time where they share cores; 0: all do."""
+        return self.cores / max(1, self.threads) if self.cores < n_stages * max(1, self.threads) else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

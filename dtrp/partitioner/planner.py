@@ -16,13 +16,13 @@ from dtrp.partitioner.devices import DeviceSpec, parse_bytes
 from dtrp.partitioner.partition import Partition, partition
 from dtrp.partitioner.plan import Plan, fingerprint
 from dtrp.partitioner.stage_cost import (
-    OPTIMIZER_BYTES,
     RECOMPUTE,
     overlaps,
     stage_costs,
     stage_models,
     transfer_attribute,
 )
+from dtrp.partitioner.training import ASSUMED, Training
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ def make_plan(
     devices: Sequence[DeviceSpec] | None = None,
     memory_limit: float | str | Sequence[float | str | None] | None = None,
     recompute: bool | str | Sequence[bool] = "auto",
-    optimizer_bytes: float = OPTIMIZER_BYTES,
-    predicts: bool = True,
-    horizon: str = "common",
+    training: Training = ASSUMED,
     pins: Mapping[str, int] | None = None,
     engine: str = "auto",
     time_limit: float = 5.0,
@@ -78,8 +76,8 @@ def make_plan(
         so in the log.
     recompute
         ``True``, ``False``, ``"auto"`` or one truth value per stage.
-    optimizer_bytes, predicts, horizon
-        How training will go; see `dtrp.partitioner.stage_cost.stage_models`.
+    training
+        How it will go.
     pins
         Module names (or node names) and the stages that they shall be in.
     engine, time_limit, seed
@@ -110,9 +108,7 @@ def make_plan(
             recompute=choice,
             devices=index,
             memory_limit=limit,
-            optimizer_bytes=optimizer_bytes,
-            predicts=predicts,
-            horizon=horizon,
+            training=training,
             engine=engine,
             time_limit=time_limit,
             seed=seed,
@@ -126,9 +122,7 @@ def make_plan(
             {str(n): result.stage_of[n] for n in graph},
             recomputes,
             devices=index,
-            optimizer_bytes=optimizer_bytes,
-            predicts=predicts,
-            horizon=horizon,
+            training=training,
         )
         return [
             0.0 if most is None else max(c.peak - most, 0.0) for c, most in zip(costs, limit, strict=True)
@@ -177,7 +171,7 @@ def make_plan(
         lower_bound=result.lower_bound,
         engine=result.engine,
         reason=result.reason,
-        costs=cost_digest(graph),
+        costs=cost_digest(graph, training),
     )
     nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
     return plan
@@ -193,22 +187,20 @@ def solve(
     recompute: bool | str | Sequence[bool] = "auto",
     devices: Sequence[int] | None = None,
     memory_limit: Sequence[float | None] | None = None,
-    optimizer_bytes: float = OPTIMIZER_BYTES,
-    predicts: bool = True,
-    horizon: str = "common",
+    training: Training = ASSUMED,
     engine: str = "auto",
     time_limit: float = 5.0,
     seed: int = 0,
 ) -> Partition:
     """The best partition of a cost graph under the costs of stages; arguments as for `make_plan`."""
+    specs: Sequence[DeviceSpec] = graph.graph["specs"]
     models = stage_models(
         n_stages,
         recompute=recompute,
         devices=devices,
         memory_limit=memory_limit,
-        optimizer_bytes=optimizer_bytes,
-        predicts=predicts,
-        horizon=horizon,
+        training=training,
+        overheads=[specs[i].tick_overhead for i in devices or [0] * n_stages],
     )
     overlapping = overlaps(graph, devices)
     return partition(
@@ -227,9 +219,9 @@ def solve(
     )
 
 
-def cost_digest(graph: nx.DiGraph) -> str:
+def cost_digest(graph: nx.DiGraph, training: Training = ASSUMED) -> str:
     """Identifies the times that a plan was made under: bounds hold for these only."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if training == ASSUMED else repr(training).encode())
     for n, data in graph.nodes(data=True):
         times = [value for key, value in data.items() if "_time" in key]
         digest.update(json.dumps([n, times]).encode())

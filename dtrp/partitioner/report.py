@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ from dtrp.partitioner.report_parts import (
     stage_report,
     why_not_faster,
 )
-from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, stage_costs
+from dtrp.partitioner.stage_cost import stage_costs
+from dtrp.partitioner.training import ASSUMED, Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,8 @@ class PartitionReport:
     stages : tuple[StageReport, ...]
     cuts : tuple[CutTensor, ...]
     tick_time : float
-        Seconds of the slowest stage's tick: what planning minimised.
+        Seconds per batch: of the slowest stage's tick, which planning minimised, unless stages share cores
+        (then all stages' ticks over the cores, where that is more) or the order drains after every batch.
     balance : float
         Mean over maximum of the stages' tick times; 1 is perfect.
     lower_bound : float
@@ -88,6 +90,7 @@ class PartitionReport:
     bandwidth: float
     _graph: nx.DiGraph = field(repr=False, compare=False)
     _plan: Plan = field(repr=False, compare=False)
+    _training: Training = field(repr=False, compare=False)
 
     @property
     def gap(self) -> float:
@@ -109,6 +112,7 @@ class PartitionReport:
         devices: Sequence[str | torch.device] | None = None,
         specs: Sequence[DeviceSpec] | None = None,
         memory_limit: float | str | Sequence[float | str | None] | None = None,
+        training: Training = ASSUMED,
     ) -> PartitionReport:
         """The report on a plan.
 
@@ -120,14 +124,13 @@ class PartitionReport:
             For people: where each stage runs. Default: the names of ``specs``.
         specs
             What each stage runs on, one per stage. Default: the graph's first device for all.
-        memory_limit
+        memory_limit, training
             As given to the planner.
         """
         given: Sequence[DeviceSpec] = graph.graph["specs"]
         specs = [given[0]] * plan.n_stages if specs is None else specs
-        costs = stage_costs(
-            graph, plan.stage_of, plan.recompute, devices=device_indices(graph, specs, plan.n_stages)
-        )
+        index = device_indices(graph, specs, plan.n_stages)
+        costs = stage_costs(graph, plan.stage_of, plan.recompute, devices=index, training=training)
         limits = memory_limits(memory_limit, plan.n_stages) or default_limits(specs)
         names = [str(d) for d in devices] if devices is not None else [spec.name for spec in specs]
         outline = Outline(graph)
@@ -137,32 +140,37 @@ class PartitionReport:
         )
         cuts = tuple(cut_tensors(graph, plan))
         ticks = [cost.tick for cost in costs]
-        single = stage_costs(graph, dict.fromkeys(graph, 0), (False,))[0].tick
+        tick_time = training.batch_time(ticks, cores := shared(specs))
+        single = single_time(graph, training)
         bottleneck = max(range(plan.n_stages), key=ticks.__getitem__)
         # A plan may come from a file and have been made under other costs: its bound is then not ours.
-        same_costs = plan.lower_bound > 0 and plan.costs == cost_digest(graph)
-        bound = plan.lower_bound if same_costs else sum(ticks_at_best(graph, len(given))) / plan.n_stages
+        same_costs = plan.lower_bound > 0 and plan.costs == cost_digest(graph, training)
+        total = sum(ticks_at_best(graph, len(given), training))
+        bound = max(plan.lower_bound if same_costs else 0.0, total / (cores or plan.n_stages))
         return cls(
             model=type(captured.model).__name__,
             stages=stages,
             cuts=cuts,
-            tick_time=max(ticks),
+            tick_time=tick_time,
             balance=sum(ticks) / len(ticks) / max(ticks) if max(ticks) > 0 else 1.0,
-            lower_bound=min(bound, max(ticks)),
-            speedup=single / max(ticks) if max(ticks) > 0 else 1.0,
+            lower_bound=min(bound, tick_time),
+            speedup=single / tick_time if tick_time > 0 else 1.0,
             single_time=single,
             cut_bytes=sum(cut.bytes * len(cut.targets) for cut in cuts),
             bottleneck=bottleneck,
-            reason=why_not_faster(costs[bottleneck], stages[bottleneck], plan if same_costs else None),
+            reason=why_not_faster(
+                costs[bottleneck], stages[bottleneck], plan if same_costs else None, tick_time, cores
+            ),
             method=captured.method,
             kept_whole=tuple((kept.module, kept.reason) for kept in captured.kept_whole),
-            notes=(*captured.notes, *notes(graph, stages, plan)),
+            notes=(*captured.notes, *notes(graph, stages, plan, training)),
             costs=graph.graph["mode"],
             overlaps=costs[0].overlaps,
             engine=plan.engine,
             bandwidth=given[0].link_bandwidth,
             _graph=graph,
             _plan=plan,
+            _training=training,
         )
 
     def compare(self, ks: Iterable[int], *, time_limit: float = 1.0) -> list[Scaling]:
@@ -191,14 +199,14 @@ class PartitionReport:
                     groups=self._plan.groups,
                     order=self._plan.edges,
                     recompute=recompute,
+                    training=self._training,
                     time_limit=time_limit,
                 )
             except (ValueError, InfeasiblePlanError):
                 continue
+            seconds = self._training.batch_time(result.loads, self._graph.graph["specs"][0].shared(k))
             mean = sum(result.loads) / k
-            points.append(
-                Scaling(k, result.max_load, self.single_time / result.max_load, mean / result.max_load)
-            )
+            points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load))
         return points
 
     def to_dict(self) -> dict[str, Any]:
@@ -253,9 +261,21 @@ class PartitionReport:
         return fragment(self)
 
 
-def ticks_at_best(graph: nx.DiGraph, n_devices: int) -> list[float]:
+def shared(specs: Sequence[DeviceSpec]) -> float:
+    """How many of the stages on these devices compute at a time, where they share cores; else 0."""
+    return specs[0].shared(len(specs)) if all(spec == specs[0] for spec in specs) else 0.0
+
+
+def single_time(graph: nx.DiGraph, training: Training) -> float:
+    """Seconds that plain training on one device takes for a batch."""
+    alone = replace(training, predicts=False, order="bp", micro_batches=1)
+    (cost,) = stage_costs(graph, dict.fromkeys(graph, 0), (False,), training=alone)
+    return cost.compute - cost.loop
+
+
+def ticks_at_best(graph: nx.DiGraph, n_devices: int, training: Training = ASSUMED) -> list[float]:
     """For each node, the least time that any stage on any of the devices could spend on it per tick."""
-    sweeps = 3 + 2 * OPTIMIZER_BYTES
+    sweeps = 3 + 2 * training.optimizer_bytes
     suffixes = [f"@{i}" if i else "" for i in range(n_devices)]
     return [
         min(

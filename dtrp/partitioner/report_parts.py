@@ -10,6 +10,7 @@ import networkx as nx
 from dtrp.partitioner.plan import Plan
 from dtrp.partitioner.solvers.explain import slowest
 from dtrp.partitioner.stage_cost import StageCost
+from dtrp.partitioner.training import Training
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def stage_report(
             "backward": cost.backward,
             "update": cost.update,
             "prediction": cost.prediction,
+            "loop": cost.loop,
             "transfer": cost.transfer,
         },
         memory={
@@ -169,8 +171,12 @@ def cut_tensors(graph: nx.DiGraph, plan: Plan) -> Iterable[CutTensor]:
             )
 
 
-def why_not_faster(cost: StageCost, stage: StageReport, plan: Plan | None) -> str:
+def why_not_faster(
+    cost: StageCost, stage: StageReport, plan: Plan | None, tick_time: float, cores: float
+) -> str:
     """A sentence on the slowest stage; ``plan`` is given if its own reason holds under these costs."""
+    if cores and tick_time > cost.tick:
+        return f"The stages share the machine, which runs {cores:g} of them at a time."
     what, reason = slowest(cost.stage, cost.tick, cost.compute, cost.time_in, cost.time_out)
     if plan is not None and plan.reason and not plan.edited:
         reason = plan.reason
@@ -183,12 +189,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan) -> list[str]:
+def notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan, training: Training) -> list[str]:
     """What else is to be known: assumptions, limits that are exceeded, edits."""
-    found = [
-        "The optimizer is not known yet: memory and update times are those of Adam (two values per "
-        "parameter); SGD needs less."
-    ]
+    found = []
+    if not training.known:
+        found.append(
+            "The optimizer is not known yet: memory and update times are those of Adam (two values per "
+            "parameter); SGD needs less."
+        )
     unknown = [n for n, exact in graph.nodes(data="exact") if not exact]
     if unknown:
         found.append(

@@ -18,6 +18,7 @@ TIME_COLOURS = {
     "backward": "#e07b39",
     "update": "#7a6fb0",
     "prediction": "#c39bd3",
+    "loop": "#d8c06a",
     "transfer": "#8a8f98",
 }
 MEMORY_COLOURS = {

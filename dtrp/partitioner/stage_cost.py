@@ -40,14 +40,12 @@ import networkx as nx
 from dtrp.partitioner.devices import DeviceSpec
 from dtrp.partitioner.partition import StageModel, StageOption
 from dtrp.partitioner.peak import pass_peak
+from dtrp.partitioner.training import ASSUMED, Training
 
 RECOMPUTE, KEEP, LAST = "recompute", "keep", "last"
 
-OPTIMIZER_BYTES = 2.0
-"""Optimizer state per parameter byte that is assumed where the optimizer is not known: Adam's two moments."""
 
-
-def predictions(k: int, n_stages: int, *, recompute: bool, predicts: bool, horizon: str) -> int:
+def predictions(k: int, n_stages: int, *, recompute: bool, training: Training) -> int:
     """How many passes of stage ``k`` (0-based) in a tick run on predicted weights.
 
     With the common horizon, a recomputing stage predicts for its first forward and, unless it is the first
@@ -55,9 +53,9 @@ def predictions(k: int, n_stages: int, *, recompute: bool, predicts: bool, horiz
     its only pass. With the stage's own horizon, only first forwards are predicted.
     """
     last = k == n_stages - 1
-    if not predicts or n_stages == 1:
+    if not training.predicts or n_stages == 1:
         return 0
-    if horizon == "stage":
+    if training.horizon == "stage":
         return 0 if last else 1
     return 1 if last or not recompute or k == 0 else 2
 
@@ -73,9 +71,8 @@ def stage_models(
     recompute: bool | str | Sequence[bool] = "auto",
     devices: Sequence[int] | None = None,
     memory_limit: Sequence[float | None] | None = None,
-    optimizer_bytes: float = OPTIMIZER_BYTES,
-    predicts: bool = True,
-    horizon: str = "common",
+    training: Training = ASSUMED,
+    overheads: Sequence[float] | None = None,
 ) -> list[StageModel]:
     """What each stage offers to the planner, as weights on the cost graph's attributes.
 
@@ -90,17 +87,17 @@ def stage_models(
         For each stage, which of the graph's devices it runs on. Default: the first.
     memory_limit
         Bytes, per stage; ``None``: none.
-    optimizer_bytes
-        o above.
-    predicts, horizon
-        Whether training predicts weights, and which moment it aims at (``"common"`` or ``"stage"``).
+    training
+        How it will go.
+    overheads
+        Seconds per stage that its loop takes in every tick, whatever it computes. Default: none.
     """
     models = []
     for k in range(n_stages):
         suffix = _suffix(0 if devices is None else devices[k])
         options = [
-            _option(k, n_stages, choice, suffix, optimizer_bytes, predicts, horizon)
-            for choice in _choices(k, n_stages, recompute)
+            _option(k, n_stages, choice, suffix, training, 0.0 if overheads is None else overheads[k])
+            for choice in _choices(k, n_stages, recompute if training.recompute else False)
         ]
         models.append(StageModel(tuple(options), None if memory_limit is None else memory_limit[k]))
     return models
@@ -119,15 +116,15 @@ def _choices(k: int, n_stages: int, recompute: bool | str | Sequence[bool]) -> t
 
 
 def _option(
-    k: int, n_stages: int, recompute: bool, suffix: str, optimizer_bytes: float, predicts: bool, horizon: str
+    k: int, n_stages: int, recompute: bool, suffix: str, training: Training, overhead: float
 ) -> StageOption:
-    last = k == n_stages - 1
-    in_flight = 2 * (n_stages - 1 - k)
-    passes = predictions(k, n_stages, recompute=recompute, predicts=predicts, horizon=horizon)
+    last, optimizer_bytes, part = k == n_stages - 1, training.optimizer_bytes, 1 / training.micro_batches
+    in_flight = training.in_flight(k, n_stages)
+    passes = predictions(k, n_stages, recompute=recompute, training=training)
     sweeps = 3 + 2 * optimizer_bytes + passes * (2 + optimizer_bytes)
-    stashed = 0 if recompute else in_flight  # weight versions that kept graphs hold on to
+    stashed = training.versions(k, n_stages, recompute=recompute)
     copies = _copies(passes, recomputes=recompute, is_last=last)
-    held = float(max(in_flight, 1))  # batches, the one that is passed back included
+    held = max(in_flight, part)  # batches, the one that is passed back included
     return StageOption(
         label=LAST if last else RECOMPUTE if recompute else KEEP,
         time={
@@ -139,10 +136,11 @@ def _option(
             "params_bytes": 1.0,
             "buffer_bytes": 1.0,
             "gradient_bytes": 1.0 + optimizer_bytes + copies + stashed,
-            "kept_bytes": 1.0 if recompute else held,
+            "kept_bytes": part if recompute else held,
             "first_input_bytes": held,
         },
         input_memory=held,
+        fixed_time=overhead * training.micro_batches,
     )
 
 
@@ -167,8 +165,8 @@ class StageCost:
 
     Attributes
     ----------
-    forward, recompute, backward, update, prediction : float
-        Seconds of each part of a tick.
+    forward, recompute, backward, update, prediction, loop : float
+        Seconds of each part of a tick; ``loop`` is what the runtime itself takes.
     time_in, time_out : float
         Seconds for the values that arrive and for those that leave. Where ``overlaps``, of one direction:
         gradients take as long, the other way at the same time. Else there and back.
@@ -189,6 +187,7 @@ class StageCost:
     backward: float
     update: float
     prediction: float
+    loop: float
     time_in: float
     time_out: float
     overlaps: bool
@@ -210,7 +209,7 @@ class StageCost:
     @property
     def compute(self) -> float:
         """Seconds of a tick in which the device computes."""
-        return self.forward + self.recompute + self.backward + self.update + self.prediction
+        return self.forward + self.recompute + self.backward + self.update + self.prediction + self.loop
 
     @property
     def tick(self) -> float:
@@ -242,9 +241,7 @@ def stage_costs(
     recompute: Sequence[bool],
     *,
     devices: Sequence[int] | None = None,
-    optimizer_bytes: float = OPTIMIZER_BYTES,
-    predicts: bool = True,
-    horizon: str = "common",
+    training: Training = ASSUMED,
 ) -> list[StageCost]:
     """What each stage of a given assignment costs.
 
@@ -256,11 +253,12 @@ def stage_costs(
         Node -> stage, 0-based.
     recompute
         Per stage; its length is the number of stages.
-    devices, optimizer_bytes, predicts, horizon
+    devices, training
         As for `stage_models`.
     """
     n_stages = len(recompute)
     overlapping = overlaps(graph, devices)
+    specs: Sequence[DeviceSpec] = graph.graph["specs"]
     nodes: list[list[str]] = [[] for _ in range(n_stages)]
     arriving: list[set[str]] = [set() for _ in range(n_stages)]
     leaving: list[set[str]] = [set() for _ in range(n_stages)]
@@ -279,13 +277,11 @@ def stage_costs(
             nodes[k],
             arriving[k],
             leaving[k],
-            recompute[k] and k < n_stages - 1,
+            recompute[k] and k < n_stages - 1 and training.recompute,
             _suffix(0 if devices is None else devices[k]),
             overlapping,
-            optimizer_bytes,
-            predictions(
-                k, n_stages, recompute=recompute[k] and k < n_stages - 1, predicts=predicts, horizon=horizon
-            ),
+            training,
+            specs[0 if devices is None else devices[k]].tick_overhead,
         )
         for k in range(n_stages)
     ]
@@ -301,13 +297,15 @@ def _evaluate(
     recomputes: bool,
     suffix: str,
     overlapping: bool,
-    optimizer_bytes: float,
-    passes: int,
+    training: Training,
+    tick_overhead: float,
 ) -> StageCost:
     def total(attribute: str, of: Sequence[str] | set[str] = nodes) -> float:
         return float(sum(graph.nodes[n][attribute] for n in of))
 
-    in_flight = 2 * (n_stages - 1 - k)
+    optimizer_bytes, parts, last = training.optimizer_bytes, training.micro_batches, k == n_stages - 1
+    passes = predictions(k, n_stages, recompute=recomputes, training=training)
+    in_flight = training.in_flight(k, n_stages)
     held = {name for n in nodes for name in graph.nodes[n]["params"]}
     sizes: Mapping[str, tuple[int, int]] = graph.graph["params"]
     params_bytes = sum(sizes[name][1] for name in held)
@@ -317,10 +315,11 @@ def _evaluate(
         inputs |= graph.nodes[n]["model_inputs"]
     input_bytes = int(total("transfer_bytes", arriving)) + sum(inputs.values())
     forward, sweep = total(f"forward_time{suffix}"), total(f"sweep_time{suffix}")
-    stashed = 0 if recomputes else in_flight
     results = {n for n in nodes if n in graph.graph["results"]}
-    peak, kept = pass_peak(graph, nodes, leaving | results, is_last=k == n_stages - 1)
-    activations = max(peak - gradients, 0) + kept * max(stashed - 1, 0)
+    peak, kept = pass_peak(graph, nodes, leaving | results, is_last=last)
+    activations = max(peak - gradients, 0) / parts
+    if not recomputes:
+        activations += kept * max(in_flight - 1 / parts, 0)
     return StageCost(
         stage=k,
         nodes=tuple(nodes),
@@ -330,15 +329,16 @@ def _evaluate(
         backward=total(f"backward_time{suffix}"),
         update=(3 + 2 * optimizer_bytes) * sweep,
         prediction=passes * (2 + optimizer_bytes) * sweep,
+        loop=tick_overhead * parts,
         time_in=total(transfer_attribute(overlapping), arriving),
         time_out=total(transfer_attribute(overlapping), leaving),
         overlaps=overlapping,
         weights=params_bytes + total("buffer_bytes"),
         gradients=gradients,
         optimizer=optimizer_bytes * gradients,
-        copies=gradients * _copies(passes, recomputes=recomputes, is_last=k == n_stages - 1),
-        stashed_inputs=max(in_flight, 1) * input_bytes,
-        stashed_weights=stashed * gradients,
+        copies=gradients * _copies(passes, recomputes=recomputes, is_last=last),
+        stashed_inputs=max(in_flight, 1 / parts) * input_bytes,
+        stashed_weights=training.versions(k, n_stages, recompute=recomputes) * gradients,
         activations=activations,
         flops=int(total("flops")),
         backward_flops=int(total("backward_flops")),

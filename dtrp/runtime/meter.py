@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .links import Channel
 from .stats import StageStats
 
 Mark = float | tuple[float, torch.cuda.Event]
+Wait = tuple[float, float]
 
 
 class Meter:
@@ -25,7 +26,9 @@ class Meter:
     on the device, which are read when they have passed, never waited for.
     """
 
-    def __init__(self, stage: int, n_stages: int, device: torch.device, *, record: bool) -> None:
+    def __init__(
+        self, stage: int, n_stages: int, device: torch.device, *, record: bool, holds: int = 0
+    ) -> None:
         self.stage, self.is_last, self.device = stage, stage == n_stages - 1, device
         self.events: list[Event] | None = [] if record else None
         self.doing: str | Channel = "idle"
@@ -34,13 +37,17 @@ class Meter:
         self.stashed = self.graphs = 0  # now
         self.most_stashed = self.most_graphs = 0
         self._on_device = device.type == "cuda"
-        self._busy = self._waited = 0.0
+        self._before = 0 if self._on_device else max(0, resident("VmRSS:") - holds)
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # by kind; `wait` and `loop` are no work
+        self._counts: Counter[str] = Counter()
         self._working_rounds = 0
         self._worked = False
         self._depths = 0
         self._began: float | None = None
-        self._ended = 0.0
-        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._round = self._ended = 0.0  # when it began; when the last one ended
+        self._cpu = self._cpu_round = 0.0  # processor time: of all rounds; when this one began
+        self._apart = 0.0  # seconds of this round that are not the loop's own
+        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event, str]] = deque()
 
     @property
     def phase(self) -> str:
@@ -52,8 +59,9 @@ class Meter:
 
     def begin_round(self, depth: int) -> None:
         """A round begins, with ``depth`` messages at hand."""
+        self._round, self._cpu_round, self._apart = time.perf_counter(), time.thread_time(), 0.0
         if self._began is None:
-            self._began = time.perf_counter()
+            self._began = self._round
         self._depths += depth
         self._worked = False
 
@@ -61,6 +69,8 @@ class Meter:
         """The round is over."""
         self._working_rounds += self._worked
         self._ended = time.perf_counter()
+        self._seconds["loop"] += self._ended - self._round - self._apart
+        self._cpu += time.thread_time() - self._cpu_round
         self.rounds += 1
         self.doing = "idle"
 
@@ -87,28 +97,33 @@ class Meter:
         self.done += 1
         if isinstance(mark, tuple):
             start = mark[0]
-            self._marks.append((mark[1], self._mark()))
+            self._marks.append((mark[1], self._mark(), kind))
             self._read_marks()
         else:
             start = mark
-            self._busy += end - start
+            self._seconds[kind] += end - start
+        self._counts[kind] += 1
+        self._apart += end - start
         if self.events is not None:
             # W_j: after j - 1 local updates; local time also advances while the pipeline fills. A first
             # forward comes after its round's update, all else before it.
             version = self.rounds + (2 if kind == "forward" and not self.is_last else 1)
             self._note(kind, batch, version, start, end)
 
-    def wait(self, channel: Channel) -> float:
+    def wait(self, channel: Channel) -> Wait:
         """Waiting for what another stage sends."""
         self.doing = channel
-        return time.perf_counter()
+        return time.perf_counter(), time.thread_time()
 
-    def waited(self, start: float) -> None:
+    def waited(self, since: Wait) -> None:
         """It has come."""
         end = time.perf_counter()
-        self._waited += end - start
+        self._seconds["wait"] += end - since[0]
+        self._counts["wait"] += 1
+        self._apart += end - since[0]
+        self._cpu -= time.thread_time() - since[1]
         if self.events is not None:
-            self._note("wait", -1, 0, start, end)
+            self._note("wait", -1, 0, since[0], end)
 
     def take_events(self) -> list[Event]:
         """What was noted since the last call."""
@@ -119,17 +134,22 @@ class Meter:
         """The measurements so far."""
         self._read_marks()
         wall = self._ended - self._began if self._began is not None else 0.0
+        work = sum(seconds for kind, seconds in self._seconds.items() if kind not in ("wait", "loop"))
         return StageStats(
             stage=self.stage,
             device=str(self.device),
             ticks=self.rounds,
-            tick_time=self._busy / max(1, self._working_rounds),
-            busy=min(1.0, self._busy / wall) if wall > 0 else 0.0,
-            wait_time=self._waited / max(1, self.rounds),
+            tick_time=work / max(1, self._working_rounds),
+            busy=min(1.0, work / wall) if wall > 0 else 0.0,
+            wait_time=self._seconds["wait"] / max(1, self.rounds),
             peak_memory=peak_memory(self.device),
             queue_depth=self._depths / max(1, self.rounds),
             most_stashed=self.most_stashed,
             most_graphs=self.most_graphs,
+            seconds=dict(self._seconds),
+            counts={**self._counts, "loop": self.rounds},
+            cpu_time=self._cpu,
+            memory_before=self._before,
         )
 
     def _note(self, kind: str, batch: int, version: int, start: float, end: float) -> None:
@@ -146,16 +166,22 @@ class Meter:
 
     def _read_marks(self) -> None:
         while self._marks and self._marks[0][1].query():  # type: ignore[no-untyped-call]
-            start, end = self._marks.popleft()
-            self._busy += start.elapsed_time(end) / 1e3
+            start, end, kind = self._marks.popleft()
+            self._seconds[kind] += start.elapsed_time(end) / 1e3
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most allocated on a CUDA device by this process; on CPU its largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # Linux; getrusage's figure there includes what the parent process had
+    return resident("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+
+
+def resident(what: str) -> int:
+    """Bytes of this process's memory, as Linux counts them; 0 elsewhere. (getrusage's figure there includes
+    what the parent process had.)"""
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(what):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+    return 0

@@ -158,6 +158,22 @@ def _made(name: str, build: Callable[[Any], Any], argument: Any) -> Any:
         raise TypeError(f"{name}={short(build)}: {e}; expected {EXPECTED[name]}") from e
 
 
+def state_bytes(optimizer: Optimizer) -> float:
+    """Bytes of state per byte of a parameter, found by a step of another optimizer of this kind; 2 (Adam's
+    moments) where that cannot be done."""
+    weight = nn.Parameter(torch.zeros(64, 64, device="cpu"))
+    weight.grad = torch.zeros_like(weight)
+    taken = inspect.signature(type(optimizer)).parameters
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k in taken and k != "params"}
+    try:
+        other: Any = type(optimizer)([weight], **options)
+        other.step()
+    except Exception:  # an optimizer of the user's, with arguments or steps of its own
+        return 2.0
+    held = [t for t in other.state[weight].values() if isinstance(t, Tensor)]
+    return sum(t.nbytes for t in held if t.numel() > 1) / weight.nbytes
+
+
 def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
     """The user's optimizer over these parameters.
 

@@ -20,14 +20,11 @@ from .program import StageProgram
 
 def receive(links: Links, meter: Meter, channel: Channel, slot: int) -> Generator[None, None, Message]:
     """The next message on ``channel``, which must belong to ``slot``."""
-    while True:
-        started = meter.wait(channel)
-        message = links.take(channel)
-        meter.waited(started)
-        if message is not None:
-            meter.done += 1
-            break
+    started = meter.wait(channel)
+    while (message := links.take(channel)) is None:
         yield
+    meter.waited(started)
+    meter.done += 1
     if message.slot != slot:
         raise RuntimeError(f"{channel} delivered slot {message.slot} where slot {slot} was due")
     return message

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from .config import TrainConfig
@@ -135,16 +136,15 @@ class RunState:
         return saved, self.counters["seed"], self.content["ambient"], owner.first_names()
 
 
-def check_builds(owner: Owner, config: TrainConfig) -> float | None:
-    """Make optimizer and scheduler once, to complain now rather than in a worker; the first learning rate.
+def check_builds(owner: Owner, config: TrainConfig) -> Optimizer:
+    """Make optimizer and scheduler once, to complain now rather than in a worker; the optimizer.
 
     Raises
     ------
     TypeError, ValueError
         The user's callables do not give what they should.
     """
-    groups = _all_parameters(owner, config).optimizer.param_groups
-    return float(groups[0]["lr"]) if "lr" in groups[0] else None
+    return _all_parameters(owner, config).optimizer
 
 
 def model_groups(owner: Owner, config: TrainConfig) -> tuple[Group, ...]:

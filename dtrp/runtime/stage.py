@@ -80,7 +80,8 @@ class Stage:
         self.schedule = config.schedule(self.n_stages)
         self.module: nn.Module = program.module
         self.module.to(program.device)
-        self.meter = Meter(self.stage, self.n_stages, program.device, record=record)
+        holds = sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
+        self.meter = Meter(self.stage, self.n_stages, program.device, record=record, holds=holds)
         self.ports = Ports(program, links, self.meter, config.grad_shrink)
         self.trained = program.train.trained
         self.recomputes = config.recompute(program.recompute) and not program.is_last

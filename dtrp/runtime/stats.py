@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class StageStats:
         Messages that had arrived and waited when a tick began, on average.
     most_stashed, most_graphs : int
         The most batches whose inputs, and the most autograd graphs, that were held at once.
+    seconds, counts : mapping
+        By kind of work (``forward``, ``recompute``, ``backward``, ``step``, ``send``; ``wait`` for other
+        stages; ``loop``, all else in a tick): seconds so far, and how often.
+    cpu_time : float
+        Seconds of processor time that its ticks took so far, waiting for other stages not counted.
+    memory_before : int
+        Bytes that the process held before the stage was there (CUDA: 0).
     """
 
     stage: int
@@ -41,6 +49,24 @@ class StageStats:
     queue_depth: float
     most_stashed: int
     most_graphs: int
+    seconds: Mapping[str, float]
+    counts: Mapping[str, int]
+    cpu_time: float
+    memory_before: int
+
+    def mean(self, kind: str) -> float:
+        """Seconds of one piece of work of a kind."""
+        return self.seconds.get(kind, 0.0) / max(1, self.counts.get(kind, 0))
+
+    def since(self, earlier: StageStats) -> StageStats:
+        """What was done after ``earlier``: of the fields that only grow, the difference."""
+        return replace(
+            self,
+            ticks=self.ticks - earlier.ticks,
+            seconds={k: v - earlier.seconds.get(k, 0.0) for k, v in self.seconds.items()},
+            counts={k: n - earlier.counts.get(k, 0) for k, n in self.counts.items()},
+            cpu_time=self.cpu_time - earlier.cpu_time,
+        )
 
 
 def balance(stats: list[StageStats]) -> float:

@@ -32,6 +32,7 @@ from .history import History
 from .inline import Inline
 from .loggers import Loggers
 from .loss import held_loss
+from .optim import state_bytes
 from .program import StageProgram
 from .run_state import RunState, check_builds, model_groups
 from .stats import StageStats
@@ -51,6 +52,16 @@ class Compiled(Protocol):
     """What a trainer asks of the compiled model that it trains: the seam between compiler and runtime."""
 
     model: nn.Module
+
+    def expect(self, config: TrainConfig, optimizer_bytes: float) -> Any:
+        """How training will go, and its optimizer's state per byte of a parameter; for `report_on`."""
+        ...
+
+    def report_on(
+        self, config: TrainConfig, training: Any, stats: Sequence[StageStats], executor: str
+    ) -> Any:
+        """What was predicted of a run beside what it measured."""
+        ...
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for this example, unless planned already."""
@@ -105,7 +116,9 @@ class Trainer:
         self._owner = Owner(compiled.model, loss_with_tensors(config.loss_fn))
         # A loss with tensors is a module of the last stage.
         self._stage_config = config if self._owner.loss is None else replace(config, loss_fn=held_loss)
-        self._history = History(lr=check_builds(self._owner, config))
+        optimizer = check_builds(self._owner, config)
+        self._history = History(lr=optimizer.param_groups[0].get("lr"))
+        self._expected = compiled.expect(config, state_bytes(optimizer))
         self._joiner = Joiner(batch_compensation, compensation_warmup)
         self._loggers = Loggers(logger, tensorboard)
         self._callbacks = Callbacks()  # of the `fit` that runs
@@ -344,6 +357,22 @@ class Trainer:
             self._stats = self._run.call("stats")  # type: ignore[union-attr]
         return self._stats
 
+    @property
+    def report(self) -> Any:
+        """Predicted beside measured: a `dtrp.TrainingReport`; print it.
+
+        Raises
+        ------
+        RuntimeError
+            No batch was trained yet.
+        """
+        stats = self.stats
+        if not stats:
+            raise RuntimeError(
+                "nothing was measured yet: trainer.report needs some batches, trainer.step(...)"
+            )
+        return self._compiled.report_on(self.config, self._expected, stats, self._executor_kind)
+
     def glance(self) -> list[StageStats] | None:
         """Each stage's measurements of a moment ago, without waiting for the stages."""
         return None if self._run is None else self._run.glance()
@@ -516,8 +545,9 @@ class Trainer:
         resume, self._resume = self._resume, None
         self._seed = self._base_seed(len(programs), resumes=resume is not None)
         config = replace(self._stage_config, groups=model_groups(self._owner, self.config))
-        kind = self._executor_kind
-        if kind == "inline" or (kind == "auto" and len(programs) == 1):
+        if self._executor_kind == "auto":
+            self._executor_kind = "inline" if len(programs) == 1 else "workers"
+        if self._executor_kind == "inline":
             run: Inline | Workers = Inline(programs, config, seed=self._seed, record=self._record)
         else:
             from .workers import Workers

@@ -13,6 +13,7 @@ from dtrp.partitioner.devices import device_spec
 from dtrp.partitioner.peak import NodeMemory
 from dtrp.partitioner.planner import solve
 from dtrp.partitioner.stage_cost import predictions, stage_costs, stage_models
+from dtrp.partitioner.training import Training
 
 P, G, A, X, Y = 100, 100, 7, 5, 3  # bytes: parameters, gradients, kept, model input, output of each node
 F, B, S = 2.0, 3.0, 0.25  # seconds: forward, backward, one sweep over the parameters
@@ -61,7 +62,7 @@ def per_node(n_stages):
 
 
 def test_recomputing_stages():
-    first, second, last = stage_costs(chain(3), per_node(3), (True, True, True), optimizer_bytes=2.0)
+    first, second, last = stage_costs(chain(3), per_node(3), (True, True, True))
     update, prediction = (3 + 2 * 2) * S, (2 + 2) * S
     assert first.compute == pytest.approx(2 * F + B + update + prediction)
     assert second.compute == pytest.approx(2 * F + B + update + 2 * prediction)
@@ -101,7 +102,7 @@ def test_one_stage_on_the_cpu_makes_all_stages_count_their_communication():
 
 def test_the_planner_pays_for_what_crosses_a_cut_on_the_cpu():
     """Balance alone would cut the middle, whose value is wide; there and back it costs more than it gains."""
-    options = {"groups": [], "order": [], "recompute": False, "predicts": False}
+    options = {"groups": [], "order": [], "recompute": False, "training": Training(predicts=False)}
     cuts = {}
     for name, graph in {"gpu": chain(4), "host": on_host(chain(4))}.items():
         graph.nodes["n1"].update(transfer_time=6.0, exchange_time=12.0)
@@ -111,7 +112,7 @@ def test_the_planner_pays_for_what_crosses_a_cut_on_the_cpu():
 
 
 def test_stages_that_keep_their_graphs():
-    first, second, last = stage_costs(chain(3), per_node(3), (False,) * 3, optimizer_bytes=1.0)
+    first, second, last = stage_costs(chain(3), per_node(3), (False,) * 3, training=Training(1.0))
     assert first.compute == pytest.approx(F + B + 5 * S + 3 * S)
     assert first.peak == (P + 1) + G * (1 + 1) + 4 * (G + X + A) + Y
     assert second.peak == (P + 1) + G * (1 + 1) + 2 * (G + Y + A) + Y
@@ -127,14 +128,14 @@ def test_frozen_weights_are_not_stashed():
 
 
 def test_one_stage_is_plain_training():
-    (only,) = stage_costs(chain(3), dict.fromkeys(chain(3), 0), (False,), optimizer_bytes=0.0)
+    (only,) = stage_costs(chain(3), dict.fromkeys(chain(3), 0), (False,), training=Training(0.0))
     assert only.compute == pytest.approx(3 * (F + B + 3 * S))
     assert only.peak == 3 * (P + 1) + 3 * G + A + Y + X
 
 
 def test_the_stages_own_horizon_predicts_first_forwards_only():
     first, second, last = stage_costs(
-        chain(3), per_node(3), (True,) * 3, horizon="stage", optimizer_bytes=0.0
+        chain(3), per_node(3), (True,) * 3, training=Training(0.0, horizon="stage")
     )
     assert first.compute == second.compute == pytest.approx(2 * F + B + 3 * S + 2 * S)
     assert last.compute == pytest.approx(F + B + 3 * S)
@@ -143,7 +144,7 @@ def test_the_stages_own_horizon_predicts_first_forwards_only():
 
 
 def test_without_prediction():
-    first, _, last = stage_costs(chain(3), per_node(3), (True,) * 3, predicts=False, optimizer_bytes=0.0)
+    first, _, last = stage_costs(chain(3), per_node(3), (True,) * 3, training=Training(0.0, predicts=False))
     assert first.compute == pytest.approx(2 * F + B + 3 * S)
     assert first.copies == last.copies == 0
 
@@ -162,11 +163,11 @@ def test_without_prediction():
     ],
 )
 def test_predictions_per_tick(k, recompute, horizon, passes):
-    assert predictions(k, 4, recompute=recompute, predicts=True, horizon=horizon) == passes
+    assert predictions(k, 4, recompute=recompute, training=Training(horizon=horizon)) == passes
 
 
 def test_one_stage_predicts_nothing():
-    assert predictions(0, 1, recompute=False, predicts=True, horizon="common") == 0
+    assert predictions(0, 1, recompute=False, training=Training()) == 0
 
 
 def test_a_parameter_that_two_stages_hold_is_in_both():
