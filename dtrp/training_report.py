@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from .partitioner.report import PartitionReport
 from .partitioner.units import duration, size
 from .runtime.config import TrainConfig
@@ -122,6 +119,9 @@ class TrainingReport:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(title=None, expand=False, pad_edge=False)
         heads = ("stage", "device", "tick: predicted", "measured", "busy", "waits", "memory: predicted")
         for name in (*heads, "measured", "stale by"):
