@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from . import loop_cost
 from .errors import CaptureError
 from .partitioner.compiler import Request
+from .partitioner.devices import LoopCost
 from .partitioner.example import call_arguments
 from .partitioner.plan import Plan
 from .pipeline import Pipeline
@@ -89,7 +91,7 @@ def compile(
         raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
     pipeline = Pipeline(
         model,
-        Request(places, memory_limit, recompute, costs, bandwidth, plan),
+        Request(places, memory_limit, recompute, costs, bandwidth, plan, loop=_loop(places)),
     )
     if example_inputs is not None:
         try:
@@ -101,6 +103,11 @@ def compile(
                 e.args = (f"{e}\n  note:  example_inputs is a list, and as such one argument; {_EXAMPLE}",)
             raise
     return pipeline
+
+
+def _loop(places: Sequence[torch.device]) -> LoopCost | None:
+    """What the runtime costs, where it shares the processor with stages; one stage has no pipeline."""
+    return loop_cost.loop_cost() if len(places) > 1 and any(p.type == "cpu" for p in places) else None
 
 
 _EXAMPLE = (

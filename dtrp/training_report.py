@@ -11,9 +11,9 @@ from typing import Any
 from .partitioner.report import PartitionReport
 from .partitioner.units import duration, size
 from .runtime.config import TrainConfig
-from .runtime.stats import StageStats
+from .runtime.stats import WORK, StageStats
 
-_WORK = ("forward", "recompute", "backward", "step", "send", "loop")
+_PARTS = ("forward", "recompute", "backward", "step", "transfer", "loop")
 _SHORT = 0.25  # of a tick that the loop takes: from there on ticks are short
 _IDLE = 0.15  # of the time of the busiest stage: from there on something else than stages limits
 _OFF = 0.15  # by which a stage may miss its prediction before that is worth a word
@@ -28,8 +28,8 @@ class StageOutcome:
     predicted_tick, measured_tick : float
         Seconds of work per batch, the loop's own included.
     predicted, measured : mapping of str to float
-        What they are made of: ``forward``, ``recompute``, ``backward``, ``step``, ``send`` (on the CPU also
-        receiving, where predicted), ``loop`` (the runtime's own, and predicting weights).
+        What they are made of: ``forward``, ``recompute``, ``backward``, ``step``, ``transfer`` (copying in
+        and out; on CUDA it goes on beside), ``loop`` (the runtime's own, and predicting weights).
     busy, idle : float
         Shares of the time since the first batch in which the stage worked, and did nothing.
     waiting : float
@@ -151,13 +151,13 @@ class TrainingReport:
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def work_per_batch(stats: StageStats, parts: int, *, last: bool) -> dict[str, float]:
+def work_per_batch(stats: StageStats, parts: int) -> dict[str, float]:
     """Seconds of each kind of work per batch, from how long one piece takes: rounds that only filled or
     drained the pipeline do not count as batches."""
-    seconds = {kind: stats.mean(kind) * parts for kind in _WORK}
-    seconds["send"] *= 1 if last else 2  # outputs, and gradients
-    batches = stats.counts.get("backward", 0) / parts
-    seconds["step"] = stats.seconds.get("step", 0.0) / batches if batches else 0.0
+    seconds = {kind: stats.mean(kind) * parts for kind in _PARTS}
+    batches = max(1, stats.counts.get("forward", 0)) / parts
+    seconds["transfer"] = (stats.seconds.get("send", 0.0) + stats.seconds.get("receive", 0.0)) / batches
+    seconds["step"] = stats.seconds.get("step", 0.0) / max(1, stats.counts.get("backward", 0)) * parts
     return seconds
 
 
@@ -165,18 +165,18 @@ def _outcome(
     report: PartitionReport, k: int, stats: StageStats, config: TrainConfig, parts: int, executor: str
 ) -> StageOutcome:
     planned, schedule = report.stages[k], config.schedule(report.n_stages)
-    measured = work_per_batch(stats, parts, last=k == report.n_stages - 1)
+    measured = work_per_batch(stats, parts)
     time = planned.time
     predicted = {
         "forward": time["forward"],
         "recompute": time["recompute"],
         "backward": time["backward"],
         "step": time["update"],
-        "send": 0.0 if report.overlaps else time["transfer"],
+        "transfer": 0.0 if report.overlaps else time["transfer"],
         "loop": time["loop"] + time["prediction"],
     }
     tick = sum(measured.values())
-    work = stats.tick_time and sum(v for kind, v in stats.seconds.items() if kind not in ("wait", "loop"))
+    work = sum(stats.seconds.get(kind, 0.0) for kind in WORK)
     wall = work / stats.busy if stats.busy else 0.0
     share = {kind: stats.seconds.get(kind, 0.0) / wall if wall else 0.0 for kind in ("loop", "wait")}
     in_one = executor == "inline" and report.n_stages > 1
@@ -198,7 +198,7 @@ def _outcome(
 
 def _round(stats: StageStats) -> float:
     """Seconds from tick to tick, waiting for other stages included, for the caller not."""
-    return sum(stats.seconds.values()) / max(1, stats.ticks)
+    return sum(stats.seconds.get(kind, 0.0) for kind in (*WORK, "wait", "loop")) / max(1, stats.ticks)
 
 
 def _judgement(
@@ -239,9 +239,9 @@ def _judgement(
             "a DataLoader with num_workers, or less work between two steps",
             *advice,
         )
-    transfer = stage.measured["send"]
+    transfer = stage.measured["transfer"]
     if transfer > _SHORT * stage.measured_tick:
-        return f"Stage {slowest} sends for {transfer / stage.measured_tick:.0%} of its tick.", (
+        return f"Stage {slowest} sends and receives for {transfer / stage.measured_tick:.0%} of its tick.", (
             "bandwidth=... as it is between these devices, so that cuts fall where less is sent",
             *advice,
         )

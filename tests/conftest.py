@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, here an
 import pytest
 import torch
 
+from dtrp import loop_cost
 from dtrp.partitioner import calibration
 from dtrp.partitioner.devices import DeviceSpec
 
@@ -50,4 +51,5 @@ def calibrate():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "calibrate", fixed)
+        patch.setattr(loop_cost, "loop_cost", lambda: None)
         yield measure

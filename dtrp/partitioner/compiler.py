@@ -16,7 +16,7 @@ from ..errors import CaptureError, DtrpError
 from .align import align
 from .capture import Captured, capture
 from .costs import cost_graph
-from .devices import DeviceSpec, device_spec
+from .devices import DeviceSpec, LoopCost, device_spec
 from .hazards import Hazards, find_hazards
 from .plan import Plan, fingerprint
 from .planner import make_plan
@@ -38,7 +38,7 @@ class Request:
     bandwidth: float | None
     plan: Plan | None
     training: Training = ASSUMED
-    tick_overhead: float = 0.0  # of a stage on the CPU
+    loop: LoopCost | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _cut(captured: Captured, request: Request) -> Compiled:
     """The pipe behind capturing."""
     n_stages = len(request.devices)
     hazards = find_hazards(captured)
-    specs = device_specs(request.devices, request.tick_overhead)
+    specs = device_specs(request.devices, request.loop)
     graph = cost_graph(captured, device=specs, bandwidth=request.bandwidth, mode=request.costs)
     devices = [s.with_link(request.bandwidth) for s in specs]
     plan = request.plan
@@ -124,7 +124,7 @@ def reprice(compiled: Compiled, request: Request) -> PartitionReport:
 
 
 def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request) -> PartitionReport:
-    specs = device_specs(request.devices, request.tick_overhead)
+    specs = device_specs(request.devices, request.loop)
     return PartitionReport.of(
         captured,
         graph,
@@ -152,14 +152,13 @@ def _heavy_leaves(compiled: Compiled) -> list[str]:
     )
 
 
-def device_specs(devices: Sequence[torch.device], tick_overhead: float = 0.0) -> list[DeviceSpec]:
+def device_specs(devices: Sequence[torch.device], loop: LoopCost | None = None) -> list[DeviceSpec]:
     """What the stages' devices can do, one entry per stage."""
     known: dict[str, DeviceSpec] = {}
     threads = threads_per_stage(len(devices))
     for device in map(str, devices):
         if device not in known:
-            spec = device_spec(device, threads=threads)
-            known[device] = replace(spec, tick_overhead=tick_overhead if spec.kind == "cpu" else 0.0)
+            known[device] = device_spec(device, threads=threads).with_loop(loop)
     return [known[str(device)] for device in devices]
 
 

@@ -10,12 +10,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 GB = 1e9
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class LoopCost(NamedTuple):
+    """What the runtime takes on the CPU: seconds per stage and tick; of a message, on either side, seconds
+    and bytes per second."""
+
+    tick: float
+    latency: float
+    bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,17 @@ class DeviceSpec:
     def shared(self, n_stages: int) -> float:
         """How many of ``n_stages`` stages compute at a time where they share cores; 0: all do."""
         return self.cores / max(1, self.threads) if self.cores < n_stages * max(1, self.threads) else 0.0
+
+    def with_loop(self, cost: LoopCost | None) -> DeviceSpec:
+        """The same device under the runtime; on a GPU the host's work goes on meanwhile."""
+        if cost is None or self.kind != "cpu":
+            return self
+        return replace(
+            self,
+            tick_overhead=cost.tick,
+            link_latency=cost.latency,
+            link_bandwidth=cost.bandwidth,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -13,10 +13,10 @@ import torch
 
 from .events import Event
 from .links import Channel
-from .stats import StageStats
+from .stats import WORK, StageStats
 
 Mark = float | tuple[float, torch.cuda.Event]
-Wait = tuple[float, float]
+Wait = tuple[float, float]  # when it began; processor time when this stage was last at it
 
 
 class Meter:
@@ -38,7 +38,7 @@ class Meter:
         self.most_stashed = self.most_graphs = 0
         self._on_device = device.type == "cuda"
         self._before = 0 if self._on_device else max(0, resident("VmRSS:") - holds)
-        self._seconds: defaultdict[str, float] = defaultdict(float)  # by kind; `wait` and `loop` are no work
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # by kind
         self._counts: Counter[str] = Counter()
         self._working_rounds = 0
         self._worked = False
@@ -110,18 +110,29 @@ class Meter:
             version = self.rounds + (2 if kind == "forward" and not self.is_last else 1)
             self._note(kind, batch, version, start, end)
 
+    def loss(self, begun: float) -> None:
+        """A loss has been computed, which is a part of the last stage's forward."""
+        self._counts["loss"] += 1
+        self._seconds["loss"] += time.perf_counter() - begun
+
     def wait(self, channel: Channel) -> Wait:
         """Waiting for what another stage sends."""
         self.doing = channel
         return time.perf_counter(), time.thread_time()
 
+    def resumed(self, since: Wait) -> Wait:
+        """Other stages of this process have had their turn meanwhile."""
+        now = time.thread_time()
+        self._cpu -= now - since[1]
+        return since[0], now
+
     def waited(self, since: Wait) -> None:
-        """It has come."""
-        end = time.perf_counter()
-        self._seconds["wait"] += end - since[0]
+        """It has come; what that took of the processor was copying it out."""
+        end, copied = time.perf_counter(), time.thread_time() - since[1]
+        self._seconds["receive"] += copied
+        self._seconds["wait"] += end - since[0] - copied
         self._counts["wait"] += 1
         self._apart += end - since[0]
-        self._cpu -= time.thread_time() - since[1]
         if self.events is not None:
             self._note("wait", -1, 0, since[0], end)
 
@@ -134,7 +145,7 @@ class Meter:
         """The measurements so far."""
         self._read_marks()
         wall = self._ended - self._began if self._began is not None else 0.0
-        work = sum(seconds for kind, seconds in self._seconds.items() if kind not in ("wait", "loop"))
+        work = sum(seconds for kind, seconds in self._seconds.items() if kind in WORK)
         return StageStats(
             stage=self.stage,
             device=str(self.device),

@@ -20,10 +20,11 @@ from .program import StageProgram
 
 def receive(links: Links, meter: Meter, channel: Channel, slot: int) -> Generator[None, None, Message]:
     """The next message on ``channel``, which must belong to ``slot``."""
-    started = meter.wait(channel)
+    since = meter.wait(channel)
     while (message := links.take(channel)) is None:
         yield
-    meter.waited(started)
+        since = meter.resumed(since)
+    meter.waited(since)
     meter.done += 1
     if message.slot != slot:
         raise RuntimeError(f"{channel} delivered slot {message.slot} where slot {slot} was due")

@@ -25,6 +25,7 @@ stages in one process take turns; between processes the links wait, and it never
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
@@ -424,7 +425,9 @@ class Stage:
             outputs: tuple[Any, ...] = module(*inputs)
             if self.program.is_last:
                 output = self.ports.result(arrivals, outputs)
+                begun = time.perf_counter()
                 outputs = (self._loss(module, output, self._on_device(feed.target)),)
+                self.meter.loss(begun)
         if twin is not None:
             twin.end()
         return outputs

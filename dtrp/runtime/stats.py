@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+WORK = ("forward", "recompute", "backward", "step", "send", "receive")
+"""Kinds of work. Besides, a stage waits for others, and ``loop`` is all else; a loss is part of a forward."""
+
 
 @dataclass(frozen=True)
 class StageStats:
@@ -31,10 +34,10 @@ class StageStats:
     most_stashed, most_graphs : int
         The most batches whose inputs, and the most autograd graphs, that were held at once.
     seconds, counts : mapping
-        By kind of work (``forward``, ``recompute``, ``backward``, ``step``, ``send``; ``wait`` for other
-        stages; ``loop``, all else in a tick): seconds so far, and how often.
+        By kind (`WORK`; ``wait`` for other stages; ``loop``, all else in a tick; ``loss``, a part of the last
+        stage's ``forward``, on the CPU): seconds so far, and how often.
     cpu_time : float
-        Seconds of processor time that its ticks took so far, waiting for other stages not counted.
+        Seconds of processor time that its ticks took so far.
     memory_before : int
         Bytes that the process held before the stage was there (CUDA: 0).
     """

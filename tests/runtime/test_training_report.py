@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dtrp import loop_cost
+from dtrp.loop_cost import loop_cost as measured_loop_cost
 from dtrp.partitioner import calibration
+from dtrp.partitioner.devices import LoopCost
+from dtrp.partitioner.stage_cost import stage_costs
 from dtrp.partitioner.training import Training
 from dtrp.runtime.optim import state_bytes
 
@@ -34,7 +39,7 @@ def test_report_says_what_was_predicted_and_what_was() -> None:
     assert all(set(s.predicted) == set(s.measured) for s in after.stages)
     assert [s.measured["recompute"] > 0 for s in after.stages] == [True, True, False]
     for stage, s in zip(report.stages, stats, strict=True):
-        work = sum(v for kind, v in s.seconds.items() if kind != "wait") / s.counts["forward"]
+        work = sum(v for kind, v in s.seconds.items() if kind not in ("wait", "loss")) / s.counts["forward"]
         assert stage.measured_tick == pytest.approx(work, rel=0.5)  # filling and draining are not batches
         assert 0 < stage.busy <= 1
         assert 0 <= stage.idle < 1
@@ -99,3 +104,29 @@ def test_exact_orders_are_priced_with_their_filling() -> None:
     assert Training(order="1f1b", micro_batches=4).batch_time([4.0, 4.0]) == 5.0
     assert Training(order="bp").batch_time([4.0, 4.0]) == 8.0
     assert Training(order="lean", micro_batches=4).batch_time([4.0, 3.0]) == 4.0
+
+
+def test_what_the_runtime_costs_is_measured_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stage with nothing to compute takes some microseconds to some milliseconds per tick, a message's
+    bytes are copied. The second look reads the file. Generators are left alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        cost = measured_loop_cost.__wrapped__()
+    assert 1e-5 < cost.tick < 0.05
+    assert 1e-7 < cost.latency < 0.01
+    assert 1e8 < cost.bandwidth < 1e12
+    monkeypatch.setattr(loop_cost, "_measure", None)
+    assert measured_loop_cost.__wrapped__() == cost
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(0)))
+
+
+def test_the_loops_cost_is_in_the_tick() -> None:
+    """Without it many tiny stages look as fast as few."""
+    spec = compiled().graph.graph["specs"][0]
+    slow = spec.with_loop(LoopCost(tick=0.5, latency=0.0, bandwidth=1e9))
+    graph = compiled().graph.copy()
+    graph.graph["specs"] = (slow,)
+    costs = stage_costs(graph, dict.fromkeys(graph, 0), (False,), training=Training(micro_batches=2))
+    assert costs[0].loop == 1.0
+    assert costs[0].tick > 1.0
