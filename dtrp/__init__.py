@@ -25,19 +25,25 @@ if TYPE_CHECKING:
     from .runtime.handback import load_weights
     from .runtime.predictors import Predictor
     from .runtime.trainer import Trainer
+    from .simulation.cluster import Cluster, Link
+    from .simulation.result import Simulation
+    from .simulation.run import simulate
     from .stages import Stage
     from .training_report import TrainingReport
 
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "Cluster",
     "DtrpError",
     "ExportError",
     "InfeasiblePlanError",
+    "Link",
     "Pipeline",
     "Plan",
     "PlanMismatchError",
     "Predictor",
+    "Simulation",
     "Stage",
     "Trainer",
     "TrainingReport",
@@ -45,18 +51,23 @@ __all__ = [
     "__version__",
     "compile",
     "load_weights",
+    "simulate",
 ]
 
 # No module of the package may be called like one of these: importing it would hide the name.
 _HOMES = {
+    "Cluster": ".simulation.cluster",
+    "Link": ".simulation.cluster",
     "Pipeline": ".pipeline",
     "Plan": ".partitioner.plan",
     "Predictor": ".runtime.predictors",
+    "Simulation": ".simulation.result",
     "Stage": ".stages",
     "Trainer": ".runtime.trainer",
     "TrainingReport": ".training_report",
     "compile": ".compiling",
     "load_weights": ".runtime.handback",
+    "simulate": ".simulation.run",
 }
 
 

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrp import cli_doctor, cli_export
+from dtrp import cli_doctor, cli_export, cli_simulate
 from dtrp.errors import DtrpError
 from dtrp.version import __version__
 
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dtrp.partitioner.report import PartitionReport
+    from dtrp.simulation.result import Simulation
 
 _EXAMPLES = """examples:
   dtrp plan torchvision.models:resnet50 --input 32x3x224x224 --n-gpus 4 --device A100-80GB
   dtrp plan my.models:gpt --kwargs '{"layers": 80}' --input tokens=1x2048:int64 --n-gpus 8 --html plan.html
   dtrp plan my.models:net --input 8x16 --n-gpus 2 --memory-limit 16GB --json - | jq .balance
+  dtrp plan my.models:gpt --input tokens=1x2048:int64 --n-gpus 16 --cluster two_nodes.json --schedule lean
   dtrp export torchvision.models:resnet18 --input 1x3x224x224 --n-gpus 2 --out stages/
   dtrp doctor
 """
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--dtype", help="the autocast dtype that training will use, such as bfloat16")
     plan.add_argument("--compare-k", metavar="K,K,...", help="also predict other numbers of stages: 1,2,4,8")
+    cli_simulate.add_arguments(plan)
     plan.add_argument("--html", metavar="FILE", help="write the report as a page")
     plan.add_argument("--json", metavar="FILE", help="write the report as JSON; - for standard output, alone")
     plan.add_argument("--plan", metavar="FILE", help="write the plan, for dtrp.compile(plan=...)")
@@ -122,10 +125,11 @@ def _plan(args: argparse.Namespace) -> int:
 
     if args.n_gpus < 1:
         raise UsageError(f"--n-gpus must be at least 1; got {args.n_gpus}")
-    for path in (args.html, args.json, args.plan):
+    for path in (args.html, args.json, args.plan, args.figure):
         if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"there is no directory to write {path!r} into")
     ks = _numbers(args.compare_k)
+    cluster = cli_simulate.cluster(args)
     limits = (
         None if args.memory_limit is None else [parse_bytes(part) for part in args.memory_limit.split(",")]
     )
@@ -161,11 +165,14 @@ def _plan(args: argparse.Namespace) -> int:
         plan.save(args.plan)
     if args.html:
         report.to_html(args.html)
-    _print(report, ks, args.json)
+    simulated = None if cluster is None else cli_simulate.run(report, cluster, args, ks)
+    _print(report, ks, args.json, simulated)
     return 0
 
 
-def _print(report: PartitionReport, ks: Sequence[int], json_path: str | None) -> None:
+def _print(
+    report: PartitionReport, ks: Sequence[int], json_path: str | None, simulated: Simulation | None
+) -> None:
     from dtrp.partitioner.report_text import comparison
 
     points = report.compare(ks)
@@ -173,6 +180,8 @@ def _print(report: PartitionReport, ks: Sequence[int], json_path: str | None) ->
         data = report.to_dict()
         if ks:
             data["compare_k"] = [vars(point) for point in points]
+        if simulated is not None:
+            data["simulation"] = simulated.to_dict()
         text = json.dumps(data, indent=2)
         if json_path == "-":
             print(text)
@@ -181,6 +190,8 @@ def _print(report: PartitionReport, ks: Sequence[int], json_path: str | None) ->
     print(report)
     if ks:
         print(comparison(points, set(ks) - {point.n_stages for point in points}))
+    if simulated is not None:
+        print(f"\n{simulated}")
 
 
 def _export(args: argparse.Namespace) -> int:

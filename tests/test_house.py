@@ -68,7 +68,8 @@ def surface() -> str:
     """Every public name, with the parameters of what can be called."""
     lines = [f"dtrp.{name}" for name in sorted(dtrp.__all__)]
     lines.append(f"dtrp.compile{_parameters(dtrp.compile)}")
-    for kind in (dtrp.Pipeline, dtrp.Trainer, dtrp.Plan, dtrp.Stage, PartitionReport):
+    lines.append(f"dtrp.simulate{_parameters(dtrp.simulate)}")
+    for kind in (dtrp.Pipeline, dtrp.Trainer, dtrp.Plan, dtrp.Stage, dtrp.Simulation, PartitionReport):
         for name, member in sorted(vars(kind).items()):
             if not name.startswith("_"):
                 shown = _parameters(member) if inspect.isfunction(member) else ""

@@ -19,7 +19,8 @@ from .costs import cost_graph
 from .devices import DeviceSpec, LoopCost, device_spec
 from .hazards import Hazards, find_hazards
 from .plan import Plan, fingerprint
-from .planner import make_plan
+from .planner import device_indices, make_plan
+from .profile import make_profile
 from .report import PartitionReport
 from .split import Split, split
 from .training import ASSUMED, Training
@@ -114,6 +115,8 @@ def _cut(captured: Captured, request: Request) -> Compiled:
         )
     else:
         nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
+        index = device_indices(graph, devices, n_stages)
+        plan = replace(plan, profile=make_profile(graph, plan.stage_of, n_stages, devices=index))
     report = _report(captured, graph, plan, request)
     return Compiled(captured, hazards, graph, plan, split(captured, plan, hazards), report)
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from dtrp.errors import PlanMismatchError
 from dtrp.partitioner.capture.graph import Captured
+from dtrp.partitioner.profile import Profile
 from dtrp.version import __version__
 
 FORMAT = 1
@@ -55,6 +56,8 @@ class Plan:
         Identifies the times that ``lower_bound`` holds for.
     edited : bool
         Whether it was changed by hand since.
+    profile : Profile or None
+        What its stages cost, for `dtrp.simulate`; not of plans that were edited by hand.
     """
 
     n_stages: int
@@ -69,6 +72,7 @@ class Plan:
     reason: str = field(default="", repr=False)
     costs: str = field(default="", repr=False)
     edited: bool = False
+    profile: Profile | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stage_of", MappingProxyType(dict(self.stage_of)))
@@ -186,6 +190,7 @@ class Plan:
             "reason": self.reason,
             "costs": self.costs,
             "edited": self.edited,
+            "profile": None if self.profile is None else self.profile.to_dict(),
         }
 
     def check(self, captured: Captured, n_stages: int | None = None) -> None:
@@ -234,10 +239,11 @@ class Plan:
             reason=data["reason"],
             costs=data["costs"],
             edited=data["edited"],
+            profile=None if (profile := data.get("profile")) is None else Profile.from_dict(profile),
         )
 
     def _edit(self, changes: Mapping[str, int]) -> Plan:
-        return replace(self, stage_of=dict(self.stage_of) | dict(changes), edited=True)
+        return replace(self, stage_of=dict(self.stage_of) | dict(changes), edited=True, profile=None)
 
     def _with_groups(self, nodes: Iterable[str]) -> set[str]:
         found = set(nodes)

@@ -15,6 +15,7 @@ from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
 from dtrp.partitioner.partition import Partition, partition
 from dtrp.partitioner.plan import Plan, fingerprint
+from dtrp.partitioner.profile import make_profile
 from dtrp.partitioner.stage_cost import (
     RECOMPUTE,
     overlaps,
@@ -172,6 +173,7 @@ def make_plan(
         engine=result.engine,
         reason=result.reason,
         costs=cost_digest(graph, training),
+        profile=make_profile(graph, result.stage_of, n_stages, devices=index),
     )
     nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
     return plan

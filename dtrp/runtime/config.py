@@ -19,6 +19,7 @@ from .predictors import Predictor, check_predictor
 from .schedule import EXACT, Horizon, Schedule
 
 EXECUTORS = ("auto", "inline", "workers")
+MOST_PARTS = 254  # micro-batches that wait on a line at once: the number of a place is a byte
 METHODS = ("dtrp", "dtr", "fdg", "adl", "bp", "1f1b", "gpipe")
 
 
@@ -113,6 +114,11 @@ class TrainConfig:
             raise ValueError(
                 f"method={self.method!r} is exact back-propagation: lr_shrink and grad_shrink compensate a "
                 f"delay that it does not have; leave them at 1"
+            )
+        if self.method == "gpipe" and self.micro_batches > MOST_PARTS:
+            raise ValueError(
+                f"method='gpipe' with micro_batches={self.micro_batches}: a stage would hold them all, and a "
+                f"line between stages has {MOST_PARTS} places at most; use '1f1b', which has the same bubble"
             )
         if self.max_grad_norm_lag and self.max_grad_norm is None:
             raise ValueError("max_grad_norm_lag=True without max_grad_norm: there is nothing to clip by")

@@ -101,6 +101,15 @@ class Schedule:
 
     # ---- what several stages have to agree on ----------------------------------------------------------
 
+    def places(self, source: int, target: int) -> int:
+        """Slots that must be able to wait on the way from one stage to another.
+
+        As many as the one may be ahead by its list before the other comes to the first of them: with fewer,
+        both would wait for each other.
+        """
+        ahead = abs(self.depth(source) - self.depth(target)) + 1
+        return max(abs(target - source) + 2, ahead)
+
     def norm_offset(self, stage: int, other: int) -> int:
         """Whose gradients are clipped together: ``stage``'s of mini-batch m with ``other``'s of m + this.
 

@@ -11,8 +11,8 @@ Both the sockets and the memory are inherited as descriptors and have no names: 
 them, and they are gone with the last process that holds them, however that one ends. A process that dies
 closes its ends, which wakes whoever waits for it.
 
-A line from stage i to j has j - i + 2 places: with fewer, a skip over several stages would keep stage i from
-running as far ahead of j as the schedule has it.
+A line has as many places as the schedule says (`Schedule.places`): with fewer, a stage could not run
+as far ahead of another as the order has it, over a skip, or both would wait for each other.
 """
 
 from __future__ import annotations
@@ -284,6 +284,11 @@ class SharedLinks:
         for source, receiver in self._receivers.items():
             if source != CALLER:
                 self._readable.register(receiver.socket, select.POLLIN)
+
+    def allow(self, places: Callable[[int], int]) -> None:
+        """How many places the line to each stage has."""
+        for target, sender in self._senders.items():
+            sender.most = places(target)
 
     def send(self, channel: Channel, message: Message) -> None:
         self._senders[channel.target].send(KINDS.index(channel.kind), message)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,6 +137,7 @@ class Worker:
         if setup.program.device.type == "cuda":
             torch.cuda.set_device(setup.program.device)
         self.stage = Stage(setup.program, setup.config, self.links, seed=setup.seed, record=setup.record)
+        self.links.allow(partial(self.stage.schedule.places, self.stage.stage))
 
     def do_drain(self, close_group: bool) -> None:
         assert self.stage is not None

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+import dtrp
+
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
 
 either = pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
@@ -65,6 +67,18 @@ def test_exact_orders_are_back_propagation(n_stages: int, parts: int, method: st
         assert t.updates == 10
     assert losses == pytest.approx(plain(twin, batches(10, size=8), parts=parts), rel=1e-5)
     close(model, twin)
+
+
+@pytest.mark.slow
+def test_gpipe_has_places_for_all_its_parts() -> None:
+    """The last stage sends gradients of parts while the first still sends others: with three places in each
+    direction, payloads that go through shared memory made both wait for ever."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    pipe = dtrp.compile(model, 2, example_inputs=torch.randn(192, 256))
+    with trainer(pipe, "workers", method="gpipe", micro_batches=12, watchdog=10.0) as t:
+        t.step(torch.randn(192, 256), torch.randint(0, 256, (192,)))
+        t.flush()
+        assert len(t.losses) == 1
 
 
 @pytest.mark.parametrize("method", ["bp", "1f1b", "gpipe"])

@@ -1,0 +1,57 @@
+"""What ``dtrp plan`` says of training on a cluster that is not here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrp.partitioner.report import PartitionReport
+    from dtrp.simulation.cluster import Cluster
+    from dtrp.simulation.result import Simulation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that simulate."""
+    parser.add_argument(
+        "--cluster", metavar="FILE", help="simulate training on the devices and links of a JSON file"
+    )
+    parser.add_argument(
+        "--schedule", choices=("fig1", "lean", "1f1b", "gpipe", "bp"), help="its order (default: fig1)"
+    )
+    parser.add_argument("--micro-batches", type=int, metavar="M", help="parts of each batch (default: 1)")
+    parser.add_argument(
+        "--figure", metavar="FILE", help="draw simulated throughput over the numbers of --compare-k"
+    )
+
+
+def cluster(args: argparse.Namespace) -> Cluster | None:
+    """What was given; ``None``: nothing is to be simulated.
+
+    Raises
+    ------
+    ValueError
+        There is no such file, or it describes no cluster; options that need one.
+    """
+    from dtrp.simulation.cluster import Cluster
+
+    if args.cluster is None:
+        for name in ("schedule", "micro_batches", "figure"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} simulates: say on what, --cluster FILE")
+        return None
+    try:
+        return Cluster.load(args.cluster)
+    except OSError as e:
+        raise ValueError(f"--cluster: {args.cluster} cannot be read: {e.strerror}") from None
+
+
+def run(report: PartitionReport, on: Cluster, args: argparse.Namespace, ks: Sequence[int]) -> Simulation:
+    """Simulate, and draw if asked to."""
+    from dtrp.simulation.run import simulate
+
+    found = simulate(report, on, schedule=args.schedule or "fig1", micro_batches=args.micro_batches or 1)
+    if args.figure is not None:
+        found.plot(args.figure, **({"ks": ks} if ks else {}))
+    return found
