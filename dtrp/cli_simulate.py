@@ -51,7 +51,7 @@ def run(report: PartitionReport, on: Cluster, args: argparse.Namespace, ks: Sequ
     """Simulate, and draw if asked to."""
     from dtrp.simulation.run import simulate
 
-    found = simulate(report, on, schedule=args.schedule or "fig1", micro_batches=args.micro_batches or 1)
+    found = simulate(report, on, schedule=args.schedule, micro_batches=args.micro_batches)
     if args.figure is not None:
         found.plot(args.figure, **({"ks": ks} if ks else {}))
     return found

@@ -14,8 +14,9 @@ from dtrp.partitioner.plan import Plan
 from dtrp.partitioner.planner import solve
 from dtrp.partitioner.profile import Profile, make_profile
 from dtrp.partitioner.report import PartitionReport
-from dtrp.partitioner.stage_cost import OPTIMIZER_BYTES, predictions
 from dtrp.partitioner.stage_cost import RECOMPUTE as RECOMPUTES
+from dtrp.partitioner.stage_cost import predictions
+from dtrp.partitioner.training import ASSUMED, Training
 from dtrp.pipeline import Pipeline
 from dtrp.runtime.events import Event
 from dtrp.runtime.schedule import ORDERS, Schedule
@@ -30,12 +31,12 @@ def simulate(
     plan: Plan | PartitionReport | Pipeline | Profile,
     cluster: Cluster | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
-    schedule: str = "fig1",
-    micro_batches: int = 1,
+    schedule: str | None = None,
+    micro_batches: int | None = None,
     recompute: bool | Sequence[bool] | None = None,
-    predicts: bool = True,
-    horizon: str = "common",
-    optimizer_bytes: float = OPTIMIZER_BYTES,
+    predicts: bool | None = None,
+    horizon: str | None = None,
+    optimizer_bytes: float | None = None,
     batches: int | None = None,
     seed: int = 0,
     timeline: str | os.PathLike[str] | None = None,
@@ -51,15 +52,16 @@ def simulate(
     cluster : Cluster, mapping or path, optional
         Devices and links; also as plain data, or a JSON file of it. Default: the devices and links that the
         plan was made for.
-    schedule : {"fig1", "lean", "1f1b", "gpipe", "bp"}
-        The order.
-    micro_batches : int
+    schedule : {"fig1", "lean", "1f1b", "gpipe", "bp"}, optional
+        The order. This and all that follows of training: by default as the pipeline's trainer has it, where
+        there is one, else "fig1" with whole batches, predictions to one moment, and Adam.
+    micro_batches : int, optional
         Equal parts of each mini-batch, which travel one by one. A part is taken to cost its share.
     recompute : bool or sequence of bool, optional
         Whether stages recompute, one for all or each. Default: as planned ("bp" never does).
-    predicts, horizon : bool, {"common", "stage"}
+    predicts, horizon : bool, {"common", "stage"}, optional
         Whether passes of the decoupled orders run on predicted weights, and which moment they aim at.
-    optimizer_bytes : float
+    optimizer_bytes : float, optional
         The optimizer's state per byte of parameters: 2 for Adam, 1 for SGD with momentum.
     batches : int, optional
         Mini-batches over which is measured, behind those that fill the pipeline. Default: enough for a steady
@@ -93,14 +95,25 @@ def simulate(
     """
     profile, planned, report = _costs(plan)
     here = _cluster(cluster)
-    order = _order(schedule, len(profile.stages), micro_batches)
+    given = {
+        "order": schedule,
+        "micro_batches": micro_batches,
+        "predicts": predicts,
+        "horizon": horizon,
+        "optimizer_bytes": optimizer_bytes,
+    }
+    training = replace(
+        ASSUMED if report is None else report._training,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    order = _order(training, len(profile.stages))
     if batches is not None:
         _count("batches", batches)
-    if horizon not in ("common", "stage"):
-        raise ValueError(f"horizon={horizon!r}: expected 'common' or 'stage'")
     _check_speed(here, order.n_stages)
     again = _recomputes(order, planned if recompute is None else recompute)
-    setting = _Setting(profile, here, order, again, predicts and not order.exact, horizon, optimizer_bytes)
+    setting = _Setting(
+        profile, here, order, again, replace(training, predicts=training.predicts and not order.exact)
+    )
     work = setting.work()
     first, count = _window(order, jitter=bool(work.jitter or work.lines.jitter.any()))
     trace = run(work, first + (batches or count), seed=seed, record=timeline is not None)
@@ -112,13 +125,10 @@ def simulate(
             _with_stages,
             report,
             here,
-            micro_batches=micro_batches,
             recompute=recompute if isinstance(recompute, bool) else None,
-            predicts=predicts,
-            horizon=horizon,
-            optimizer_bytes=optimizer_bytes,
             batches=batches,
             seed=seed,
+            **{name: getattr(training, name) for name in given if name != "order"},
         )
     return setting.result(work, trace, first, over)
 
@@ -134,7 +144,15 @@ def _with_stages(
     graph, plan = report._graph, report._plan
     before_last = plan.recompute[:-1]
     choice: bool | str = True if before_last and all(before_last) else "auto"
-    found = solve(graph, n_stages, groups=plan.groups, order=plan.edges, recompute=choice, time_limit=1.0)
+    found = solve(
+        graph,
+        n_stages,
+        groups=plan.groups,
+        order=plan.edges,
+        recompute=choice,
+        training=report._training,
+        time_limit=1.0,
+    )
     profile = make_profile(graph, found.stage_of, n_stages)
     if how["recompute"] is None:
         how["recompute"] = [option == RECOMPUTES for option in found.options]
@@ -149,9 +167,7 @@ class _Setting:
     cluster: Cluster
     schedule: Schedule
     recomputes: tuple[bool, ...]
-    predicts: bool
-    horizon: str
-    optimizer_bytes: float
+    training: Training
 
     # ---- to the clock ------------------------------------------------------------------------------------
 
@@ -179,21 +195,22 @@ class _Setting:
             stage,
             self.schedule.n_stages,
             recompute=self.recomputes[stage],
-            predicts=self.predicts,
-            horizon=self.horizon,
+            training=self.training,
         )
 
     def _seconds(self, stage: int) -> list[float]:
         """Of each kind of action."""
         cost, parts = self.profile.stages[stage], self.schedule.parts
         passes = self.passes(stage)
-        prediction = (2 + self.optimizer_bytes) * cost.sweep
+        state = self.training.optimizer_bytes
+        prediction = (2 + state) * cost.sweep
         seconds = [0.0] * len(KINDS)
-        seconds[FORWARD] = cost.forward / parts + min(passes, 1) * prediction + self.cluster.overhead
+        seconds[FORWARD] = cost.forward / parts + min(passes, 1) * prediction
+        seconds[FORWARD] += cost.loop + self.cluster.overhead
         if self.recomputes[stage]:
             seconds[RECOMPUTE] = cost.forward / parts + max(passes - 1, 0) * prediction
         seconds[BACKWARD] = cost.backward / parts
-        seconds[STEP] = (3 + 2 * self.optimizer_bytes) * cost.sweep
+        seconds[STEP] = (3 + 2 * state) * cost.sweep
         return seconds
 
     def _link(self, a: int, b: int) -> Link:
@@ -246,6 +263,8 @@ class _Setting:
         busy = per_batch(trace.busy)
         held = trace.in_flight.reshape(replicas, k).max(axis=0)
         batch_time = float(per_batch(trace.ended)[0])  # the first stage is the last to be done with a batch
+        if self.profile.cores:  # stages take turns on them
+            batch_time = max(batch_time, float(busy.sum()) * replicas / self.profile.cores)
         stages = tuple(
             SimulatedStage(
                 index=s,
@@ -280,8 +299,9 @@ class _Setting:
 
     def _alone(self) -> float:
         """Seconds per mini-batch on one device of the plan's kind."""
-        update = 3 + 2 * self.optimizer_bytes
-        return sum(s.forward + s.backward + update * s.sweep for s in self.profile.stages)
+        update, stages = 3 + 2 * self.training.optimizer_bytes, self.profile.stages
+        loop = stages[0].loop * self.schedule.parts
+        return loop + sum(s.forward + s.backward + update * s.sweep for s in stages)
 
     def _peak(self, stage: int, held: int) -> int:
         """Bytes at the fullest moment: as in `partitioner.stage_cost`, with so many slots in flight."""
@@ -291,7 +311,7 @@ class _Setting:
         graphs = 1 if recomputes or last else held
         versions = 0 if recomputes or last or self.schedule.exact else held
         tensors = cost.inputs * held + cost.activations + cost.kept * (graphs - 1)
-        trained = cost.gradients * (1 + self.optimizer_bytes + copies + versions)
+        trained = cost.gradients * (1 + self.training.optimizer_bytes + copies + versions)
         return int(cost.weights + trained + tensors / parts)
 
 
@@ -339,10 +359,12 @@ def _check_speed(cluster: Cluster, n_stages: int) -> None:
         )
 
 
-def _order(schedule: Any, n_stages: int, micro_batches: Any) -> Schedule:
-    if schedule not in ORDERS:
-        raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(map(repr, ORDERS))}")
-    return Schedule(schedule, n_stages, _count("micro_batches", micro_batches))
+def _order(training: Training, n_stages: int) -> Schedule:
+    if training.order not in ORDERS:
+        raise ValueError(f"schedule={training.order!r}: expected one of {', '.join(map(repr, ORDERS))}")
+    if training.horizon not in ("common", "stage"):
+        raise ValueError(f"horizon={training.horizon!r}: expected 'common' or 'stage'")
+    return Schedule(training.order, n_stages, _count("micro_batches", training.micro_batches))
 
 
 def _count(name: str, value: Any) -> int:
