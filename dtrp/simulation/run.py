@@ -95,7 +95,7 @@ def simulate(
     """
     profile, planned, report = _costs(plan)
     here = _cluster(cluster)
-    given = {
+    given: dict[str, Any] = {
         "order": schedule,
         "micro_batches": micro_batches,
         "predicts": predicts,
@@ -111,9 +111,8 @@ def simulate(
         _count("batches", batches)
     _check_speed(here, order.n_stages)
     again = _recomputes(order, planned if recompute is None else recompute)
-    setting = _Setting(
-        profile, here, order, again, replace(training, predicts=training.predicts and not order.exact)
-    )
+    decoupled = training.predicts and not order.exact
+    setting = _Setting(profile, here, order, again, replace(training, predicts=decoupled))
     work = setting.work()
     first, count = _window(order, jitter=bool(work.jitter or work.lines.jitter.any()))
     trace = run(work, first + (batches or count), seed=seed, record=timeline is not None)
@@ -299,9 +298,8 @@ class _Setting:
 
     def _alone(self) -> float:
         """Seconds per mini-batch on one device of the plan's kind."""
-        update, stages = 3 + 2 * self.training.optimizer_bytes, self.profile.stages
-        loop = stages[0].loop * self.schedule.parts
-        return loop + sum(s.forward + s.backward + update * s.sweep for s in stages)
+        update = 3 + 2 * self.training.optimizer_bytes
+        return sum(s.forward + s.backward + update * s.sweep for s in self.profile.stages)
 
     def _peak(self, stage: int, held: int) -> int:
         """Bytes at the fullest moment: as in `partitioner.stage_cost`, with so many slots in flight."""
