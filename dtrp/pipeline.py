@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from .errors import DtrpError
 from .exclusive import EXCLUSIVE
 from .loss_check import check_loss
+from .orders import choose_order
 from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
 from .partitioner.capture.modes import Flags, flags_of, training_flags
@@ -311,8 +312,8 @@ class Pipeline:
             compile_stages=compile_stages,
             threads=threads_per_stage(self.n_stages) if threads is None else threads,
             max_grad_norm_lag=max_grad_norm_lag,
-            order="fig1" if schedule == "auto" else schedule,
-            micro_batches=1 if micro_batches == "auto" else micro_batches,
+            order=schedule,
+            micro_batches=micro_batches,
             exact_start=exact_start,
         )
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -520,6 +521,11 @@ class Pipeline:
         """Refuse a loss that surely cannot be trained with, before any worker starts."""
         with EXCLUSIVE:
             check_loss(self._planned.captured, config, inputs, target)
+
+    def choose_order(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> TrainConfig:
+        """The settings with order and micro-batches decided, where the user leaves them open."""
+        with EXCLUSIVE:
+            return choose_order(self._planned, config, inputs, target)
 
     def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""

@@ -54,7 +54,8 @@ def cost_graph(
     networkx.DiGraph
         In topological order. Attributes of each node:
 
-        - ``flops``, ``backward_flops``: of the forward and of the backward pass.
+        - ``flops``, ``backward_flops``: of the forward and of the backward pass; ``forward_ops``,
+          ``backward_ops``: how many operators they are.
         - ``forward_time``, ``backward_time``: seconds. ``sweep_time``: to read or write once what trains.
         - ``params_bytes``: of the parameters that it is the first to use; ``gradient_bytes``: of those of
           them that train; ``buffer_bytes``: buffers, likewise. ``params``: names of all that it uses.
@@ -157,6 +158,8 @@ def _assemble(walk: CostWalk, specs: Sequence[DeviceSpec]) -> nx.DiGraph:
             location=str(node.meta.get("location", "")),
             flops=sum(op.flops for op in cost.forward),
             backward_flops=sum(op.flops for op in cost.backward),
+            forward_ops=len(cost.forward),
+            backward_ops=len(cost.backward),
             params=tuple(params),
             **sizes,
             activation_bytes=kept[node] + kept_inputs[node],

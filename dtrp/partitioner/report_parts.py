@@ -37,6 +37,7 @@ class StageReport:
     forward_time: float
     backward_time: float
     tick_time: float
+    slot_time: float  # what one more micro-batch of the same batch costs
     peak_bytes: int
     memory_limit: int | None
     time: Mapping[str, float]
@@ -131,6 +132,7 @@ def stage_report(
         forward_time=cost.forward,
         backward_time=cost.backward,
         tick_time=cost.tick,
+        slot_time=cost.slot,
         peak_bytes=int(cost.peak),
         memory_limit=None if limit is None else int(limit),
         time={

@@ -166,7 +166,10 @@ class StageCost:
     Attributes
     ----------
     forward, recompute, backward, update, prediction, loop : float
-        Seconds of each part of a tick; ``loop`` is what the runtime itself takes.
+        Seconds of each part of a tick; ``loop`` is what the runtime itself takes, and what the batch's parts
+        cost besides computing: launches, weights read again, predictions.
+    slot : float
+        Seconds that one more part costs.
     time_in, time_out : float
         Seconds for the values that arrive and for those that leave. Where ``overlaps``, of one direction:
         gradients take as long, the other way at the same time. Else there and back.
@@ -188,6 +191,7 @@ class StageCost:
     update: float
     prediction: float
     loop: float
+    slot: float
     time_in: float
     time_out: float
     overlaps: bool
@@ -281,7 +285,7 @@ def stage_costs(
             _suffix(0 if devices is None else devices[k]),
             overlapping,
             training,
-            specs[0 if devices is None else devices[k]].tick_overhead,
+            specs[0 if devices is None else devices[k]],
         )
         for k in range(n_stages)
     ]
@@ -298,7 +302,7 @@ def _evaluate(
     suffix: str,
     overlapping: bool,
     training: Training,
-    tick_overhead: float,
+    spec: DeviceSpec,
 ) -> StageCost:
     def total(attribute: str, of: Sequence[str] | set[str] = nodes) -> float:
         return float(sum(graph.nodes[n][attribute] for n in of))
@@ -315,6 +319,11 @@ def _evaluate(
         inputs |= graph.nodes[n]["model_inputs"]
     input_bytes = int(total("transfer_bytes", arriving)) + sum(inputs.values())
     forward, sweep = total(f"forward_time{suffix}"), total(f"sweep_time{suffix}")
+    prediction = passes * (2 + optimizer_bytes) * sweep
+    runs = 2 if recomputes else 1
+    launches = runs * total("forward_ops") + total("backward_ops")
+    swept = runs * params_bytes + 3 * gradients  # weights are read, gradients added to
+    again = launches * spec.launch_overhead + swept / spec.memory_bandwidth + prediction
     results = {n for n in nodes if n in graph.graph["results"]}
     peak, kept = pass_peak(graph, nodes, leaving | results, is_last=last)
     activations = max(peak - gradients, 0) / parts
@@ -328,8 +337,9 @@ def _evaluate(
         recompute=forward if recomputes else 0.0,
         backward=total(f"backward_time{suffix}"),
         update=(3 + 2 * optimizer_bytes) * sweep,
-        prediction=passes * (2 + optimizer_bytes) * sweep,
-        loop=tick_overhead * parts,
+        prediction=prediction,
+        loop=spec.tick_overhead * parts + again * (parts - 1),
+        slot=spec.tick_overhead + again,
         time_in=total(transfer_attribute(overlapping), arriving),
         time_out=total(transfer_attribute(overlapping), leaving),
         overlaps=overlapping,

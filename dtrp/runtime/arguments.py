@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -98,25 +99,58 @@ def feeds(
 
 
 def split_batch(
-    tensors: Sequence[Tensor], target: Any, parts: int
+    tensors: Sequence[Tensor],
+    target: Any,
+    parts: int,
+    *,
+    least: int = 1,
+    ignored: int = -100,
+    along: Sequence[bool] | None = None,
 ) -> Iterator[tuple[Sequence[Tensor], Any, float]]:
     """A mini-batch as ``parts`` micro-batches of equal size (the last may be smaller), with their shares.
 
-    Tensors are cut along their first dimension if it is as long as the batch; others go with every part.
+    Tensors are cut along their first dimension if it is as long as the batch (of ``tensors`` only those that
+    ``along`` says); others go with every part. A share is a part's in the mean over all samples; where class
+    targets are ``ignored``, in the mean over those that are not, which is what torch's losses give.
+
+    Parameters
+    ----------
+    least : int
+        Samples that a part has; there are fewer parts where the batch has too few.
     """
     samples = n_samples(tensors)
-    if parts == 1 or samples == 1:
+    size = max(-(-samples // parts), least)
+    counts = _counting(target, samples, size, ignored) if samples > size else None
+    if samples <= size or (counts is not None and 0 in counts):  # a mean over nothing is not a number
         yield tensors, target, 1.0
         return
     leaves, spec = pytree.tree_flatten((list(tensors), target))
-    size = -(-samples // parts)
-    for start in range(0, samples, size):
+    follows = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for x in leaves]
+    if along is not None:
+        follows[: len(along)] = along
+    for i, start in enumerate(range(0, samples, size)):
         part = slice(start, min(start + size, samples))
-        cut = [
-            x[part] if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples else x for x in leaves
-        ]
+        cut = [x[part] if follow else x for x, follow in zip(leaves, follows, strict=True)]
         inputs, wanted = pytree.tree_unflatten(cut, spec)
-        yield inputs, wanted, (part.stop - part.start) / samples
+        share = (part.stop - part.start) / samples if counts is None else counts[i] / sum(counts)
+        yield inputs, wanted, share
+
+
+def _counting(target: Any, samples: int, size: int, ignored: int) -> list[int] | None:
+    """How many class targets of each part count; ``None``: all do."""
+    if isinstance(target, WithExtra):
+        target = target.target
+    is_classes = isinstance(target, Tensor) and target.dtype == torch.int64 and target.dim() > 0
+    if not is_classes or len(target) != samples:
+        return None
+    counts = target != ignored
+    return None if bool(counts.all()) else [int(part.sum()) for part in counts.split(size)]
+
+
+def follow_batch(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which of a batch's inputs have a row for each sample."""
+    samples = n_samples(tensors)
+    return [t.dim() > 0 and t.shape[0] == samples for t in tensors]
 
 
 def n_samples(tensors: Sequence[Tensor]) -> int:

@@ -50,8 +50,9 @@ class TrainConfig:
     scheduler_step: Literal["update", "epoch"] = "update"
     compile_stages: bool = False
     threads: int = 1
-    order: Literal["fig1", "lean"] = "fig1"  # of the methods that are decoupled
-    micro_batches: int = 1
+    order: str = "fig1"  # of the methods that are decoupled; "auto": to be chosen for the first batch
+    micro_batches: int | Literal["auto"] = 1
+    least_part: int = 1  # samples that a micro-batch has at least
     exact_start: int | float = 0
     groups: tuple[Group, ...] | None = None  # of the whole model's optimizer, for the stages
 
@@ -79,7 +80,8 @@ class TrainConfig:
         if self.max_grad_norm is not None:
             _number("max_grad_norm", self.max_grad_norm, above=0.0)
         for name in ("accumulate", "threads", "micro_batches"):
-            _count(name, getattr(self, name))
+            if (name, getattr(self, name)) != ("micro_batches", "auto"):
+                _count(name, getattr(self, name))
         _number("exact_start", self.exact_start, low=0.0)
         if isinstance(self.exact_start, float) and self.exact_start >= 1:
             raise ValueError(
@@ -139,14 +141,25 @@ class TrainConfig:
         return self.scales or self.on_nonfinite == "skip"
 
     @property
+    def is_open(self) -> bool:
+        """Whether order or parts are still to be chosen."""
+        return "auto" in (self.order, self.micro_batches)
+
+    @property
     def exact(self) -> bool:
         """Whether the pipeline is drained after each mini-batch."""
         return self.method in EXACT
 
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a mini-batch at most, once that is decided."""
+        assert self.micro_batches != "auto"
+        return self.micro_batches
+
     def schedule(self, n_stages: int, *, exact: bool = False) -> Schedule:
         """The order that stages follow; ``exact``: while the exact start lasts."""
         order = self.method if self.exact else "1f1b" if exact else self.order
-        return Schedule(order, n_stages, self.micro_batches)
+        return Schedule(order, n_stages, self.parts)
 
     def recompute(self, planned: bool) -> bool:
         """Whether a stage recomputes, given the plan's choice."""

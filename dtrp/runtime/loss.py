@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> Any:
     """Whatever ``loss_fn`` gives."""
     target, extra = target if isinstance(target, WithExtra) else (target, {})
     return loss_fn(output, target, **extra)
+
+
+def ignored_target(loss_fn: Any) -> int:
+    """The class target that a loss leaves out of its mean, as torch's losses name it."""
+    given = loss_fn.keywords if isinstance(loss_fn, partial) else {}
+    ignored = given.get("ignore_index", getattr(loss_fn, "ignore_index", -100))
+    return ignored if isinstance(ignored, int) else -100
 
 
 def as_scalar(loss_fn: Callable[..., Tensor] | None, loss: Any) -> Tensor:

@@ -99,7 +99,7 @@ class Processes:
             self.kill()
             raise WorkerError(f"the process of stage {len(self.processes)} cannot be started: {e}") from e
         self._close(given - {line.memory for line in mine})
-        self.links = SharedLinks(CALLER, mine, wait=wait, most=(2 * n + 8) * config.micro_batches)
+        self.links = SharedLinks(CALLER, mine, wait=wait, most=(2 * n + 8) * config.parts)
         self._poll = select.poll()
         for sock in self.sockets:
             sock.setblocking(False)

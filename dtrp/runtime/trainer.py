@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from ..errors import WorkerError
 from . import interrupts
-from .arguments import as_call, check_loader, feeds, n_samples, split_batch, take_target, what_step_takes
+from .arguments import (
+    as_call,
+    check_loader,
+    feeds,
+    follow_batch,
+    n_samples,
+    split_batch,
+    take_target,
+    what_step_takes,
+)
 from .batch import Feed
 from .checkpoint import as_folder, read_checkpoint, write_checkpoint
 from .compensation import WARMUP, Joiner, Mini
@@ -31,7 +40,7 @@ from .handback import Owner, loss_with_tensors
 from .history import History
 from .inline import Inline
 from .loggers import Loggers
-from .loss import held_loss
+from .loss import held_loss, ignored_target
 from .optim import state_bytes
 from .program import StageProgram
 from .run_state import RunState, check_builds, model_groups
@@ -45,6 +54,7 @@ _LEFT = (
     "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
     "since the last flush; use `with pipe.trainer(...) as trainer:`"
 )
+_ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
 
 
@@ -69,6 +79,10 @@ class Compiled(Protocol):
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The model inputs of one call, in the wiring's order; refuses what does not fit."""
+        ...
+
+    def choose_order(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> TrainConfig:
+        """The settings with order and micro-batches decided, for batches like this one."""
         ...
 
     def programs(self, loss: nn.Module | None) -> list[StageProgram]:
@@ -132,6 +146,7 @@ class Trainer:
         )
         self._rescued = _Rescued(self)
         self._modes: list[tuple[nn.Module, bool]] = []  # of all modules, when training began
+        self._along: list[bool] = []  # which model inputs have a row for each sample
         self._exact = False  # the exact order is followed for now
         self._exact_updates: float = config.exact_start
         self._closed = False
@@ -233,7 +248,7 @@ class Trainer:
 
     def _enter(self, run: Inline | Workers, mini: Mini) -> None:
         """A mini-batch goes into the pipeline."""
-        parts = list(split_batch(mini.tensors, mini.target, self.config.micro_batches))
+        parts = list(self._parts(mini))
         for i, (tensors, target, share) in enumerate(parts):
             slot = feeds(self._wiring, self._history.entered, tensors, target, mini.update)
             if len(parts) > 1:
@@ -247,6 +262,17 @@ class Trainer:
         if self._exact and self.updates >= self._exact_updates:
             self._follow(run, exact=False)
         run.throttle()
+
+    def _parts(self, mini: Mini) -> Iterator[tuple[Sequence[Tensor], Any, float]]:
+        config = self.config
+        return split_batch(
+            mini.tensors,
+            mini.target,
+            config.parts,
+            least=config.least_part,
+            ignored=ignored_target(config.loss_fn),
+            along=self._along,
+        )
 
     def _follow(self, run: Inline | Workers, *, exact: bool) -> None:
         run.call("follow", exact)
@@ -520,9 +546,24 @@ class Trainer:
             raise TypeError(f"{e}; {what_step_takes(args, self.config.loss_fn is not None)}") from None
         if self._run is None:
             self._compiled.check_loss(self.config, tensors, target)
+            self._choose_order(tensors, target)
             self._run = self._start()
             self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return self._run, tensors, target
+
+    def _choose_order(self, tensors: Sequence[Tensor], target: Any) -> None:
+        """A resumed run goes on in the order that it was saved with, unless another was asked for."""
+        self._along = follow_batch(tensors)
+        config = self.config
+        saved = {} if self._resume is None else self._resume.counters.get("order", {})
+        if saved and config.is_open:
+            open_ones = {name for name in saved if getattr(config, name, "auto") == "auto"}
+            config = replace(config, **{n: v for n, v in saved.items() if n in {*open_ones, "least_part"}})
+        if config.is_open or config.micro_batches != 1:
+            config = self._compiled.choose_order(config, tensors, target)
+        self.config = config
+        chosen = {name: getattr(config, name) for name in _ORDER}
+        self._stage_config = replace(self._stage_config, **chosen)
 
     def _check_modes(self) -> None:
         """Stages have the modes of the moment when training began. (A model that is in eval mode as a whole
@@ -593,7 +634,10 @@ class Trainer:
         return self.losses[-1] if self.losses else None
 
     def _counters(self) -> dict[str, Any]:
-        return {**self._history.export(), "updates": self._joiner.updates, "seed": self._seed}
+        order = {} if self.config.is_open else {name: getattr(self.config, name) for name in _ORDER}
+        return {
+            **self._history.export(), "updates": self._joiner.updates, "seed": self._seed, "order": order
+        }  # fmt: skip
 
 
 class _Rescued:

@@ -1,0 +1,79 @@
+"""Which order to train in, and in how many parts a batch travels, where the user leaves it open (ours).
+
+Delay is better avoided than corrected. Parts make it smaller, and cost what a pass costs however few samples
+it has; the "lean" order makes it smaller, and costs where a hop takes a good part of a tick.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .partitioner.compiler import Compiled
+from .partitioner.devices import DeviceSpec
+from .partitioner.stage_cost import StageCost, stage_costs
+from .parts_check import differs_in_parts
+from .runtime.arguments import n_samples
+from .runtime.config import TrainConfig
+
+log = logging.getLogger("dtrp")
+
+PRICE = 1.05
+"""What a tick in parts may cost, as a multiple of the tick of whole batches."""
+
+HOP = 0.1
+"""The share of a slot's tick that a hop may take in "lean"."""
+
+STATISTICS = 16
+"""Samples that BatchNorm's statistics are taken over at least."""
+
+
+def choose_order(
+    compiled: Compiled, config: TrainConfig, inputs: Sequence[Tensor], target: Any
+) -> TrainConfig:
+    """The settings with ``order`` and ``micro_batches`` decided, for batches like this one."""
+    plan, model, samples = compiled.plan, compiled.captured.model, n_samples(inputs)
+    costs = stage_costs(compiled.graph, plan.stage_of, plan.recompute)
+    spec: DeviceSpec = compiled.graph.graph["specs"][0]
+    chosen, parts = config.micro_batches, config.micro_batches
+    least = STATISTICS if chosen == "auto" and _takes_statistics(model) else 1
+    if parts == "auto":
+        parts = most_parts(costs, config, samples // least)
+    why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
+    if why and chosen == "auto":
+        parts = 1
+    elif why:
+        log.warning("micro_batches=%d changes what is trained: %s; micro_batches=1 does not", parts, why)
+    order = config.order
+    if order == "auto":
+        hop = spec.link_latency + (max(c.time_out for c in costs) / parts if spec.overlaps else 0.0)
+        order = "lean" if hop <= HOP * max(c.tick for c in costs) / parts else "fig1"
+    log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")
+    return replace(config, order=order, micro_batches=parts, least_part=least)
+
+
+def most_parts(costs: Sequence[StageCost], config: TrainConfig, limit: int) -> int:
+    """The most parts, up to ``limit``, that a tick does not get much longer by.
+
+    Exact orders have no delay but bubbles: theirs is the number that makes a batch fastest.
+    """
+    n_stages = len(costs)
+    if n_stages == 1 or config.method == "bp":
+        return 1
+
+    def tick(parts: int) -> float:
+        return max(cost.tick + (parts - 1) * cost.per_slot for cost in costs)
+
+    # With so many, the delay is a quarter of an update: there is nothing left to gain.
+    candidates = range(1, max(1, min(limit, 4 * (n_stages - 1))) + 1)
+    if config.exact:
+        return min(candidates, key=lambda parts: tick(parts) * (1 + (n_stages - 1) / parts))
+    return max(parts for parts in candidates if tick(parts) <= PRICE * tick(1))
+
+
+def _takes_statistics(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())

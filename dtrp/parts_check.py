@@ -1,0 +1,108 @@
+"""Whether a batch that travels in parts trains as the whole does: tried on a few samples of the first batch.
+
+It does where the model treats samples one by one (BatchNorm aside, which has a rule of its own) and the loss
+is the mean over them, or over the targets that count. A loss over all pairs of a batch is not, nor is a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .partitioner.capture.modes import in_mode
+from .partitioner.compiler import Compiled
+from .runtime.arguments import n_samples, split_batch
+from .runtime.batch import WithExtra
+from .runtime.config import TrainConfig
+from .runtime.loss import ignored_target, scalar_loss
+from .runtime.twins import Snapshot
+
+_TRIED = 4  # samples
+_FEW = 2**22  # numbers in an output, up to which the whole batch's targets are tried
+_CLOSE = 1e-3
+
+
+def differs_in_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> str:
+    """Why it does not, or cannot be tried; ``""``: it does."""
+    loss_fn, model = config.loss_fn, compiled.captured.model
+    if loss_fn is None:
+        return "the model gives its own loss, which need not be the mean over its samples"
+    if any(t.is_meta for t in (*model.parameters(), *inputs)):
+        return "the model has no values to try it with"
+    samples = n_samples(inputs)
+    state = Snapshot(model)
+    try:
+        with in_mode(model, None), torch.no_grad():  # also puts the generators back
+            some, aim = _repeated((list(inputs), target), samples, min(_TRIED, samples))
+            whole = _run(compiled, some)
+            cut = [_run(compiled, part) for part, _, _ in split_batch(some, aim, 2)]
+            if not _same_rows(whole, cut):
+                return "the model does not treat samples one by one"
+            for output, wanted in _trials(whole, aim, target, samples, ignored_target(loss_fn)):
+                if not _is_mean(config, output, wanted):
+                    return "the loss is not the mean over the samples"
+    except Exception as error:  # whatever the user's code dislikes about a few samples
+        return f"a few samples cannot be tried: {type(error).__name__}: {error}"
+    finally:
+        state.restore()
+    return ""
+
+
+def _run(compiled: Compiled, inputs: Sequence[Tensor]) -> Any:
+    return compiled.split.graph(False)(*[t.detach().clone() for t in inputs])
+
+
+def _repeated(tree: Any, samples: int, n: int) -> Any:
+    """``n`` samples from what has ``samples``: the first ones, again and again if there are fewer."""
+    rows = torch.arange(n) % samples
+
+    def take(value: Any) -> Any:
+        is_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == samples
+        return value[rows.to(value.device)] if is_batch else value
+
+    return pytree.tree_map(take, tree)
+
+
+def _same_rows(whole: Any, cut: Sequence[Any]) -> bool:
+    """Whether the outputs of the parts, one below the other, are that of the whole."""
+    leaves = [pytree.tree_leaves(output) for output in cut]
+    for all_rows, *rows in zip(pytree.tree_leaves(whole), *leaves, strict=True):
+        if not isinstance(all_rows, Tensor):
+            continue
+        if all_rows.dim() == 0 or sum(r.shape[0] for r in rows) != all_rows.shape[0]:
+            return False
+        if not _close(all_rows, torch.cat(rows)):
+            return False
+    return True
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool((a - b).norm() <= _CLOSE * a.norm() + 1e-6)
+
+
+def _trials(whole: Any, aim: Any, target: Any, samples: int, ignored: int) -> Iterator[tuple[Any, Any]]:
+    """Outputs and targets: of the few; with targets that do not count; with those of the whole batch."""
+    yield whole, aim
+    plain = aim.target if isinstance(aim, WithExtra) else aim
+    if isinstance(plain, Tensor) and plain.dtype == torch.int64 and plain.dim() > 1 and len(plain) > 1:
+        padded = plain.clone()
+        padded[0].view(-1)[plain[0].numel() // 2 :] = ignored
+        yield whole, WithExtra(padded, aim.extra) if isinstance(aim, WithExtra) else padded
+    if isinstance(whole, Tensor) and whole.numel() // len(whole) * samples <= _FEW:
+        yield _repeated(whole, len(whole), samples), target
+
+
+def _is_mean(config: TrainConfig, output: Any, target: Any) -> bool:
+    """Whether the loss of the whole is the mean of the parts' by their shares."""
+    leaves, spec = pytree.tree_flatten(output)
+    whole = scalar_loss(config.loss_fn, output, target)
+    rest = torch.zeros_like(whole)
+    for part, wanted, share in split_batch(leaves, target, 2, ignored=ignored_target(config.loss_fn)):
+        rest += share * scalar_loss(config.loss_fn, pytree.tree_unflatten(part, spec), wanted)
+    return _close(whole, rest)
