@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .partitioner.compiler import Compiled
@@ -27,6 +28,9 @@ PRICE = 1.05
 
 HOP = 0.1
 """The share of a slot's tick that a hop may take in "lean"."""
+
+SLOW_MOMENTS_BEHIND = 3
+"""Updates of delay from which Adam's default betas are warned of: four stages in "lean", whole batches."""
 
 STATISTICS = 16
 """Samples that BatchNorm's statistics are taken over at least."""
@@ -52,8 +56,10 @@ def choose_order(
     if order == "auto":
         hop = spec.link_latency + (max(c.time_out for c in costs) / parts if spec.overlaps else 0.0)
         order = "lean" if hop <= HOP * max(c.tick for c in costs) / parts else "fig1"
+    chosen_config = replace(config, order=order, micro_batches=parts, least_part=least)
     log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")
-    return replace(config, order=order, micro_batches=parts, least_part=least)
+    _warn(chosen_config, len(costs))
+    return chosen_config
 
 
 def most_parts(costs: Sequence[StageCost], config: TrainConfig, limit: int) -> int:
@@ -73,6 +79,22 @@ def most_parts(costs: Sequence[StageCost], config: TrainConfig, limit: int) -> i
     if config.exact:
         return min(candidates, key=lambda parts: tick(parts) * (1 + (n_stages - 1) / parts))
     return max(parts for parts in candidates if tick(parts) <= PRICE * tick(1))
+
+
+def _warn(config: TrainConfig, n_stages: int) -> None:
+    """Of a known bad choice: second moments that take a thousand updates to settle, far behind."""
+    behind = max(config.schedule(n_stages).staleness(k) for k in range(n_stages))
+    if not config.predicts or config.exact or behind < SLOW_MOMENTS_BEHIND or config.param_groups is not None:
+        return
+    defaults = config.optimizer([nn.Parameter(torch.zeros(1))]).defaults
+    if defaults.get("betas", (0.0, 0.0))[1] >= 0.999 and defaults["betas"][0] < 0.99:
+        log.warning(
+            "betas=%s and weights that are %d updates old in stage 0: Adam's prediction is poor in the "
+            "first thousand updates; consider betas=(0.9, 0.95), micro_batches=%d or exact_start=1000",
+            defaults["betas"],
+            behind,
+            n_stages - 1,
+        )
 
 
 def _takes_statistics(model: nn.Module) -> bool:

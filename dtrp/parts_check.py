@@ -99,10 +99,23 @@ def _trials(whole: Any, aim: Any, target: Any, samples: int, ignored: int) -> It
 
 
 def _is_mean(config: TrainConfig, output: Any, target: Any) -> bool:
-    """Whether the loss of the whole is the mean of the parts' by their shares."""
+    """Whether the loss of the whole is the mean of the parts' by their shares: by its value, and by its
+    gradients, which differ also where all samples happen to have about the same loss."""
     leaves, spec = pytree.tree_flatten(output)
-    whole = scalar_loss(config.loss_fn, output, target)
-    rest = torch.zeros_like(whole)
-    for part, wanted, share in split_batch(leaves, target, 2, ignored=ignored_target(config.loss_fn)):
-        rest += share * scalar_loss(config.loss_fn, pytree.tree_unflatten(part, spec), wanted)
-    return _close(whole, rest)
+    roots = [x.detach().requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def copies() -> list[Any]:  # which a loss may change in place
+        fresh = iter(roots)
+        return [next(fresh).clone() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+
+    with torch.enable_grad():
+        whole = scalar_loss(config.loss_fn, pytree.tree_unflatten(copies(), spec), target)
+        in_parts = torch.zeros_like(whole)
+        for part, wanted, share in split_batch(copies(), target, 2, ignored=ignored_target(config.loss_fn)):
+            in_parts = in_parts + share * scalar_loss(
+                config.loss_fn, pytree.tree_unflatten(part, spec), wanted
+            )
+        pairs = zip(
+            *(torch.autograd.grad(x, roots, allow_unused=True) for x in (whole, in_parts)), strict=True
+        )
+    return _close(whole, in_parts) and all(a is None or b is None or _close(a, b) for a, b in pairs)

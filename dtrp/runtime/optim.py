@@ -95,6 +95,7 @@ class ParameterSet:
 
     def __post_init__(self) -> None:
         self.parameters: list[Tensor] = list(self.names.values())
+        self.moment = 0  # counts what changes weights or rates
         places = {id(p): i for i, p in enumerate(self.parameters)}
         # Which parameters each of the optimizer's groups has, and those that the user's optimizer leaves out.
         self._members = [[places[id(p)] for p in g["params"]] for g in self.optimizer.param_groups]
@@ -125,6 +126,7 @@ class ParameterSet:
 
     def step(self, lr_scale: float = 1.0) -> None:
         """One optimizer update with the gradients at hand, which are then dropped."""
+        self.moment += 1
         if self.keeps_previous:
             self.previous = {p: p.detach().clone() for p in self.names.values()}
         with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
@@ -133,6 +135,7 @@ class ParameterSet:
 
     def schedule(self, *metrics: float) -> None:
         """One step of the learning-rate scheduler, if there is one; a metric for those that ask for one."""
+        self.moment += 1
         if self.scheduler is not None:
             with shown(self.optimizer, self.groups):
                 self.scheduler.step(*(metrics if self.wants_metric else ()))

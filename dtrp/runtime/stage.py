@@ -538,6 +538,7 @@ class Stage:
                 if name in tensors:
                     tensor.copy_(tensors[name])
         set_attributes(self.module, completed(attributes, attributes_of(self.module)))
+        self.weights.loaded()
 
     def training_state(self, names: Mapping[str, str]) -> dict[str, Any]:
         """What besides weights and buffers the next batch's training depends on, by parameter name;
@@ -556,6 +557,7 @@ class Stage:
         """Take over what `training_state` gave, in whatever stages; ``names``: names here -> saved ones."""
         for parameters in self.weights.sets:
             import_set(parameters, saved, names, gradients=parameters is self.weights.own)
+        self.weights.loaded()
         if self.scaling is not None:
             self.scaling.resume(saved["training"].get("scale"), hears=self.program.is_last)
         if self.seed is not None and seed is not None:

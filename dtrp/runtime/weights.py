@@ -58,6 +58,11 @@ class Weights:
         self._ahead: Twin | None = None
         self._first: Twin | None = None
         self._versions: list[Twin] = []  # with parameters of their own, free to be used
+        self._written: dict[Twin, object] = {}  # of what they hold the values
+
+    def loaded(self) -> None:
+        """To be called after weights or optimizers were overwritten."""
+        self._written.clear()
 
     # ---- modules to run passes on ------------------------------------------------------------------------
 
@@ -113,7 +118,12 @@ class Weights:
         return twin
 
     def _write(self, twin: Twin, horizons: tuple[float, float], lr_scale: float) -> None:
-        """Write the weights so many updates ahead into a twin's parameters."""
+        """Write the weights so many updates ahead into a twin's parameters, unless they are there: between
+        two updates, every micro-batch wants the same."""
+        made_of = horizons, lr_scale, *(parameters.moment for parameters in self.sets)
+        if self._written.get(twin) == made_of:
+            return
+        self._written[twin] = made_of
         with torch.no_grad():
             for parameters, targets in zip(self.sets, self._targets[twin], strict=True):
                 s = horizons[0] if parameters is self.own else horizons[1]

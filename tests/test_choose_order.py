@@ -1,0 +1,237 @@
+"""Which order and how many parts are chosen, and that parts never change what is trained without a word."""
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dtrp
+from dtrp.orders import most_parts
+from dtrp.partitioner.devices import DeviceSpec
+from dtrp.partitioner.stage_cost import stage_costs
+from dtrp.runtime.arguments import split_batch
+from dtrp.runtime.config import TrainConfig
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+BATCH = 12
+
+
+class Words(nn.Module):
+    """Scores for each word of a text."""
+
+    def __init__(self, words=11, width=16):
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.layers = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4)])
+        self.head = nn.Linear(width, words)
+
+    def forward(self, x):
+        return self.head(self.layers(self.embed(x)))
+
+
+def dense(n=6, width=32):
+    return nn.Sequential(*[nn.Linear(width, width) for _ in range(n)])
+
+
+def text(samples=BATCH, length=9):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(11, (samples, length), generator=generator) for _ in range(2)]
+
+
+def per_word(output, target, **options):
+    return F.cross_entropy(output.flatten(0, 1), target.flatten(), **options)
+
+
+@pytest.fixture
+def dear(monkeypatch):
+    """Arithmetic is dear, launches and hops are free: parts and "lean" cost nothing."""
+    from dtrp.partitioner import calibration
+
+    spec = DeviceSpec("slow", {"float32": 1e5}, 1e15, 0.0, 1e12, 1e15, 0.0, "cpu", 1)
+    monkeypatch.setattr(calibration, "calibrate", lambda device, threads=None: spec)
+
+
+def chosen(model, batch, loss_fn, n_stages=4, **options):
+    """(order, parts) of a run of one batch, and the model's weights after it."""
+    pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=batch[0])
+    with pipe.trainer(loss_fn, SGD, executor="inline", **options) as trainer:
+        trainer.step(*batch)
+        trainer.flush()
+        return trainer.config.order, trainer.config.micro_batches
+
+
+@pytest.mark.usefixtures("dear")
+class TestWhereTheyAreFree:
+    def test_samples_one_by_one_travel_in_parts(self):
+        """Else nothing that the issue of delay promises would reach those who set nothing."""
+        assert chosen(Words(), text(), per_word) == ("lean", 12)
+
+    def test_batch_statistics_are_of_sixteen_samples(self):
+        model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4)])
+        batch = torch.randn(40, 8), torch.randn(40, 8)
+        assert chosen(model, batch, F.mse_loss) == ("lean", 2)
+        frozen = model.train()
+        for m in frozen.modules():
+            if isinstance(m, nn.BatchNorm1d):
+                m.eval()
+        assert chosen(frozen, batch, F.mse_loss) == ("lean", 12)
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "why"),
+        [
+            (partial(per_word, reduction="sum"), "a sum"),
+            (partial(per_word, weight=torch.arange(1.0, 12.0)), "weighted by class"),
+            (lambda o, y: per_word(o, y) + (o.mean(0) ** 2).sum(), "of the batch's mean"),
+            (lambda o, y: per_word(o, y.masked_fill(y < 0, 0)), "padding counts as a word"),
+        ],
+        ids=lambda x: x if isinstance(x, str) else "",
+    )
+    def test_a_loss_that_is_no_mean_keeps_the_batch_whole(self, loss_fn, why):
+        """Parts would train something else, silently."""
+        assert chosen(Words(), text(), loss_fn)[1] == 1, why
+
+    def test_a_model_that_mixes_samples_keeps_the_batch_whole(self):
+        class Centred(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inside = dense()
+
+            def forward(self, x):
+                return self.inside(x - x.mean(0))
+
+        x = torch.randn(BATCH, 32)
+        assert chosen(Centred(), (x, x), F.mse_loss)[1] == 1
+
+    def test_a_model_with_a_loss_of_its_own_keeps_the_batch_whole(self):
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inside = dense()
+
+            def forward(self, x, y):
+                return F.mse_loss(self.inside(x), y)
+
+        x = torch.randn(BATCH, 32)
+        pipe = dtrp.compile(Own(), n_gpus=2, example_inputs=(x, x))
+        with pipe.trainer(None, SGD, executor="inline") as trainer:
+            trainer.step(x, x)
+            assert trainer.config.micro_batches == 1
+
+    def test_parts_that_were_asked_for_are_kept_with_a_warning(self, caplog):
+        """The user's word counts, and the user is told."""
+        with caplog.at_level(logging.WARNING, "dtrp"):
+            assert chosen(Words(), text(), partial(per_word, reduction="sum"), micro_batches=3)[1] == 3
+        assert "the loss is not the mean over the samples" in caplog.text
+
+    def test_the_try_leaves_model_and_generators_alone(self):
+        """It runs the model: a counter, a buffer or a random number that it used would change training."""
+
+        class Counts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, x):
+                self.calls.add_(1)
+                return x + 0 * torch.rand(())
+
+        def trained(**options):
+            torch.manual_seed(0)
+            model = nn.Sequential(dense(), Counts(), dense())
+            batch = torch.randn(BATCH, 32), torch.randn(BATCH, 32)
+            chosen(model, batch, F.mse_loss, n_stages=2, schedule="lean", seed=1, **options)
+            return model.state_dict(), torch.rand(3)
+
+        (state, drawn), (expected, wanted) = trained(micro_batches="auto"), trained(micro_batches=4)
+        assert torch.equal(drawn, wanted)
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+
+    def test_a_saved_run_goes_on_in_its_order(self, tmp_path):
+        """Another order or number of parts after a restart would be another run."""
+        batch = text()
+
+        def trainer(**options):
+            torch.manual_seed(0)
+            pipe = dtrp.compile(Words(), n_gpus=3, example_inputs=batch[0])
+            return pipe.trainer(per_word, SGD, executor="inline", seed=1, **options)
+
+        with trainer(schedule="fig1", micro_batches=3) as first:
+            first.step(*batch)
+            first.save(tmp_path / "run")
+        with trainer() as second:
+            second.load(tmp_path / "run")
+            second.step(*batch)
+            assert (second.config.order, second.config.micro_batches) == ("fig1", 3)
+        with trainer(micro_batches=2) as third:
+            third.load(tmp_path / "run")
+            third.step(*batch)
+            assert (third.config.order, third.config.micro_batches) == ("fig1", 2)
+
+
+def test_tiny_stages_get_the_papers_order_whole():
+    """Where a hop takes longer than a tick, fewer batches in flight would leave stages idle."""
+    x = torch.randn(4, 32)
+    assert chosen(dense(), (x, x), F.mse_loss) == ("fig1", 1)
+
+
+def test_parts_cost_a_tick_at_most_a_twentieth():
+    """The most parts with that property, found by trying all."""
+    pipe = dtrp.compile(dense(8, 64), n_gpus=4, example_inputs=torch.randn(8, 64))
+    costs = stage_costs(pipe.graph, pipe.plan.stage_of, pipe.plan.recompute)
+    config = TrainConfig(loss_fn=F.mse_loss, optimizer=SGD, micro_batches="auto", order="auto")
+    for tick in (1e-3, 1e-2, 3e-2, 1e-1, 1.0):
+        now = [replace(c, backward=tick - c.tick + c.backward) for c in costs]
+        parts = most_parts(now, config, 1000)
+        slot = max(c.per_slot for c in now)
+        assert parts == 12 or tick + parts * slot > 1.05 * tick
+        assert tick + (parts - 1) * min(c.per_slot for c in now) <= 1.05 * max(c.tick for c in now)
+
+
+def test_shares_count_the_targets_that_are_not_ignored():
+    """The mean of the parts' means is the whole's mean, as cross-entropy takes it."""
+    x, y = text()
+    for i in range(BATCH):
+        y[i, i % 9 + 1 :] = -100
+    output = Words()(x)
+    whole = per_word(output, y)
+    for parts in (2, 3, 6, 12):
+        cut = list(split_batch([output], y, parts))
+        assert len(cut) == parts
+        total = sum(share * per_word(o[0], t) for o, t, share in cut)
+        torch.testing.assert_close(total, whole)
+
+
+def test_a_part_without_a_target_that_counts_is_not_cut_off():
+    """Its mean would be 0 / 0."""
+    x, y = text()
+    y[: BATCH // 2] = -100
+    assert [share for *_, share in split_batch([x], y, 2)] == [1.0]
+
+
+def test_few_samples_make_fewer_parts():
+    x = torch.randn(20, 3)
+    assert [len(part[0]) for part, *_ in split_batch([x], None, 4, least=16)] == [16, 4]
+
+
+def test_an_input_that_is_as_long_as_the_batch_by_chance_is_not_cut():
+    """Positions of a text with as many words as there are texts."""
+    x, positions = torch.randn(5, 5), torch.arange(5)
+    cut = list(split_batch([x, positions], None, 2, along=[True, False]))
+    assert [len(p[1]) for p, *_ in cut] == [5, 5]
+
+
+@pytest.mark.usefixtures("dear")
+def test_adams_default_betas_are_warned_of_where_weights_are_old(caplog):
+    """Known to lose: nobody should find it out after a week."""
+    x = torch.randn(1, 32)  # of which no parts can be made
+    adam = partial(torch.optim.AdamW, lr=1e-3)
+    for optimizer, told in ((adam, True), (partial(adam, betas=(0.9, 0.95)), False), (SGD, False)):
+        caplog.clear()
+        pipe = dtrp.compile(dense(), n_gpus=4, example_inputs=x)
+        with pipe.trainer(F.mse_loss, optimizer, executor="inline") as trainer:
+            trainer.step(x, x)
+        assert ("betas=(0.9, 0.999)" in caplog.text) is told
