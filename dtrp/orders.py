@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .partitioner.compiler import Compiled
 from .partitioner.devices import DeviceSpec
-from .partitioner.stage_cost import StageCost, stage_costs
+from .partitioner.report_parts import StageReport
 from .parts_check import differs_in_parts
 from .runtime.arguments import n_samples
 from .runtime.config import TrainConfig
@@ -40,13 +40,12 @@ def choose_order(
     compiled: Compiled, config: TrainConfig, inputs: Sequence[Tensor], target: Any
 ) -> TrainConfig:
     """The settings with ``order`` and ``micro_batches`` decided, for batches like this one."""
-    plan, model, samples = compiled.plan, compiled.captured.model, n_samples(inputs)
-    costs = stage_costs(compiled.graph, plan.stage_of, plan.recompute)
+    model, samples, stages = compiled.captured.model, n_samples(inputs), compiled.report.stages
     spec: DeviceSpec = compiled.graph.graph["specs"][0]
     chosen, parts = config.micro_batches, config.micro_batches
     least = STATISTICS if chosen == "auto" and _takes_statistics(model) else 1
     if parts == "auto":
-        parts = most_parts(costs, config, samples // least)
+        parts = most_parts(stages, config, samples // least)
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
     if why and chosen == "auto":
         parts = 1
@@ -54,25 +53,26 @@ def choose_order(
         log.warning("micro_batches=%d changes what is trained: %s; micro_batches=1 does not", parts, why)
     order = config.order
     if order == "auto":
-        hop = spec.link_latency + (max(c.time_out for c in costs) / parts if spec.overlaps else 0.0)
-        order = "lean" if hop <= HOP * max(c.tick for c in costs) / parts else "fig1"
+        sent = max(stage.output_bytes for stage in stages) / parts if spec.overlaps else 0
+        hop = spec.link_latency + sent / spec.link_bandwidth
+        order = "lean" if hop <= HOP * max(stage.tick_time for stage in stages) / parts else "fig1"
     chosen_config = replace(config, order=order, micro_batches=parts, least_part=least)
     log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")
-    _warn(chosen_config, len(costs))
+    _warn(chosen_config, len(stages))
     return chosen_config
 
 
-def most_parts(costs: Sequence[StageCost], config: TrainConfig, limit: int) -> int:
+def most_parts(stages: Sequence[StageReport], config: TrainConfig, limit: int) -> int:
     """The most parts, up to ``limit``, that a tick does not get much longer by.
 
     Exact orders have no delay but bubbles: theirs is the number that makes a batch fastest.
     """
-    n_stages = len(costs)
+    n_stages = len(stages)
     if n_stages == 1 or config.method == "bp":
         return 1
 
     def tick(parts: int) -> float:
-        return max(cost.tick + (parts - 1) * cost.per_slot for cost in costs)
+        return max(stage.tick_time + (parts - 1) * stage.slot_time for stage in stages)
 
     # With so many, the delay is a quarter of an update: there is nothing left to gain.
     candidates = range(1, max(1, min(limit, 4 * (n_stages - 1))) + 1)

@@ -421,8 +421,11 @@ class Pipeline:
     # ---- what the trainer asks for (runtime/trainer.py, Compiled) ----------------------------------------
 
     def expect(self, config: TrainConfig, optimizer_bytes: float) -> Training:
-        """How training will go: what is planned from now on is planned for that, and the report says it."""
-        schedule = config.schedule(self.n_stages)
+        """How training will go: what is planned from now on is planned for that, and the report says it.
+
+        What is still to be chosen counts as the paper's order and whole batches, which take most memory.
+        """
+        schedule = config.decided().schedule(self.n_stages)
         training = Training(
             optimizer_bytes=optimizer_bytes,
             predicts=config.predicts,

@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal
@@ -149,6 +149,15 @@ class TrainConfig:
     def exact(self) -> bool:
         """Whether the pipeline is drained after each mini-batch."""
         return self.method in EXACT
+
+    def decided(self, order: str = "fig1", micro_batches: int = 1, least_part: int = 1) -> TrainConfig:
+        """With these in the places of what is still to be chosen."""
+        if not self.is_open:
+            return self
+        order = order if self.order == "auto" else self.order
+        if self.micro_batches != "auto":
+            micro_batches, least_part = self.micro_batches, self.least_part
+        return replace(self, order=order, micro_batches=micro_batches, least_part=least_part)
 
     @property
     def parts(self) -> int:

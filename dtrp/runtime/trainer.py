@@ -132,7 +132,8 @@ class Trainer:
         self._stage_config = config if self._owner.loss is None else replace(config, loss_fn=held_loss)
         optimizer = check_builds(self._owner, config)
         self._history = History(lr=optimizer.param_groups[0].get("lr"))
-        self._expected = compiled.expect(config, state_bytes(optimizer))
+        self._optimizer_bytes = state_bytes(optimizer)
+        self._expected = compiled.expect(config, self._optimizer_bytes)
         self._joiner = Joiner(batch_compensation, compensation_warmup)
         self._loggers = Loggers(logger, tensorboard)
         self._callbacks = Callbacks()  # of the `fit` that runs
@@ -554,16 +555,14 @@ class Trainer:
     def _choose_order(self, tensors: Sequence[Tensor], target: Any) -> None:
         """A resumed run goes on in the order that it was saved with, unless another was asked for."""
         self._along = follow_batch(tensors)
-        config = self.config
         saved = {} if self._resume is None else self._resume.counters.get("order", {})
-        if saved and config.is_open:
-            open_ones = {name for name in saved if getattr(config, name, "auto") == "auto"}
-            config = replace(config, **{n: v for n, v in saved.items() if n in {*open_ones, "least_part"}})
-        if config.is_open or config.micro_batches != 1:
+        config = self.config.decided(**saved) if saved else self.config
+        if config.is_open or config.parts > 1:
             config = self._compiled.choose_order(config, tensors, target)
+        if config is not self.config:
+            self._expected = self._compiled.expect(config, self._optimizer_bytes)
         self.config = config
-        chosen = {name: getattr(config, name) for name in _ORDER}
-        self._stage_config = replace(self._stage_config, **chosen)
+        self._stage_config = replace(self._stage_config, **{name: getattr(config, name) for name in _ORDER})
 
     def _check_modes(self) -> None:
         """Stages have the modes of the moment when training began. (A model that is in eval mode as a whole
