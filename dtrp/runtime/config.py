@@ -117,7 +117,7 @@ class TrainConfig:
                 f"method={self.method!r} is exact back-propagation: lr_shrink and grad_shrink compensate a "
                 f"delay that it does not have; leave them at 1"
             )
-        if self.method == "gpipe" and self.micro_batches > MOST_PARTS:
+        if self.method == "gpipe" and self.micro_batches != "auto" and self.micro_batches > MOST_PARTS:
             raise ValueError(
                 f"method='gpipe' with micro_batches={self.micro_batches}: a stage would hold them all, and a "
                 f"line between stages has {MOST_PARTS} places at most; use '1f1b', which has the same bubble"
