@@ -136,7 +136,8 @@ class Inline:
                         with self._told_by(stage.stage):
                             result = _finish(stage.evaluate(feed))
                 yield result
-            yield self.call("totals")[-1]
+            if measure is not None:
+                yield self.call("totals")[-1]
         finally:
             self.call("end_evaluation")
 

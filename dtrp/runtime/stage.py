@@ -383,6 +383,7 @@ class Stage:
         self.tied.share(slot, stepped=steps)
         self.tied.forwarded(slot, Update())
         if steps:
+            self.squared_norm = squared
             self._update(Update())
 
     # ---- gradients that are not finite -------------------------------------------------------------------
@@ -497,7 +498,9 @@ class Stage:
             if self.program.is_last:
                 output = self.ports.result(arrivals, outputs, training=False)
                 target = self._on_device(feed.target)
-                return self._measure(output, target) if self._measure is not None else output
+                if self._measure is not None:
+                    return self._measure(output, target)
+                return pytree.tree_map_only(Tensor, torch.Tensor.cpu, output)
         self.ports.send(feed.batch, outputs, training=False)
         return None
 

@@ -375,6 +375,34 @@ class Trainer:
         self._loggers.evaluation(len(self.losses), found)
         return found
 
+    def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The model's output for each batch, in eval mode, with the current weights; in host memory.
+
+        Drains the pipeline first; training goes on afterwards as if nothing had been. Before the first
+        step, and after the last, ``pipe(x)`` gives outputs.
+
+        Parameters
+        ----------
+        loader : iterable
+            Of the model's arguments: a tensor, a tuple, or a dict by name; no targets.
+
+        Yields
+        ------
+        What the model returns.
+        """
+        if self._run is None:
+            raise RuntimeError("no stage runs before the first step (and after the last): use pipe(x)")
+        self.flush()
+        run = self._run
+
+        def fed() -> Iterator[list[Feed]]:
+            for number, batch in enumerate(loader):
+                tensors = self._compiled.bind(*as_call(batch))
+                yield feeds(self._eval_wiring, number, tensors, None)
+
+        with self._rescued, closing(run.evaluate(fed(), None)) as outputs:
+            yield from outputs
+
     # ---- seeing it run ---------------------------------------------------------------------------------
 
     @property
@@ -453,12 +481,16 @@ class Trainer:
         folder = as_folder(path, format)
         if self._closed:
             raise RuntimeError("this trainer is closed; save before leaving it")
+        write_checkpoint(path, self._content(), folder=folder)
+        self._saved = time.monotonic()
+        self._callbacks.call("on_save", self, path)
+
+    def _content(self) -> dict[str, Any]:
+        """All that this run is (run_state.py), with nothing in flight."""
         self.flush()
         stages = [] if self._run is None else self._run.call("training_state", self._owner.first_names())
         state = self._resume or RunState.gather(self._owner, self.config, stages, self._counters())
-        write_checkpoint(path, state.to_write(self._owner), folder=folder)
-        self._saved = time.monotonic()
-        self._callbacks.call("on_save", self, path)
+        return state.to_write(self._owner)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over a run that `save` wrote: the next step is the one that would have come next.
@@ -474,7 +506,10 @@ class Trainer:
         """
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        state = RunState.read(read_checkpoint(path), os.fspath(path))
+        self._adopt(RunState.read(read_checkpoint(path), os.fspath(path)))
+
+    def _adopt(self, state: RunState) -> None:
+        """Go on from this state."""
         state.check(self._owner, self.config)
         self.flush()
         with interrupts.held(), self._rescued:

@@ -81,7 +81,7 @@ def check_set(parameters: ParameterSet, saved: Saved) -> None:
         raise ValueError(
             f"trained parameters differ: it lacks {lacks[:3]}, and has {has[:3]} that are not here"
         )
-    options, _ = _by_name(saved["optimizer"])
+    options, _ = unflattened(saved["optimizer"])
     for group in parameters.members:
         first, *others = sorted(group)
         for n in others:
@@ -102,7 +102,7 @@ def import_set(parameters: ParameterSet, saved: Saved, names: Mapping[str, str],
         Whether gradients that wait for their update belong here (a guest's wait at the owner).
     """
     optimizer = parameters.optimizer
-    options, state = _by_name(saved["optimizer"])
+    options, state = unflattened(saved["optimizer"])
     saved_as = {p: names.get(n, n) for n, p in parameters.names.items()}
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     packed: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def flat_state(name: str, state: Any) -> dict[str, Any]:
     return {f"state.{name}.": state}
 
 
-def _by_name(flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def unflattened(flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options and state, by parameter."""
     options: dict[str, Any] = {}
     state: dict[str, Any] = {}

@@ -146,7 +146,8 @@ class Workers:
                     awaited -= 1
             for _ in range(awaited):
                 yield self._result()
-            yield self.call("totals")[-1]
+            if measure is not None:
+                yield self.call("totals")[-1]
         finally:
             if self.failure is None:
                 self.call("end_evaluation")

@@ -264,3 +264,21 @@ def test_a_model_with_logits_is_measured_by_them() -> None:
     measure = Measure.of(None, {"spread": Spread()}).begin(torch.device("cpu"))
     measure(Out(loss=torch.tensor(1.0), logits=torch.tensor([[1.0, 4.0]])), None)
     assert measure.totals() == {"spread": (3.0, 1.0)}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_predict_gives_the_models_outputs(executor: str) -> None:
+    """In eval mode, with the newest weights, in order; training goes on as if nothing had been."""
+    model, other, data = mlp(), mlp(), batches(3, seed=7)
+    with trainer(compiled(model), executor) as t, trainer(compiled(other)) as plain:
+        with pytest.raises(RuntimeError, match=r"use pipe\(x\)"):
+            next(t.predict([data[0][0]]))
+        for run in (t, plain):
+            run.fit(batches(3), 1)
+        outputs = list(t.predict(x for x, _ in data))
+        expected = [copy.deepcopy(model).eval()(x) for x, _ in data]
+        for run in (t, plain):
+            run.fit(batches(3), 1)
+    for a, b in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert same(model.state_dict(), other.state_dict())

@@ -1,0 +1,245 @@
+"""Hugging Face's Trainer over a pipeline, beside the library's own, and beside a loop written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dtrp
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from dtrp.integrations.transformers import Loss, PipelineTrainer  # noqa: E402
+
+EXACT = {"method": "bp", "executor": "inline"}
+INLINE = {"executor": "inline"}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The library's own warnings are its own."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def gpt2(*, seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **dropout, **options}))
+
+
+def bert(*, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        problem_type="single_label_classification",
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def texts(n: int = 14, seed: int = 3) -> list[dict[str, Any]]:
+    """Of different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 12, (n,), generator=g).tolist()
+    return [{"input_ids": torch.randint(31, (length,), generator=g).tolist()} for length in lengths]
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What a collator for language models gives: padding that neither attention nor loss looks at."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids, labels, mask = (torch.full((len(rows), longest), fill) for fill in (0, -100, 0))
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        ids[i, :n] = labels[i, :n] = torch.tensor(row["input_ids"])
+        mask[i, :n] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def classes(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Of one length: BERT's code decides by it."""
+    ids = torch.tensor([(row["input_ids"] * 3)[:12] for row in rows])
+    return {"input_ids": ids, "labels": ids.sum(1) % 3}
+
+
+def arguments(folder: Path, **options: Any) -> Any:
+    usual = {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+    }
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    return transformers.TrainingArguments(str(folder), **{**usual, **quiet, **options})
+
+
+def trained(
+    folder: Path, kind: Any, model: Callable[[], Any] = gpt2, collate: Any = padded, **options: Any
+) -> Any:
+    """A trainer that has trained."""
+    own = {k: options.pop(k) for k in ("pipeline", "training") if k in options}
+    given = {k: options.pop(k) for k in ("compute_loss_func", "optimizers", "eval_dataset") if k in options}
+    resume = options.pop("resume", None)
+    trainer = kind(
+        model(), arguments(folder, **options), train_dataset=texts(), data_collator=collate, **own, **given
+    )
+    trainer.result = trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer: Any, name: str = "loss") -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def sum_of_losses(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = output.logits[:, :-1].flatten(0, 1)
+    return (
+        torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        / num_items_in_batch
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "accumulated, an incomplete group at the end": {"gradient_accumulation_steps": 2},
+    "clipped, warmed up, decayed": {
+        "max_grad_norm": 0.05, "warmup_steps": 3, "lr_scheduler_type": "cosine", "weight_decay": 0.1,
+    },
+    "momentum, a loss of its own": {"optim": "sgd", "compute_loss_func": sum_of_losses},
+    "smoothed labels": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    "no divided loss": {"model": bert, "collate": classes, "gradient_accumulation_steps": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [c if i == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(CASES)]
+)
+def test_exact_training_equals_the_library(case: str, tmp_path: Path) -> None:
+    """Losses, gradient norms and weights are the library's own single-device run's: arguments mean what they
+    mean there, data come in the same order, an update is over the same batches."""
+    mine = trained(tmp_path / "a", PipelineTrainer, pipeline={"n_gpus": 2}, training=EXACT, **CASES[case])
+    theirs = trained(tmp_path / "b", transformers.Trainer, **CASES[case])
+    for name in ("loss", "learning_rate", "grad_norm"):
+        assert logged(mine, name) == pytest.approx(logged(theirs, name), rel=1e-4, abs=1e-6), name
+    assert mine.result.training_loss == pytest.approx(theirs.result.training_loss, rel=1e-5)
+    assert mine.state.global_step == theirs.state.global_step
+    for a, b in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fifty_updates_equal_the_library(precision: str, tmp_path: Path) -> None:
+    options = {"max_steps": 50, "bf16": precision == "bf16", "gradient_accumulation_steps": 2}
+    mine = trained(tmp_path / "a", PipelineTrainer, pipeline={"n_gpus": 2}, training=EXACT, **options)
+    theirs = trained(tmp_path / "b", transformers.Trainer, **options)
+    assert len(logged(mine)) == 50
+    assert logged(mine) == pytest.approx(logged(theirs), abs=1e-4 if precision == "fp32" else 0.02)
+
+
+@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
+def test_decoupled_training_equals_a_loop_by_hand(executor: str, tmp_path: Path) -> None:
+    """The same bits as `Pipeline.trainer` with the settings that the arguments stand for."""
+    seen: list[dict[str, Tensor]] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        seen.append(padded(rows))
+        return seen[-1]
+
+    mine = trained(
+        tmp_path, PipelineTrainer, pipeline={"n_gpus": 2}, training={"executor": executor}, collate=collate,
+        optim="adamw_torch", lr_scheduler_type="constant", gradient_accumulation_steps=2, max_grad_norm=1.0,
+    )  # fmt: skip
+    model = gpt2(use_cache=mine.model.config.use_cache)
+    settings = {"accumulate": 2, "max_grad_norm": 1.0, "seed": 42, "executor": "inline"}
+    pipe = dtrp.compile(model, n_gpus=2)
+    with pipe.trainer(Loss(None), partial(torch.optim.AdamW, lr=0.02, weight_decay=0.0), **settings) as t:
+        for epoch in (seen[:7], seen[7:]):
+            for i in range(0, 7, 2):
+                group = epoch[i : i + 2]
+                items = mine._get_num_items_in_batch(group, torch.device("cpu"))
+                for b in group:
+                    extra = {"scale": float(len(group)), "rows": 2}
+                    t.step(**b, num_items_in_batch=items, target=b["labels"], extra=extra)
+            t._drain(close_group=True)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, mine.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("saved_by", ["pipeline", pytest.param("library", marks=pytest.mark.slow)])
+def test_resumes_from_the_librarys_checkpoints(saved_by: str, tmp_path: Path) -> None:
+    """A run that stops after four updates and goes on equals one that goes through, by exact training; the
+    library's own checkpoint will do, and the library resumes from ours."""
+    options: dict[str, Any] = {
+        "lr_scheduler_type": "linear", "gradient_accumulation_steps": 2,
+        "save_strategy": "steps", "save_steps": 3,
+    }  # fmt: skip
+    kinds = {
+        "pipeline": partial(PipelineTrainer, pipeline={"n_gpus": 2}, training=EXACT),
+        "library": transformers.Trainer,
+    }
+    other = "library" if saved_by == "pipeline" else "pipeline"
+    whole = trained(tmp_path / saved_by, kinds[saved_by], **options)
+    checkpoint = str(tmp_path / saved_by / "checkpoint-3")
+    resumed = trained(tmp_path / other, kinds[other], **options, resume=checkpoint)
+    assert resumed.state.global_step == whole.state.global_step == 8
+    assert logged(resumed)[-5:] == pytest.approx(logged(whole)[-5:], rel=1e-4)
+    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_decoupled_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Optimizer, scheduler, counters of masks: with dropout and predicted weights."""
+    model = partial(gpt2, resid_pdrop=0.1)
+    options: dict[str, Any] = {
+        "pipeline": {"n_gpus": 2}, "training": {**INLINE, "predictor": "difference"}, "model": model,
+        "save_strategy": "steps", "save_steps": 4, "num_train_epochs": 1,
+    }  # fmt: skip
+    whole = trained(tmp_path, PipelineTrainer, **options)
+    resumed = trained(tmp_path / "b", PipelineTrainer, **options, resume=str(tmp_path / "checkpoint-4"))
+    for name, p in whole.model.state_dict().items():
+        assert torch.equal(p, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_evaluates_saves_and_loads(tmp_path: Path) -> None:
+    """Evaluation in the middle is the library's, over the stages, with the newest weights; what is saved
+    loads into the plain model."""
+    options: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": texts(6, seed=5)}
+    mine = trained(tmp_path / "a", PipelineTrainer, pipeline={"n_gpus": 2}, training=EXACT, **options)
+    theirs = trained(tmp_path / "b", transformers.Trainer, **options)
+    assert logged(mine, "eval_loss") == pytest.approx(logged(theirs, "eval_loss"), rel=1e-4)
+    assert len(logged(mine, "eval_loss")) == 2
+    mine.save_model(str(tmp_path / "saved"))
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    for name, p in loaded.state_dict().items():
+        assert torch.equal(p, mine.model.state_dict()[name]), name
+    assert mine.evaluate()["eval_loss"] == pytest.approx(logged(mine, "eval_loss")[1], rel=1e-5)
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"gradient_checkpointing": True}, {}, r"checkpointing=True\): stages recompute by themselves"),
+    ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha=5.0"),
+    ({"auto_find_batch_size": True}, {}, "choose a batch size"),
+    ({}, {"training": {"accumulate": 2}}, "accumulate comes from gradient_accumulation_steps"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, {}, "steps on a metric"),
+]
+
+
+@pytest.mark.parametrize(("options", "given", "message"), REFUSED, ids=lambda v: str(v)[:30])
+def test_what_cannot_be_honoured_is_refused(
+    options: dict[str, Any], given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        trained(tmp_path, PipelineTrainer, pipeline={"n_gpus": 2}, eval_dataset=texts(2), **given, **options)
