@@ -17,6 +17,7 @@ from .partitioner.devices import LoopCost
 from .partitioner.example import call_arguments
 from .partitioner.plan import Plan
 from .pipeline import Pipeline
+from .runtime import launched
 
 log = logging.getLogger("dtrp")
 
@@ -43,7 +44,8 @@ def compile(
     model : nn.Module
         Any model. It keeps its parameters: the pipeline shares them.
     n_gpus : int, optional
-        Number of stages. Default: the CUDA devices that are there, else 2.
+        Number of stages. Default: the processes that a launcher started, else the CUDA devices that are
+        there, else 2.
     example_inputs : Tensor, tuple or dict, optional
         One call's arguments: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         Without them the pipeline plans at its first batch.
@@ -158,7 +160,10 @@ def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) ->
             raise ValueError(f"n_gpus={n_gpus} but {len(places)} devices: give one device per stage")
         return places
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    n_stages = n_gpus or there or 2
+    ranks = launched.world_size()
+    n_stages = n_gpus or (ranks if ranks > 1 else there or 2)
+    if ranks > 1 and there:
+        return (torch.device("cuda"),) * n_stages  # which one is each rank's own to say
     if there == 0:
         log.info("no CUDA device is there: %d stage(s) on CPU worker processes", n_stages)
         return (torch.device("cpu"),) * n_stages

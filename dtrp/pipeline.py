@@ -6,6 +6,7 @@ runtime (dtrp/runtime) never sees a graph.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from .partitioner.report import PartitionReport, shared
 from .partitioner.split import split
 from .partitioner.training import Training
 from .programs import make_programs
+from .runtime import launched
 from .runtime.config import TrainConfig
 from .runtime.predictors import Predictor
 from .runtime.program import StageProgram
@@ -235,8 +237,10 @@ class Pipeline:
             Clip by the norm of the last batch that all stages have finished, so that no stage waits: inexact.
         autocast : torch.dtype, optional
             Such as ``torch.bfloat16``; in every stage.
-        executor : {"auto", "inline", "workers"}
+        executor : {"auto", "inline", "workers", "torchrun"}
             inline: this process, one stage after the other. workers: a process per stage, started here.
+            torchrun: this process is one of those that a launcher started with this script, each for one
+            stage; "auto" sees it by the environment (docs/cluster.md).
         seed : int, optional
             Makes a run reproducible. Default: drawn from torch's generator.
         progress : bool
@@ -313,7 +317,7 @@ class Pipeline:
             param_groups=param_groups,
             scheduler_step=scheduler_step,
             compile_stages=compile_stages,
-            threads=threads_per_stage(self.n_stages) if threads is None else threads,
+            threads=_threads(executor, self.n_stages) if threads is None else threads,
             max_grad_norm_lag=max_grad_norm_lag,
             order=schedule,
             micro_batches=micro_batches,
@@ -456,6 +460,20 @@ class Pipeline:
         cores = shared(made.graph.graph["specs"] * self.n_stages)
         return TrainingReport.of(report, stats, config, training.micro_batches, executor, cores)
 
+    def planned(self) -> str:
+        """The plan as text, for `adopt`."""
+        made = self._planned
+        return json.dumps({"plan": made.plan.to_dict(), "opened": list(made.captured.opened)})
+
+    def adopt(self, text: str) -> None:
+        """Follow the plan that another process made for the same model."""
+        if self._compiled is not None and self.planned() == text:
+            return
+        told = json.loads(text)
+        plan, opened = Plan.of_dict(told["plan"]), tuple(told["opened"])
+        self._request = replace(self._request, plan=plan, opened=opened)
+        self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for a call with these arguments, unless planned already; again if the model was changed.
 
@@ -539,3 +557,9 @@ class Pipeline:
             compiled = self._compiled = self._variant(training_flags(self.model), True)
             evaluate = self._variant(compiled.captured.flags, False)  # which is done without gradients
             return make_programs(compiled, evaluate, self.model, self._request.devices, loss)
+
+
+def _threads(executor: str, n_stages: int) -> int:
+    """CPU threads of a stage: this host's cores, shared among the stages that it runs."""
+    ours = launched.world_size() > 1 and executor in ("auto", "torchrun")
+    return threads_per_stage(launched.local_size() if ours else n_stages)

@@ -40,6 +40,7 @@ class Request:
     plan: Plan | None
     training: Training = ASSUMED
     loop: LoopCost | None = None
+    opened: tuple[str, ...] = ()  # modules that were not kept whole when ``plan`` was made
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def compile_model(
     Where a module that was kept whole takes more than a stage's share of the time, the model is captured
     again by a way that opens it, and the better plan is taken.
     """
-    captured = capture(model, args, kwargs)
+    captured = capture(model, args, kwargs, opened=list(request.opened))
     if request.plan is not None:
         request.plan.check(captured, len(request.devices))
     compiled = _cut(captured, request)

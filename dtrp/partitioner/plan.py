@@ -81,7 +81,7 @@ class Plan:
         self._validate()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan._from_dict, (self.to_dict(),)
+        return Plan.of_dict, (self.to_dict(),)
 
     def nodes(self, stage: int) -> tuple[str, ...]:
         """The nodes of a stage, in the graph's order."""
@@ -169,7 +169,7 @@ class Plan:
                 f"dtrp {__version__} reads format {FORMAT}. Plan again and save."
             )
         try:
-            return Plan._from_dict(data)
+            return Plan.of_dict(data)
         except (KeyError, TypeError, ValueError) as e:
             raise PlanMismatchError(f"{path} is a damaged plan: {e!r}. Plan again and save.") from e
 
@@ -225,7 +225,8 @@ class Plan:
         )
 
     @staticmethod
-    def _from_dict(data: Mapping[str, Any]) -> Plan:
+    def of_dict(data: Mapping[str, Any]) -> Plan:
+        """What `to_dict` gave."""
         return Plan(
             n_stages=data["n_stages"],
             stage_of=data["stage_of"],

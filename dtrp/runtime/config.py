@@ -18,7 +18,7 @@ from .groups import Group
 from .predictors import Predictor, check_predictor
 from .schedule import EXACT, Horizon, Schedule
 
-EXECUTORS = ("auto", "inline", "workers")
+EXECUTORS = ("auto", "inline", "workers", "torchrun")
 MOST_PARTS = 254  # micro-batches that wait on a line at once: the number of a place is a byte
 METHODS = ("dtrp", "dtr", "fdg", "adl", "bp", "1f1b", "gpipe")
 

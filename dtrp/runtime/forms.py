@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .links import canonical, dense_order, flat_bytes
+from .links import Message, canonical, dense_order, flat_bytes
 from .transfer import dumps, loads
 
 NOTE = struct.Struct("<BBxxiqqqId")
@@ -58,15 +58,16 @@ class Parcel(NamedTuple):
     pickled: list[bytes]
 
 
-def take_apart(values: Sequence[Any]) -> Parcel:
-    """Tensors become rows of bytes (host memory), numbers eight bytes, everything else a pickle."""
+def take_apart(values: Sequence[Any], *, on_host: bool = True) -> Parcel:
+    """Tensors become rows of bytes (in host memory, or where they are), numbers eight bytes, everything else
+    a pickle."""
     form: list[Spec] = []
     payload: list[Tensor] = []
     numbers = bytearray()
     pickled: list[bytes] = []
     for value in values:
         if isinstance(value, Tensor):
-            plain = canonical(value if value.device.type == "cpu" else value.cpu())
+            plain = canonical(value.cpu() if on_host else value)
             order = dense_order(plain)
             if order is not None:
                 form.append(("t", plain.dtype, tuple(plain.shape), order))
@@ -89,7 +90,86 @@ def take_apart(values: Sequence[Any]) -> Parcel:
     return Parcel(tuple(form), payload, bytes(numbers), pickled)
 
 
-def put_together(form: Form, behind: memoryview, fill: Callable[[list[Tensor]], None]) -> list[Any]:
+class Written(NamedTuple):
+    """A message, ready to be sent."""
+
+    flags: int
+    form: int
+    behind: bytes
+    payload: list[Tensor]  # rows of bytes, unless they are at the end of ``behind``
+    size: int  # of all rows, wherever they are
+
+
+class Writer:
+    """A sender's knowledge of forms."""
+
+    def __init__(self) -> None:
+        self.forms: dict[Form, int] = {}
+
+    def write(self, message: Message, most_behind: int, *, on_host: bool = True) -> Written:
+        """``most_behind``: bytes of a payload that may travel with the note."""
+        parcel = take_apart(message.values, on_host=on_host)
+        *starts, size = places(parcel.payload)
+        form, behind = self.forms.get(parcel.form), small_part(parcel)
+        flags = SKIP if message.skip else 0
+        if form is None:
+            form = self.forms[parcel.form] = len(self.forms)
+            described = pack_form(parcel.form)
+            behind = struct.pack("<I", len(described)) + described + behind
+            flags |= NEW_FORM
+        if size > most_behind or not on_host:
+            return Written(flags, form, behind, parcel.payload, size)
+        packed = bytearray(size)
+        for start, row in zip(starts, parcel.payload, strict=True):
+            packed[start : start + row.numel()] = row.numpy().tobytes()
+        return Written(flags, form, behind + packed, [], size)
+
+
+class Reader:
+    """A receiver's knowledge of forms."""
+
+    def __init__(self) -> None:
+        self.forms: dict[int, Form] = {}
+
+    def form(self, note: Note, behind: memoryview) -> tuple[Form, memoryview]:
+        """A message's form, and what is behind its note without a description of it."""
+        if note.flags & NEW_FORM:
+            (length,) = struct.unpack_from("<I", behind)
+            self.forms[note.form] = unpack_form(behind[4 : 4 + length])
+            behind = behind[4 + length :]
+        return self.forms[note.form], behind
+
+
+def blanks(form: Form, device: torch.device | str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors for a message of this form, and the rows of bytes that they consist of."""
+    tensors: list[Tensor] = []
+    rows: list[Tensor] = []
+    for spec in form:
+        if spec[0] == "t":
+            _, dtype, shape, order = spec
+            dense = torch.empty([shape[d] for d in order], dtype=dtype, device=device)
+            rows.append(dense.reshape(-1).view(torch.uint8) if dense.numel() else dense.new_empty(0).byte())
+            if order != tuple(range(len(order))):
+                dense = dense.permute(sorted(range(len(order)), key=order.__getitem__))
+            tensors.append(dense)
+    return tensors, rows
+
+
+def copy_behind(rows: Sequence[Tensor], behind: memoryview, size: int) -> None:
+    """Fill rows of bytes with a payload that came with the note."""
+    if size:
+        copy_rows(rows, torch.frombuffer(behind[len(behind) - size :], dtype=torch.uint8))
+
+
+def copy_rows(rows: Sequence[Tensor], source: Tensor) -> None:
+    """Fill rows of bytes from where they were placed."""
+    *starts, _ = places(rows)
+    for start, row in zip(starts, rows, strict=True):
+        if row.numel():
+            row.copy_(source[start : start + row.numel()])
+
+
+def put_together(form: Form, behind: memoryview, tensors: Sequence[Tensor]) -> list[Any]:
     """The values of a message.
 
     Parameters
@@ -97,24 +177,17 @@ def put_together(form: Form, behind: memoryview, fill: Callable[[list[Tensor]], 
     form : Form
     behind : memoryview
         Numbers, and lengths and bytes of what was pickled.
-    fill : callable
-        Fills rows of bytes with the payload.
+    tensors : sequence of Tensor
+        Those of `blanks`.
     """
     values: list[Any] = []
-    rows: list[Tensor] = []
+    given = iter(tensors)
     at = 8 * sum(spec[0] in "ifb" for spec in form)
     number = 0
     for spec in form:
         kind = spec[0]
         if kind == "t":
-            _, dtype, shape, order = spec
-            dense = torch.empty([shape[d] for d in order], dtype=dtype, device="cpu")
-            rows.append(
-                dense.reshape(-1).view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
-            )
-            if order != tuple(range(len(order))):
-                dense = dense.permute(sorted(range(len(order)), key=order.__getitem__))
-            values.append(dense)
+            values.append(next(given))
         elif kind == "n":
             values.append(None)
         elif kind == "p":
@@ -125,7 +198,6 @@ def put_together(form: Form, behind: memoryview, fill: Callable[[list[Tensor]], 
             (value,) = struct.unpack_from("<d" if kind == "f" else "<q", behind, number)
             values.append(bool(value) if kind == "b" else value)
             number += 8
-    fill(rows)
     return values
 
 

@@ -50,7 +50,7 @@ class Inline:
         for program in programs:
             with self._told_by(program.stage):
                 links = QueueLinks(program.stage, queues)
-                self.stages.append(Stage(_private(program), config, links, seed=seed, record=record))
+                self.stages.append(Stage(private(program), config, links, seed=seed, record=record))
         self._jobs: list[deque[Callable[[], Job]]] = [deque() for _ in programs]  # rounds to come
         self._running: list[Job | None] = [None] * len(programs)
 
@@ -60,7 +60,7 @@ class Inline:
         """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
         for stage, jobs, feed in zip(self.stages, self._jobs, feeds, strict=True):
             if len(feeds) > 1:  # else nothing outlives this call
-                feed = feed._replace(inputs=_owned(feed.inputs), target=_owned(feed.target))
+                feed = feed._replace(inputs=owned(feed.inputs), target=owned(feed.target))
             jobs.append(lambda stage=stage, feed=feed: stage.run(feed))  # type: ignore[misc]
         with self._as_in_workers():
             self._sweep([stage.schedule.lag(stage.stage) for stage in self.stages])
@@ -116,7 +116,7 @@ class Inline:
             self._running[k] = None
             return True
         except BaseException as e:
-            self.failure = _told(k, e)
+            self.failure = told(k, e)
             if isinstance(e, Exception):
                 raise self.failure from e
             raise
@@ -134,7 +134,7 @@ class Inline:
                 with self._as_in_workers():
                     for stage, feed in zip(self.stages, feeds, strict=True):
                         with self._told_by(stage.stage):
-                            result = _finish(stage.evaluate(feed))
+                            result = finish(stage.evaluate(feed))
                 yield result
             if measure is not None:
                 yield self.call("totals")[-1]
@@ -150,6 +150,10 @@ class Inline:
                 results.append(getattr(stage, method)(*arguments))
         return results
 
+    def states(self) -> Iterable[dict[str, Any]]:
+        """Every stage's `Stage.state`."""
+        return self.call("state")
+
     def glance(self) -> list[StageStats] | None:
         """The stages' latest known measurements; does not wait."""
         return [stage.stats() for stage in self.stages]
@@ -164,20 +168,10 @@ class Inline:
 
     # ---- as if each stage had a process --------------------------------------------------------------------
 
-    @contextmanager
-    def _as_in_workers(self) -> Iterator[None]:
-        """As many threads as a worker process would use (sums may depend on their number), and the caller's
-        generators left alone."""
+    def _as_in_workers(self) -> Any:
         before = torch.get_num_threads()
         threads = self.config.threads if len(self.stages) > 1 else before
-        with EXCLUSIVE, preserved(s.program.device for s in self.stages) if self._draws else nullcontext():
-            if before != threads:
-                torch.set_num_threads(threads)
-            try:
-                yield
-            finally:
-                if before != threads:
-                    torch.set_num_threads(before)
+        return as_in_workers(threads, [s.program.device for s in self.stages] if self._draws else [])
 
     @contextmanager
     def _told_by(self, stage: int) -> Iterator[None]:
@@ -187,10 +181,25 @@ class Inline:
         except DtrpError:
             raise
         except Exception as e:
-            raise _told(stage, e) from e
+            raise told(stage, e) from e
 
 
-def _told(stage: int, error: BaseException) -> WorkerError:
+@contextmanager
+def as_in_workers(threads: int, draw: Sequence[torch.device]) -> Iterator[None]:
+    """As many threads as a worker process would use (sums may depend on their number), and the caller's
+    generators left alone, where stages on these devices draw."""
+    before = torch.get_num_threads()
+    with EXCLUSIVE, preserved(draw) if draw else nullcontext():
+        if before != threads:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            if before != threads:
+                torch.set_num_threads(before)
+
+
+def told(stage: int, error: BaseException) -> WorkerError:
     if isinstance(error, WorkerError):
         return error
     if not isinstance(error, Exception):
@@ -201,12 +210,12 @@ def _told(stage: int, error: BaseException) -> WorkerError:
     )
 
 
-def _owned(tree: Any) -> Any:
+def owned(tree: Any) -> Any:
     """What is in flight stays as it is when the caller fills its tensors again."""
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 
-def _finish(job: Job) -> Any:
+def finish(job: Job) -> Any:
     """Run what cannot have to wait."""
     try:
         next(job)
@@ -215,7 +224,7 @@ def _finish(job: Job) -> Any:
     raise AssertionError("a value is missing that an earlier stage should have sent")
 
 
-def _private(program: StageProgram) -> StageProgram:
+def private(program: StageProgram) -> StageProgram:
     """The program with module objects of its own, as a worker process has them: the model's `train` and
     `eval` are not the trainer's. Tensors are shared, but for parameters that belong to another stage."""
     parameters = dict(program.module.named_parameters())

@@ -57,7 +57,7 @@ class Processes:
             "OMP_NUM_THREADS": str(config.threads),
             "MKL_NUM_THREADS": str(config.threads),
         }
-        pairs = [(CALLER, k) for k in range(n)] + sorted(_pairs(programs[0], config))
+        pairs = [(CALLER, k) for k in range(n)] + sorted(talking(programs[0], config))
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -O, -X dev, ...
         lines = [open_line(i, j) for i, j in pairs]
         board = open_line(CALLER, CALLER)  # of which only the memory is used
@@ -191,7 +191,7 @@ class Processes:
             self.links.close()
 
 
-def _pairs(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
+def talking(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
     """Who sends to whom in a pipeline."""
     train, n = program.train, program.n_stages
     pairs = {*train.sends, *program.evaluate.sends, *((j, i) for i, j in train.gradients)}

@@ -22,7 +22,6 @@ import mmap
 import os
 import select
 import socket
-import struct
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -32,17 +31,16 @@ import torch
 
 from .forms import (
     BEHIND,
-    NEW_FORM,
     NOTE,
     SKIP,
-    Form,
     Note,
-    pack_form,
+    Reader,
+    Writer,
+    blanks,
+    copy_behind,
+    copy_rows,
     places,
     put_together,
-    small_part,
-    take_apart,
-    unpack_form,
 )
 from .links import Channel, Kind, LostStage, Message
 
@@ -147,38 +145,25 @@ class _Sender(_End):
     def __init__(self, *args: Any, most: int) -> None:
         super().__init__(*args)
         self.most = most
-        self.forms: dict[Form, int] = {}
+        self.writer = Writer()
         self.free: list[int] = []  # places, by number
         self.places: list[tuple[int, int]] = []  # start and capacity
         self.end = 0
 
     def send(self, kind: int, message: Message) -> None:
-        parcel = take_apart(message.values)
-        *starts, size = places(parcel.payload)
-        form, behind = self.forms.get(parcel.form), small_part(parcel)
-        flags = SKIP if message.skip else 0
-        if form is None:
-            form = self.forms[parcel.form] = len(self.forms)
-            described = pack_form(parcel.form)
-            behind = struct.pack("<I", len(described)) + described + behind
-            flags |= NEW_FORM
-        if size <= MOST_BEHIND:
-            place = BEHIND
-            packed = bytearray(size)
-            for start, row in zip(starts, parcel.payload, strict=True):
-                packed[start : start + row.numel()] = row.numpy().tobytes()
-            behind += packed
-        else:
-            place = self._place(size)
+        written = self.writer.write(message, MOST_BEHIND)
+        where = BEHIND
+        if written.payload:
+            place = self._place(written.size)
             start = self.places[place][0]
-            memory = self.map(start + size)
-            for offset, row in zip(starts, parcel.payload, strict=True):
+            memory = self.map(start + written.size)
+            *offsets, _ = places(written.payload)
+            for offset, row in zip(offsets, written.payload, strict=True):
                 memory[start + offset : start + offset + row.numel()].copy_(row)
             del memory  # an error below must not keep it
-        where = BEHIND if place == BEHIND else self.places[place][0] << 8 | place
-        self.write(
-            NOTE.pack(kind, flags, form, message.slot, where, size, len(behind), message.scale) + behind
-        )
+            where = start << 8 | place
+        note = (kind, written.flags, written.form, message.slot, where, written.size, len(written.behind))
+        self.write(NOTE.pack(*note, message.scale) + written.behind)
 
     def _place(self, size: int) -> int:
         """A place of at least so many bytes, which nobody reads any more."""
@@ -206,7 +191,7 @@ class _Receiver(_End):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.forms: dict[int, Form] = {}
+        self.reader = Reader()
         self.poll = select.poll()
         self.poll.register(self.socket, select.POLLIN)
 
@@ -220,28 +205,14 @@ class _Receiver(_End):
     def receive(self) -> tuple[int, Message]:
         note = Note._make(NOTE.unpack(self._next(NOTE.size)))
         behind = memoryview(self._next(note.behind))
-        if note.flags & NEW_FORM:
-            (length,) = struct.unpack_from("<I", behind)
-            self.forms[note.form] = unpack_form(behind[4 : 4 + length])
-            behind = behind[4 + length :]
-
-        def fill(rows: list[torch.Tensor]) -> None:
-            if note.place == BEHIND:
-                source = (
-                    torch.frombuffer(behind[len(behind) - note.size :], dtype=torch.uint8)
-                    if note.size
-                    else None
-                )
-            else:
-                start = note.place >> 8
-                source = self.map(start + note.size)[start : start + note.size]
-            *starts, _ = places(rows)
-            for start, row in zip(starts, rows, strict=True):
-                if row.numel():
-                    assert source is not None
-                    row.copy_(source[start : start + row.numel()])
-
-        values = put_together(self.forms[note.form], behind, fill)
+        form, behind = self.reader.form(note, behind)
+        tensors, rows = blanks(form)
+        if note.place == BEHIND:
+            copy_behind(rows, behind, note.size)
+        else:
+            start = note.place >> 8
+            copy_rows(rows, self.map(start + note.size)[start : start + note.size])
+        values = put_together(form, behind, tensors)
         if note.place != BEHIND:
             self.write(bytes([note.place & 0xFF]))
         return note.kind, Message(note.slot, values, bool(note.flags & SKIP), note.scale)

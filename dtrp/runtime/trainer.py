@@ -46,9 +46,13 @@ from .program import StageProgram
 from .run_state import RunState, check_builds, model_groups
 from .stats import StageStats
 from .timeline import write_timeline
+from .world import join
 
 if TYPE_CHECKING:
+    from .ranks import Ranks
     from .workers import Workers
+
+    Executor = Inline | Workers | Ranks
 
 _LEFT = (
     "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
@@ -73,8 +77,19 @@ class Compiled(Protocol):
         """What was predicted of a run beside what it measured."""
         ...
 
+    @property
+    def n_stages(self) -> int: ...
+
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for this example, unless planned already."""
+        ...
+
+    def planned(self) -> str:
+        """The plan as text, for another process to `adopt`."""
+        ...
+
+    def adopt(self, text: str) -> None:
+        """Follow the plan that another process made."""
         ...
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -120,9 +135,7 @@ class Trainer:
     ) -> None:
         check_launch(executor, watchdog, batch_compensation, compensation_warmup, autosave, timeline)
         self.config = config
-        self.progress = progress
         self._compiled = compiled
-        self._executor_kind, self._watchdog = executor, float(watchdog)
         self._record = record or timeline is not None
         self._timeline = timeline
         self._autosave = autosave
@@ -135,11 +148,14 @@ class Trainer:
         self._optimizer_bytes = state_bytes(optimizer)
         self._expected = compiled.expect(config, self._optimizer_bytes)
         self._joiner = Joiner(batch_compensation, compensation_warmup)
-        self._loggers = Loggers(logger, tensorboard)
+        self._world = join(executor, compiled.n_stages, float(watchdog))
+        first = self._world.rank == 0  # who shows and writes
+        self.progress = progress and first
+        self._loggers = Loggers(logger if first else None, tensorboard if first else None)
         self._callbacks = Callbacks()  # of the `fit` that runs
         self._events: list[Event] = []
         self._stats: list[StageStats] = []
-        self._run: Inline | Workers | None = None
+        self._run: Executor | None = None
         self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
         self._seed: int | None = None
         self._in_flight = self._stale = (
@@ -247,7 +263,7 @@ class Trainer:
             self._collect(wait=True)
             self.sync()
 
-    def _enter(self, run: Inline | Workers, mini: Mini) -> None:
+    def _enter(self, run: Executor, mini: Mini) -> None:
         """A mini-batch goes into the pipeline."""
         parts = list(self._parts(mini))
         for i, (tensors, target, share) in enumerate(parts):
@@ -275,7 +291,7 @@ class Trainer:
             along=self._along,
         )
 
-    def _follow(self, run: Inline | Workers, *, exact: bool) -> None:
+    def _follow(self, run: Executor, *, exact: bool) -> None:
         run.call("follow", exact)
         self._exact = exact
 
@@ -426,7 +442,7 @@ class Trainer:
             raise RuntimeError(
                 "nothing was measured yet: trainer.report needs some batches, trainer.step(...)"
             )
-        return self._compiled.report_on(self.config, self._expected, stats, self._executor_kind)
+        return self._compiled.report_on(self.config, self._expected, stats, self._world.executor)
 
     def glance(self) -> list[StageStats] | None:
         """Each stage's measurements of a moment ago, without waiting for the stages."""
@@ -448,7 +464,7 @@ class Trainer:
         """
         if self._run is None or not self._stale:
             return
-        for state in self._run.call("state"):
+        for state in self._run.states():
             self._owner.take(state)
         self._stale = self._in_flight
         for name in self._owner.switched():
@@ -481,7 +497,8 @@ class Trainer:
         folder = as_folder(path, format)
         if self._closed:
             raise RuntimeError("this trainer is closed; save before leaving it")
-        write_checkpoint(path, self._content(), folder=folder)
+        content = self._content()
+        self._world.first("saving", lambda: write_checkpoint(path, content, folder=folder))
         self._saved = time.monotonic()
         self._callbacks.call("on_save", self, path)
 
@@ -523,7 +540,7 @@ class Trainer:
 
     def close(self) -> None:
         """Finish the batches in flight, bring the weights into ``model`` and end the workers."""
-        self._leave(finish=True)
+        self._leave(None)
 
     def __enter__(self) -> Self:
         return self
@@ -531,22 +548,23 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(finish=kind is None)
+        self._leave(error)
 
-    def _leave(self, *, finish: bool) -> None:
+    def _leave(self, error: BaseException | None) -> None:
         if self._closed:
             return
         try:
+            if error is not None:
+                self._world.leave(error)
             if self._alive:
-                if finish:
+                if error is None:
                     self.flush()
                 with interrupts.held(), self._rescued:
                     self.sync()
                     self._stats = self.stats
-                    if self._timeline is not None:
-                        write_timeline(self._timeline, self.events)
-                    elif self._record:
-                        _ = self.events
+                    events = self.events if self._record else []
+                    if self._timeline is not None and self._world.rank == 0:
+                        write_timeline(self._timeline, events)
         finally:
             self._closed = True
             self._loggers.close()
@@ -554,6 +572,7 @@ class Trainer:
                 self._reminder.detach()
                 self._run.close()
                 self._run = None
+            self._world.leave(None)
 
     # ---- how -------------------------------------------------------------------------------------------
 
@@ -561,9 +580,7 @@ class Trainer:
     def _alive(self) -> bool:
         return self._run is not None and self._run.failure is None
 
-    def _ready(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Inline | Workers, list[Tensor], Any]:
+    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executor, list[Tensor], Any]:
         """The running stages, a batch's tensors and its target; what can be refused is refused first."""
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
@@ -576,7 +593,7 @@ class Trainer:
             self._compiled.model.train()
         try:
             if self._run is None:
-                self._compiled.prepare(inputs, named)
+                self._world.prepare(self._compiled, inputs, named)
             tensors = self._compiled.bind(inputs, named)
         except TypeError as e:
             raise TypeError(f"{e}; {what_step_takes(args, self.config.loss_fn is not None)}") from None
@@ -611,8 +628,9 @@ class Trainer:
                         f"new one, pipe.trainer(...), which takes the modes as it finds them"
                     )
 
-    def _start(self) -> Inline | Workers:
+    def _start(self) -> Executor:
         """Start the stages."""
+        self._world.same_weights(self._owner)
         self._modes = [(m, m.training) for m in self._compiled.model.modules()]
         programs = self._compiled.programs(self._owner.loss)
         self._wiring, self._eval_wiring = programs[0].train, programs[0].evaluate
@@ -620,14 +638,7 @@ class Trainer:
         resume, self._resume = self._resume, None
         self._seed = self._base_seed(len(programs), resumes=resume is not None)
         config = replace(self._stage_config, groups=model_groups(self._owner, self.config))
-        if self._executor_kind == "auto":
-            self._executor_kind = "inline" if len(programs) == 1 else "workers"
-        if self._executor_kind == "inline":
-            run: Inline | Workers = Inline(programs, config, seed=self._seed, record=self._record)
-        else:
-            from .workers import Workers
-
-            run = Workers(programs, config, seed=self._seed, record=self._record, watchdog=self._watchdog)
+        run = self._world.start(programs, config, seed=self._seed, record=self._record)
         try:
             if resume is not None:
                 self._hand_over(run, resume)
@@ -647,12 +658,13 @@ class Trainer:
         """The passes' base seed; one stage draws from the ambient generators, as the plain loop does."""
         seed = self.config.seed
         if n_stages > 1:
-            return int(torch.randint(2**62, ())) if seed is None else seed
+            drawn = int(torch.randint(2**62, ())) if seed is None else seed  # by all, lest generators differ
+            return int(self._world.first("the seed", lambda: drawn))
         if seed is not None and not resumes:
             torch.manual_seed(seed)
         return None
 
-    def _hand_over(self, run: Inline | Workers, state: RunState) -> None:
+    def _hand_over(self, run: Executor, state: RunState) -> None:
         """Bring the stages to a loaded state."""
         if self._seed is not None and state.counters["seed"] is not None:
             self._seed = state.counters["seed"]

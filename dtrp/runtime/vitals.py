@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 PACE = 0.25  # seconds between signs of life
@@ -33,6 +33,15 @@ class Sign:
     waits: bool
     phase: str
 
+    def pack(self) -> bytes:
+        return (HEAD.pack(self.beats, self.done, self.cpu, self.waits) + self.phase.encode())[:SIZE]
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Sign:
+        phase = data[HEAD.size :].rstrip(b"\0").decode(errors="replace")
+        beats, done, cpu, waits = HEAD.unpack_from(data)
+        return cls(beats, done, cpu, waits, phase)
+
 
 class Page:
     """The page; ``descriptor`` is inherited by all."""
@@ -43,16 +52,10 @@ class Page:
         self.memory = mmap.mmap(descriptor, n * SIZE)
 
     def write(self, k: int, sign: Sign) -> None:
-        data = (
-            HEAD.pack(sign.beats, sign.done, sign.cpu, sign.waits) + sign.phase.encode()[: SIZE - HEAD.size]
-        )
-        self.memory[k * SIZE : (k + 1) * SIZE] = data.ljust(SIZE, b"\0")
+        self.memory[k * SIZE : (k + 1) * SIZE] = sign.pack().ljust(SIZE, b"\0")
 
     def read(self, k: int) -> Sign:
-        data = self.memory[k * SIZE : (k + 1) * SIZE]
-        phase = data[HEAD.size :].rstrip(b"\0").decode(errors="replace")
-        beats, done, cpu, waits = HEAD.unpack_from(data)
-        return Sign(beats, done, cpu, waits, phase)
+        return Sign.unpack(self.memory[k * SIZE : (k + 1) * SIZE])
 
 
 def show_life(
@@ -75,20 +78,35 @@ def show_life(
 
 
 class Watch:
-    """Notices, while somebody waits, who has been silent or has got nowhere for ``limit`` seconds."""
+    """Notices, while somebody waits, who has been silent or has got nowhere for ``limit`` seconds.
 
-    def __init__(self, page: Page, n: int, limit: float) -> None:
-        self.page, self.n, self.limit = page, n, limit
+    Parameters
+    ----------
+    read : callable
+        The newest sign of each process.
+    names : sequence of str
+        What to call them.
+    limit : float
+        Seconds.
+    scripts : bool
+        Whether they run a script of the user's between rounds: then one that is idle while others wait is
+        busy there.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Sign], names: Sequence[str], limit: float, *, scripts: bool = False
+    ) -> None:
+        self.read, self.names, self.n, self.limit, self.scripts = read, names, len(names), limit, scripts
         self.looked = time.monotonic()
-        self.signs: list[Sign] = [page.read(k) for k in range(n)]
-        self.lived = [self.looked] * n  # when each last showed life
+        self.signs: list[Sign] = [read(k) for k in range(self.n)]
+        self.lived = [self.looked] * self.n  # when each last showed life
         self.moved = self.looked  # when any last did something, or none had anything to do
         self.then = self.signs  # what they said at that moment
 
     def look(self) -> tuple[int, str] | None:
         """The stage that is to blame, and why; ``None`` while all is well."""
         now = time.monotonic()
-        signs = [self.page.read(k) for k in range(self.n)]
+        signs = [self.read(k) for k in range(self.n)]
         if now - self.looked > max(2.0, self.limit / 2):  # nobody looked, or this process was stopped, too
             self.lived, self.moved, self.then = [now] * self.n, now, signs
         for k, (old, new) in enumerate(zip(self.signs, signs, strict=True)):
@@ -101,24 +119,24 @@ class Watch:
         late = min(range(self.n), key=lambda k: self.lived[k])
         if now - self.lived[late] > self.limit:
             return late, (
-                f"stage {late} has shown no sign of life for {now - self.lived[late]:.0f} s "
+                f"{self.names[late]} has shown no sign of life for {now - self.lived[late]:.0f} s "
                 f"(watchdog={self.limit:g} s); last heard of it: {signs[late].phase}. Its process may be "
-                f"stopped or out of memory"
+                f"stopped or out of memory" + (", or its host cut off" if self.scripts else "")
             )
         late_by = now - self.moved
         if late_by > self.limit:
             if any(self._works(k, late_by) for k in range(self.n)):
                 self.moved, self.then = now, signs
                 return None
-            phases = "; ".join(f"stage {k}: {s.phase}" for k, s in enumerate(signs))
-            busy = [k for k, s in enumerate(signs) if not s.waits and s.phase != "idle"]
+            phases = "; ".join(f"{name}: {s.phase}" for name, s in zip(self.names, signs, strict=True))
+            busy = [k for k in range(self.n) if self._busy(k)]
             if busy and late_by <= ASLEEP * self.limit:
                 return None
             if busy:
                 return busy[0], (
-                    f"stage {busy[0]} has not computed for {late_by:.0f} s ({ASLEEP} times the watchdog's "
-                    f"{self.limit:g} s), in the middle of its work: its code waits for something, a lock or "
-                    f"a connection ({phases})"
+                    f"{self.names[busy[0]]} has not computed for {late_by:.0f} s ({ASLEEP} times the "
+                    f"watchdog's {self.limit:g} s), in the middle of its work: its code waits for something, "
+                    f"a lock or a connection ({phases})"
                 )
             return next(k for k, s in enumerate(signs) if s.waits), (
                 f"the stages have waited for each other for {late_by:.0f} s (watchdog={self.limit:g} s): "
@@ -128,5 +146,7 @@ class Watch:
 
     def _works(self, k: int, seconds: float) -> bool:
         """Whether stage k has computed in the last so many seconds, in which it has finished nothing."""
-        old, new = self.then[k], self.signs[k]
-        return not new.waits and new.phase != "idle" and new.cpu - old.cpu > WORKING * seconds
+        return self._busy(k) and self.signs[k].cpu - self.then[k].cpu > WORKING * seconds
+
+    def _busy(self, k: int) -> bool:
+        return not self.signs[k].waits and (self.scripts or self.signs[k].phase != "idle")

@@ -87,7 +87,8 @@ class Workers:
         with interrupts.held():
             self.crew = Processes(programs, config, _weak(self._wait))
             self._kill = weakref.finalize(self, Processes.kill, self.crew)
-        self._watch = Watch(self.crew.page, self.n_stages, max(watchdog, STARTUP))
+        names = [f"stage {k}" for k in range(self.n_stages)]
+        self._watch = Watch(self.crew.page.read, names, max(watchdog, STARTUP))
         try:
             # Pickled while the processes load torch.
             setups = _pickled(programs, config, seed, record)
@@ -156,6 +157,10 @@ class Workers:
         """A method of every `Stage`, after all rounds so far; results in stage order."""
         self._check()
         return self._answers(self._ask("call", range(self.n_stages), method, arguments))
+
+    def states(self) -> Iterable[dict[str, Any]]:
+        """Every stage's `Stage.state`."""
+        return self.call("state")
 
     def glance(self) -> list[StageStats] | None:
         """The stages' latest known measurements; does not wait."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.runtime.forms import put_together, small_part, take_apart
+from dtrp.runtime.forms import blanks, put_together, small_part, take_apart
 from dtrp.runtime.transfer import dumps, importable, loads
 from dtrp.runtime.vitals import Page, Sign, Watch
 
@@ -143,12 +143,10 @@ def test_default_device_does_not_reach_what_the_runtime_makes() -> None:
     values = [torch.arange(6.0).view(2, 3), torch.empty(0, 2), torch.randn(2, 3, 4).permute(2, 0, 1), 3]
     with torch.device("meta"):
         parcel = take_apart(values)
-
-        def fill(rows: list[Tensor]) -> None:
-            for row, source in zip(rows, parcel.payload, strict=True):
-                row.copy_(source)
-
-        again = put_together(parcel.form, memoryview(small_part(parcel)), fill)
+        tensors, rows = blanks(parcel.form)
+        for row, source in zip(rows, parcel.payload, strict=True):
+            row.copy_(source)
+        again = put_together(parcel.form, memoryview(small_part(parcel)), tensors)
         back = loads(dumps(values))
     for a, b, c in zip(values, again, back, strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
@@ -545,7 +543,7 @@ def watched(signs: list[list[Sign]], monkeypatch: pytest.MonkeyPatch) -> list[tu
     os.close(descriptor)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watch, said = Watch(page, len(signs[0]), 10.0), []
+    watch, said = Watch(page.read, [f"stage {k}" for k in range(len(signs[0]))], 10.0), []
     for row in signs:
         now[0] += 1.0
         for k, sign in enumerate(row):

@@ -26,6 +26,8 @@ from dtrp.runtime.forms import (
     ALIGNMENT,
     Parcel,
     Pickled,
+    blanks,
+    copy_rows,
     pack_form,
     places,
     put_together,
@@ -93,14 +95,12 @@ def again(values: list[Any]) -> list[Any]:
         assert start % ALIGNMENT == 0
         packed[start : start + row.numel()] = row
 
-    def fill(rows: list[Tensor]) -> None:
-        assert places(rows) == [*starts, end]
-        for start, row in zip(starts, rows, strict=True):
-            row.copy_(packed[start : start + row.numel()])
-
     form = unpack_form(memoryview(pack_form(parcel.form)))
     assert form == parcel.form
-    return put_together(form, memoryview(small_part(parcel)), fill)
+    tensors, rows = blanks(form)
+    assert places(rows) == [*starts, end]
+    copy_rows(rows, packed)
+    return put_together(form, memoryview(small_part(parcel)), tensors)
 
 
 # --- Forms ------------------------------------------------------------------------------------------------

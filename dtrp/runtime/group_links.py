@@ -1,0 +1,222 @@
+"""Links between processes of a launcher: notes by gloo, payloads by the communicator that suits the device.
+
+    sender                                              receiver
+    [1] note: form, slot, sizes, news  --- tag 0 --->   receives of notes are always posted ahead
+    [2] what the note had no room for  --- tag 1 --->   received when the note says so
+    [3] each tensor's bytes  -------- tag 2 + form -->  posted ahead, where the last message had this form
+
+A send is over when the receiver has what it needs; until then the sender keeps the memory, for at most
+j - i + 2 messages from stage i to j, as the rings of shared.py do. gloo matches messages by tag, so that a
+receive posted for a form that does not come next waits for the next message of that form. A communicator
+without tags (NCCL) matches by order: there nothing is posted before the note has come, which is early, since
+notes wait for no device.
+
+Nothing here asks whether something has arrived: gloo only ever waits. What wakes it when a peer is gone is in
+peers.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .forms import BEHIND, NOTE, SKIP, Note, Reader, Writer, blanks, copy_behind, put_together
+from .links import Channel, Kind, LostStage, Message
+from .news import News
+from .shared import KINDS
+
+LENGTH = 1024  # bytes of a note
+ROOM = LENGTH - NOTE.size - 2
+REST, PAYLOAD = 1, 2  # tags
+AHEAD = 4  # forms for which something may be posted that never comes
+_NEWS = struct.Struct("<H")
+
+Work = Any  # torch's is not typed
+
+
+class GroupLinks:
+    """One stage's ends.
+
+    Parameters
+    ----------
+    stage : int
+    pairs : iterable of (int, int)
+        Who sends to whom in this pipeline.
+    down, up : ProcessGroup
+        gloo's, of the pipeline's stages: to later ones, and to earlier ones.
+    payload : (ProcessGroup, ProcessGroup), optional
+        Likewise, for payloads that stay on ``device``; without: payloads travel through host memory.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        pairs: Iterable[tuple[int, int]],
+        down: dist.ProcessGroup,
+        up: dist.ProcessGroup,
+        *,
+        payload: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.stage, self.device, self.on_host = stage, device, payload is None
+        self.news: News | None = None
+        self.wakes = 0  # things that have come, for whoever wants to know whether it goes on
+        groups, payloads = (down, up), payload or (down, up)
+        self._senders: dict[int, _Sender] = {}
+        self._receivers: dict[int, _Receiver] = {}
+        for source, target in sorted(pairs):
+            way = int(source > target)
+            end = (groups[way], payloads[way], abs(source - target) + 2)
+            if source == stage:
+                self._senders[target] = _Sender(target, *end, on_host=self.on_host)
+            elif target == stage:
+                self._receivers[source] = _Receiver(source, *end, device=None if self.on_host else device)
+        self._inboxes: dict[Channel, deque[tuple[Message, list[Work]]]] = defaultdict(deque)
+
+    def send(self, channel: Channel, message: Message) -> None:
+        news = b"" if self.news is None else self.news.pack(channel.target)
+        self._senders[channel.target].send(KINDS.index(channel.kind), message, news)
+
+    def take(self, channel: Channel) -> Message:
+        """The next message on ``channel``; waits for it. What comes on the same way for other channels is
+        kept for them."""
+        inbox = self._inboxes[channel]
+        while not inbox:
+            kind, message, works, news = self._receivers[channel.source].receive()
+            found = Channel(cast(Kind, KINDS[kind]), channel.source, self.stage)
+            self._inboxes[found].append((message, works))
+            if self.news is not None:
+                self.news.unpack(news)
+        message, works = inbox.popleft()
+        _wait(works, channel.source)
+        return message
+
+    def waiting(self) -> int:
+        """Messages whose notes were read already."""
+        return sum(map(len, self._inboxes.values()))
+
+    def finish(self) -> None:
+        """Until everything sent has been received."""
+        for sender in self._senders.values():
+            sender.make_room(0)
+
+
+class _Sender:
+    """The end that messages go in at."""
+
+    def __init__(
+        self, peer: int, notes: dist.ProcessGroup, payload: dist.ProcessGroup, most: int, *, on_host: bool
+    ) -> None:
+        self.peer, self.notes, self.payload, self.most, self.on_host = peer, notes, payload, most, on_host
+        self.writer = Writer()
+        self.held: deque[list[tuple[Work, Tensor]]] = deque()  # per message, until it has been received
+
+    def send(self, kind: int, message: Message, news: bytes) -> None:
+        self.make_room(self.most)
+        written = self.writer.write(message, ROOM // 2, on_host=self.on_host)
+        place = 0 if written.payload else BEHIND
+        fixed = (kind, written.flags, written.form, message.slot, place, written.size, len(written.behind))
+        whole = NOTE.pack(*fixed, message.scale) + _NEWS.pack(len(news)) + news + written.behind
+        note = torch.zeros(LENGTH, dtype=torch.uint8, device="cpu")
+        first = torch.frombuffer(bytearray(whole[:LENGTH]), dtype=torch.uint8)
+        note[: len(first)] = first
+        held = [self._post(self.notes, note, 0)]
+        if len(whole) > LENGTH:
+            rest = torch.frombuffer(bytearray(whole[LENGTH:]), dtype=torch.uint8)
+            held.append(self._post(self.notes, rest, REST))
+        for row in written.payload:
+            if row.numel():
+                sent = self._post(self.payload, row, PAYLOAD + written.form)
+                if self.on_host:  # a device's communicator keeps what it needs itself
+                    held.append(sent)
+        self.held.append(held)
+
+    def _post(self, group: dist.ProcessGroup, tensor: Tensor, tag: int) -> tuple[Work, Tensor]:
+        try:
+            return group.send([tensor], self.peer, tag), tensor
+        except RuntimeError as e:
+            raise LostStage(self.peer, str(e)) from None
+
+    def make_room(self, most: int) -> None:
+        """Wait until at most so many messages are on their way."""
+        while len(self.held) > most:
+            _wait([work for work, _ in self.held[0]], self.peer)
+            self.held.popleft()
+
+
+class _Receiver:
+    """The end that messages come out of."""
+
+    def __init__(
+        self,
+        peer: int,
+        notes: dist.ProcessGroup,
+        payload: dist.ProcessGroup,
+        ahead: int,
+        *,
+        device: torch.device | str | None,
+    ) -> None:
+        self.peer, self.notes, self.payload = peer, notes, payload
+        self.device, self.tagged = "cpu" if device is None else device, device is None
+        self.reader = Reader()
+        self.posted: deque[tuple[Work, Tensor]] = deque(self._post_note() for _ in range(ahead))
+        self.ahead: dict[int, tuple[list[Tensor], list[Work]]] = {}  # by form, for its next message
+        self.last = -1  # the form of the last message with a payload
+
+    def receive(self) -> tuple[int, Message, list[Work], memoryview]:
+        """The next message (its kind, itself, what its tensors wait for) and the news that came with it."""
+        work, tensor = self.posted.popleft()
+        _wait([work], self.peer)
+        data = bytearray(tensor.numpy().tobytes())
+        self.posted.append(self._post_note())
+        note = Note._make(NOTE.unpack_from(data))
+        (length,) = _NEWS.unpack_from(data, NOTE.size)
+        start = NOTE.size + _NEWS.size
+        end = start + length + note.behind
+        if end > LENGTH:
+            rest = torch.empty(end - LENGTH, dtype=torch.uint8, device="cpu")
+            _wait([self._post(self.notes, rest, REST)], self.peer)
+            data += rest.numpy().tobytes()
+        whole = memoryview(data)
+        form, behind = self.reader.form(note, whole[start + length : end])
+        works: list[Work] = []
+        if note.place == BEHIND:
+            tensors, rows = blanks(form)
+            copy_behind(rows, behind, note.size)
+        else:
+            posted = self.ahead.pop(note.form) if note.form in self.ahead else self._post_payload(note.form)
+            tensors, works = posted
+            if self.tagged and self.last == note.form and len(self.ahead) < AHEAD:
+                self.ahead[note.form] = self._post_payload(note.form)
+            self.last = note.form
+        values = put_together(form, behind, tensors)
+        message = Message(note.slot, values, bool(note.flags & SKIP), note.scale)
+        return note.kind, message, works, whole[start : start + length]
+
+    def _post_note(self) -> tuple[Work, Tensor]:
+        tensor = torch.empty(LENGTH, dtype=torch.uint8, device="cpu")
+        return self._post(self.notes, tensor, 0), tensor
+
+    def _post_payload(self, form: int) -> tuple[list[Tensor], list[Work]]:
+        tensors, rows = blanks(self.reader.forms[form], self.device)
+        return tensors, [self._post(self.payload, row, PAYLOAD + form) for row in rows if row.numel()]
+
+    def _post(self, group: dist.ProcessGroup, tensor: Tensor, tag: int) -> Work:
+        try:
+            return group.recv([tensor], self.peer, tag)
+        except RuntimeError as e:
+            raise LostStage(self.peer, str(e)) from None
+
+
+def _wait(works: Iterable[Work], peer: int) -> None:
+    for work in works:
+        try:
+            work.wait()
+        except RuntimeError as e:
+            raise LostStage(peer, str(e)) from None

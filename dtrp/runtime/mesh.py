@@ -1,0 +1,257 @@
+"""This process among those that a launcher started: which stage of which replica, and who it talks to how.
+
+    rank = replica * n_stages + stage
+
+The processes stand in a device mesh ("replicate", "stage"). Notes, and all that is gathered or agreed on, go
+by gloo, whatever the stages' devices are. Each direction of a pipeline has a communicator of its own: with
+one for both, activations and gradients could wait for each other in a circle.
+
+No operation here has a time limit of its own: a stage may compute for hours. Who waits in vain is woken by
+`poison`, when peers.py finds that somebody is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from . import launched
+from .transfer import dumps, loads
+
+FOREVER = timedelta(days=365)
+NOBODY = 2**20  # a tag that nobody sends with
+
+
+class Mesh:
+    """The processes of one run.
+
+    Parameters
+    ----------
+    n_stages : int
+        Of a pipeline. Twice as many processes make two replicas of it.
+
+    Attributes
+    ----------
+    rank, size, stage, replica, replicas : int
+    pipeline, peers : ProcessGroup
+        The stages of this replica; this stage in all replicas.
+    down, up : ProcessGroup
+        Of the pipeline, for what goes to later stages, and to earlier ones.
+    everyone : ProcessGroup
+    addresses : list of str
+        Of the host of each rank.
+
+    Raises
+    ------
+    ValueError
+        The number of processes is no multiple of the number of stages.
+    """
+
+    def __init__(self, n_stages: int) -> None:
+        check(n_stages)
+        self.address = _address()
+        if not dist.is_initialized():
+            dist.init_process_group(_backend())
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.n_stages, self.replicas = n_stages, self.size // n_stages
+        self.replica, self.stage = divmod(self.rank, n_stages)
+        self.mesh = init_device_mesh(
+            "cpu",
+            (self.replicas, n_stages),
+            mesh_dim_names=("replicate", "stage"),
+            backend_override={"replicate": "gloo", "stage": "gloo"},
+        )
+        self.pipeline, self.peers = self.mesh.get_group("stage"), self.mesh.get_group("replicate")
+        ranks = [self.replica * n_stages + k for k in range(n_stages)]
+        self.down, self.up = (_group(ranks) for _ in range(2))
+        self.everyone = _group(list(range(self.size)))
+        for group in self._groups():
+            group.set_timeout(FOREVER)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, self.address, group=self.everyone)
+        self.addresses: list[str] = found
+
+    def _groups(self) -> Iterator[dist.ProcessGroup]:
+        yield from (self.pipeline, self.peers, self.down, self.up, self.everyone)
+
+    @property
+    def store(self) -> Any:
+        """A connection of its own to the launcher's key-value store."""
+        return dist.distributed_c10d._get_default_store().clone()
+
+    def name(self, rank: int) -> str:
+        """What to call a rank in messages."""
+        replica, stage = divmod(rank, self.n_stages)
+        whose = f" of replica {replica}" if self.replicas > 1 else ""
+        return f"stage {stage}{whose} (rank {rank} on {self.addresses[rank]})"
+
+    def names(self) -> list[str]:
+        return [self.name(rank) for rank in range(self.size)]
+
+    # ---- what several say or do together -------------------------------------------------------------------
+
+    def gather(self, what: str, value: Any, *, all_replicas: bool = False) -> list[Any]:
+        """``value`` of every stage of this pipeline (or of every rank), in order, on each of them.
+
+        Raises
+        ------
+        RuntimeError
+            Another rank asks something else at this point.
+        """
+        group = self.everyone if all_replicas else self.pipeline
+        given: list[Any] = [None] * (self.size if all_replicas else self.n_stages)
+        dist.all_gather_object(given, (what, dumps(value)), group=group)
+        first = 0 if all_replicas else self.replica * self.n_stages
+        for i, (other, _) in enumerate(given):
+            if other != what:
+                raise RuntimeError(
+                    f"{self.name(first + i)} is at {other} where {self.name(self.rank)} is at {what}: a "
+                    f"script must make the same calls to its trainer on every rank"
+                )
+        return [loads(data) for _, data in given]
+
+    def first(self, what: str, function: Callable[[], Any]) -> Any:
+        """What ``function`` gives on rank 0, on every rank; there alone it is called.
+
+        Raises
+        ------
+        Exception
+            What it raised there.
+        """
+        told: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                told = [dumps((what, function(), None))]
+            except Exception as e:
+                told = [_packed_error(what, e)]
+        dist.broadcast_object_list(told, src=0, group=self.everyone)
+        what_there, value, error = loads(told[0])
+        if error is not None:
+            raise error
+        if what_there != what:
+            raise RuntimeError(
+                f"rank 0 is at {what_there} where rank {self.rank} is at {what}: a script must make the same "
+                f"calls to its trainer on every rank"
+            )
+        return value
+
+    def in_turn(self, give: Callable[[], Any]) -> Iterator[Any]:
+        """What ``give`` gives in each stage of this pipeline, one after the other, on all of them: at most
+        one stage's is held at a time. Stages get their own untouched."""
+        for k in range(self.n_stages):
+            mine = k == self.stage
+            value = give() if mine else None
+            data = torch.frombuffer(bytearray(dumps(value)), dtype=torch.uint8) if mine else None
+            size = torch.tensor([0 if data is None else data.numel()], device="cpu")
+            dist.broadcast(size, group=self.pipeline, group_src=k)
+            if data is None:
+                data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
+            dist.broadcast(data, group=self.pipeline, group_src=k)
+            yield value if mine else loads(data.numpy().tobytes())
+
+    def spread(self, tensors: list[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+        """Overwrite tensors with those of the group's first rank (rank 0's)."""
+        group = self.everyone if group is None else group
+        for tensor in tensors:
+            if tensor.numel() and not tensor.is_meta:
+                whole = tensor.detach().cpu().contiguous()
+                dist.broadcast(whole, group=group, group_src=0)
+                with torch.no_grad():
+                    tensor.copy_(whole)
+
+    def barrier(self) -> None:
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=self.everyone)
+
+    # ---- ending --------------------------------------------------------------------------------------------
+
+    def poison(self) -> None:
+        """Have every operation that waits in these groups fail, from another thread: gloo fails all of a
+        group's operations when one has run out of time, here one that nobody answers."""
+        for group in self._groups():
+            if group.size() > 1:
+                other = (group.rank() + 1) % group.size()
+                with contextlib.suppress(RuntimeError):
+                    dead = group.recv([torch.zeros(1, device="cpu")], other, NOBODY)
+                    dead.wait(timedelta(milliseconds=1))
+
+    def close(self) -> None:
+        """Let go of the groups that this run made."""
+        for group in (self.down, self.up, self.everyone):
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.destroy_process_group(group)
+
+
+def check(n_stages: int) -> None:
+    """Refuse a number of processes that makes no whole pipelines.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+    """
+    if not dist.is_available():
+        raise RuntimeError("executor='torchrun' needs torch.distributed, which this build of torch has not")
+    size = dist.get_world_size() if dist.is_initialized() else launched.world_size()
+    if size == 1 and not dist.is_initialized():
+        raise ValueError(
+            "executor='torchrun' in a process that no launcher started (RANK, WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT are not set): run the script as torchrun --nproc-per-node N train.py, or use "
+            "executor='workers'"
+        )
+    if size % n_stages:
+        raise ValueError(
+            f"{size} processes cannot make pipelines of {n_stages} stages: start a multiple of {n_stages} "
+            f"processes, or give n_gpus={size} (or a divisor of it)"
+        )
+
+
+def _group(ranks: list[int]) -> dist.ProcessGroup:
+    group = dist.new_group(ranks, backend="gloo", timeout=FOREVER, use_local_synchronization=True)
+    assert not isinstance(group, int)
+    return group
+
+
+def _backend() -> str:
+    """gloo, and what torch names for the accelerator that is there."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return "cpu:gloo"
+    return f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator.type)}"
+
+
+def _address() -> str:
+    """This host's, as the launcher's host sees it; gloo is told to use the interface that has it."""
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((host, 9))  # sends nothing
+        address: str = sock.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            if _address_of(name) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        return address
+    return host
+
+
+def _address_of(interface: str) -> str | None:
+    import fcntl
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        packed = fcntl.ioctl(sock, 0x8915, struct.pack("256s", interface.encode()[:15]))  # SIOCGIFADDR
+        return socket.inet_ntoa(packed[20:24])
+    return None
+
+
+def _packed_error(what: str, error: Exception) -> bytes:
+    try:
+        return dumps((what, None, error))
+    except (TypeError, pickle.PicklingError):
+        return dumps((what, None, RuntimeError(f"{type(error).__name__}: {error}")))

@@ -1,0 +1,227 @@
+"""One stage in this process, the others in processes that a launcher started with the same script.
+
+Every rank runs the script and makes the same calls to its trainer; each takes of a batch what its stage
+needs.
+What is asked of all stages is asked on every rank at once (`Mesh`): between rounds nothing holds the ranks
+together, so one may be a few batches ahead of another.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import WorkerError
+from . import launched
+from .batch import Feed, Loss, Skip
+from .config import TrainConfig
+from .evaluation import Measure
+from .group_links import GroupLinks
+from .inline import Results, as_in_workers, finish, owned, private, told
+from .news import News
+from .peers import Failure, Peers
+from .processes import talking
+from .program import StageProgram
+from .stage import Stage
+from .stats import StageStats
+
+QUESTIONS = ("stats", "take_events", "last_squared_norm", "learning_rates", "training_state")
+"""Methods of `Stage` whose answers every rank gets; others are called here alone, on each rank."""
+
+
+class Ranks:
+    """Runs this rank's stage. `Inline` and `Workers` have the same methods.
+
+    Trains the model's own parameters of this stage, in place.
+
+    Parameters
+    ----------
+    programs, config, seed, record
+        As for `Inline`.
+    peers : Peers
+        All ranks.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[StageProgram],
+        config: TrainConfig,
+        peers: Peers,
+        *,
+        seed: int | None,
+        record: bool = False,
+    ) -> None:
+        mesh = self.mesh = peers.mesh
+        self.config, self.peers = config, peers
+        self.failure: WorkerError | None = None
+        self._draws = seed is not None and any(p.draws for p in programs)
+        self._held: deque[Feed] = deque()  # whose rounds are not due yet
+        self._digest = 0  # of all batches so far
+        mine = programs[mesh.stage]
+        mine = private(replace(mine, device=place(mine.device)))
+        with self._told("starting"):
+            self.links = GroupLinks(mesh.stage, talking(mine, config), mesh.down, mesh.up)
+            self.stage = Stage(mine, config, self.links, seed=seed, record=record)
+        self.news_of = self.links.news = News(mesh.stage, self.stage.news)
+        peers.meter = self.stage.meter
+
+    # ---- training ------------------------------------------------------------------------------------------
+
+    def feed(self, feeds: Sequence[Feed]) -> None:
+        """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
+        self._digest = _digest(feeds, self._digest)
+        feed = feeds[self.mesh.stage]
+        self._held.append(feed._replace(inputs=owned(feed.inputs), target=owned(feed.target)))
+        if len(self._held) > self.stage.schedule.lag(self.mesh.stage):
+            self._round()
+
+    def _round(self) -> None:
+        with self._told("a round", draws=True):
+            finish(self.stage.run(self._held.popleft()))
+
+    def drain(self, *, close_group: bool = False) -> None:
+        """Until nothing is in flight in this stage."""
+        while self._held:
+            self._round()
+        with self._told("draining", draws=True):
+            finish(self.stage.drain(close_group=close_group))
+
+    def throttle(self) -> None:
+        """Stages here wait for each other by themselves."""
+
+    def news(self, *, wait: bool = False) -> list[Loss | Skip]:
+        """What is known here of finished batches since the last call; ``wait``: of all that went in."""
+        with self._told("gathering losses"):
+            if wait:
+                self.news_of.add(self.stage.news(wait=True))
+                rests = self.mesh.gather("flush", (self.news_of.rest(), self._digest))
+                self.news_of.learn([rest for rest, _ in rests])
+                self._compare([digest for _, digest in rests])
+            return self.news_of.take()
+
+    def _compare(self, digests: Sequence[int]) -> None:
+        """Stages that were given different batches would train on nonsense without a word."""
+        for stage, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise WorkerError(
+                    f"rank {self.mesh.rank - self.mesh.stage} and rank "
+                    f"{self.mesh.rank - self.mesh.stage + stage} were given different batches, but belong to "
+                    f"one pipeline: shuffle alike on every rank (DataLoader(..., generator="
+                    f"torch.Generator().manual_seed(0))), or give the loader sampler=trainer.sampler(dataset)"
+                )
+
+    # ---- questions -----------------------------------------------------------------------------------------
+
+    def evaluate(self, batches: Iterable[Sequence[Feed]], measure: Measure | None) -> Results:
+        """``measure`` of every batch, in order, then its totals: of all replicas, on every rank; without one,
+        this replica's outputs. ``batches`` gives lists of feeds, one per stage."""
+        results: list[Any] = []
+        with self._told("evaluating"):
+            self.stage.begin_evaluation(measure)
+        try:
+            for feeds in batches:
+                with self._told("evaluating", draws=True):
+                    result = finish(self.stage.evaluate(feeds[self.mesh.stage]))
+                    if measure is None:
+                        result = self.mesh.gather("predict", result)[-1]
+                if measure is None:
+                    yield result
+                else:
+                    results.append(result)
+            if measure is None:
+                return
+            with self._told("evaluating"):
+                results.append(self.stage.totals())
+                results = results if self.stage.program.is_last else []
+                given = self.mesh.gather("evaluate", results, all_replicas=True)
+        finally:
+            self.stage.end_evaluation()
+        yield from (result for of_rank in given for result in of_rank)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """A method of every `Stage`, after the rounds that are due by now; answers in stage order."""
+        with self._told(method):
+            answer = getattr(self.stage, method)(*arguments)
+            return self.mesh.gather(method, answer) if method in QUESTIONS else [answer]
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        """Every stage's `Stage.state`, one after the other: each rank hears all of the model once."""
+        with self._told("handing weights round"):
+            yield from self.mesh.in_turn(self.stage.state)
+
+    def glance(self) -> list[StageStats] | None:
+        """The stages' latest known measurements: none are, without asking."""
+        return None
+
+    def rescued(self) -> list[dict[str, Any]]:
+        """After a failure: what this rank's stage has trained is there; others' is not to be had."""
+        return [self.stage.state()]
+
+    def abandon(self, error: BaseException) -> None:
+        """The script leaves its trainer by an error: the others need not wait."""
+        if self.failure is None:
+            text = f"the script on {self.mesh.name(self.mesh.rank)} left its trainer: {_line(error)}"
+            self.failure = self.peers.report(Failure(text, self.mesh.stage, "")).error()
+
+    def close(self) -> None:
+        """Let go of everything; may be called twice."""
+        if self.failure is None:
+            with self._told("closing"):
+                self.links.finish()
+                self.mesh.barrier()
+        self._held.clear()
+
+    # ---- failing -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _told(self, doing: str, *, draws: bool = False) -> Iterator[None]:
+        """What goes wrong here is told to all, and what went wrong elsewhere is raised here."""
+        if self.failure is not None:
+            raise self.failure.again()
+        draw = [self.stage.program.device] if draws and self._draws else []
+        try:
+            with self.peers.at(doing), as_in_workers(self.config.threads, draw):
+                yield
+        except GeneratorExit:
+            raise
+        except BaseException as e:
+            self.failure = e if isinstance(e, WorkerError) else self._report(e)
+            if isinstance(e, Exception) and self.failure is not e:
+                raise self.failure from e
+            raise
+
+    def _report(self, error: BaseException) -> WorkerError:
+        mine = told(self.mesh.stage, error)
+        trace = mine.remote_traceback
+        text = str(mine).removesuffix(f"\n\n{trace}")
+        return self.peers.report(Failure(text, mine.stage, trace)).error()
+
+
+def place(device: torch.device) -> torch.device:
+    """A stage's device on this host: one that was named without a number is the one of this rank."""
+    if device.type == "cpu" or device != torch.device(device.type):
+        return device
+    return torch.device(device.type, launched.local_rank() % torch.accelerator.device_count())
+
+
+def _digest(feeds: Sequence[Feed], before: int) -> int:
+    """Of a few values of each tensor of a batch, whatever stage gets it."""
+    for feed in feeds:
+        for value in (*feed.inputs, *pytree.tree_leaves(feed.target)):
+            if isinstance(value, Tensor) and value.device.type == "cpu" and value.layout is torch.strided:
+                some = value.detach().reshape(-1)[:: max(1, value.numel() // 64)]
+                before = zlib.crc32(repr(some.tolist()).encode(), before)
+    return before
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
