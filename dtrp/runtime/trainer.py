@@ -611,6 +611,10 @@ class Trainer:
         config = self.config.decided(**saved) if saved else self.config
         if config.is_open or config.parts > 1:
             config = self._compiled.choose_order(config, tensors, target)
+        mine = {name: getattr(config, name) for name in _ORDER}
+        decided = self._world.first("choosing the order", lambda: mine)
+        if decided != mine:
+            config = replace(config, **decided)
         if config is not self.config:
             self._expected = self._compiled.expect(config, self._optimizer_bytes)
         self.config = config
