@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -233,7 +234,7 @@ class PipelineTrainer(_Trainer):
         finally:
             if self._run is not None:
                 run, self._run = self._run, None
-                run._leave(finish=False)
+                run.__exit__(*sys.exc_info())
 
     def _close(self) -> None:
         assert self._run is not None
