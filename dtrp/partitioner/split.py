@@ -23,7 +23,7 @@ from ..errors import PlanMismatchError
 from ..wiring import CALLER, Constant, Source, StageWires, Wiring
 from .align import align
 from .capture.graph import Captured, ModeGraph
-from .hazards import Hazards, find_hazards
+from .hazards import Hazards
 from .plan import Plan
 
 
@@ -74,7 +74,7 @@ def split(captured: Captured, plan: Plan, hazards: Hazards) -> Split:
     train = split_graph(captured.train, stage_of, plan.n_stages, flows)
     if captured.one_graph:
         return Split(train, train)
-    eval_hazards = hazards.evaluate or find_hazards(captured, captured.eval)
+    eval_hazards = hazards.evaluate or hazards
     eval_stage_of = align(captured.train, captured.eval, stage_of, plan.n_stages, eval_hazards)
     return Split(train, split_graph(captured.eval, eval_stage_of, plan.n_stages, frozenset(), "eval"))
 

@@ -68,6 +68,25 @@ def assert_faithful(model, args=(), kwargs=None, captured=None, function=None):
     return captured
 
 
+# Each kind of network, as small as its class allows.
+SMALL = {
+    "resnet": lambda m: m.resnet.ResNet(m.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, width_per_group=64),
+    "densenet": lambda m: m.DenseNet(4, (2, 2), 8, num_classes=5),
+    "vit": lambda m: m.VisionTransformer(16, 8, 2, 2, 8, 16, num_classes=5),
+    "swin": lambda m: m.SwinTransformer([2, 2], 8, [2, 2], [1, 2], [2, 2], num_classes=5),
+    "convnext": lambda m: m.ConvNeXt(
+        [m.convnext.CNBlockConfig(8, 16, 1), m.convnext.CNBlockConfig(16, None, 1)], 0.1, num_classes=5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_kinds_of_torchvision_models(name):
+    models = pytest.importorskip("torchvision").models
+    torch.manual_seed(0)
+    assert_faithful(SMALL[name](models), (torch.randn(2, 3, 16, 16),))
+
+
 TORCHVISION = [
     ("resnet18", 64, {}),
     ("inception_v3", 299, {"init_weights": False}),
@@ -80,6 +99,7 @@ TORCHVISION = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "options"), TORCHVISION, ids=[n for n, _, _ in TORCHVISION])
 def test_torchvision(name, size, options):
     models = pytest.importorskip("torchvision").models

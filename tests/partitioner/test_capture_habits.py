@@ -12,6 +12,7 @@ import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
 
+from .sweep import sweep
 from .test_capture import assert_faithful
 
 
@@ -181,7 +182,7 @@ def others(m, x):
     return beta + torch.distributions.Uniform(m.a(x) - 9, 9.0).rsample()
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+@pytest.mark.parametrize("inside", sweep([False, True]), ids=["root", "submodule"])
 @pytest.mark.parametrize("forward", [rsample, likelihood, divergence, policy, others])
 def test_distributions_check_their_arguments(forward, inside, x):
     model = Model(lambda m, x: m.inner(x), forward) if inside else Model(forward)
@@ -285,7 +286,7 @@ def under_enable_grad(m, x):
 GRADIENTS = [forces, forces_with_keywords, penalty_inside, laplacian, inner_step, under_enable_grad]
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+@pytest.mark.parametrize("inside", sweep([False, True]), ids=["root", "submodule"])
 @pytest.mark.parametrize("forward", GRADIENTS)
 def test_gradients_inside_forward(forward, inside, x):
     model = Model(lambda m, x: m.inner(x), forward) if inside else Model(forward)
@@ -390,7 +391,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+@pytest.mark.parametrize("inside", sweep([False, True]), ids=["root", "submodule"])
 def test_batchnorm_under_checkpoint(inside, reentrant, x):
     """The plain model's statistics move twice in a step: in the forward pass and in the backward pass."""
     model = Checkpointed(reentrant)

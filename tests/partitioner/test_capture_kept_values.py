@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import dtrp
 from dtrp.partitioner.capture import capture
 
+from .sweep import sweep
 from .test_capture import assert_faithful
 
 
@@ -50,7 +51,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("make", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("make", sweep(PACKED.values()), ids=PACKED)
 def test_packed_sequences(make):
     torch.manual_seed(0)
     model, ids, lengths = make(), torch.randint(0, 30, (4, 7)), torch.tensor([7, 2, 5, 1])
@@ -107,7 +108,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize(("inner", "x", "numbers"), VALUES.values(), ids=VALUES)
-@pytest.mark.parametrize("computed", [False, True], ids=["given", "computed"])
+@pytest.mark.parametrize("computed", sweep([True, False]), ids=["computed", "given"])
 def test_numbers_from_the_example(inner, x, numbers, computed):
     """Also where the model's own code computes them from what it is given."""
 
@@ -140,7 +141,7 @@ def mix(m, p):
 
 
 @pytest.mark.parametrize("inner", [choose, drop, mix])
-@pytest.mark.parametrize("given", [True, False], ids=["given", "computed by layers"])
+@pytest.mark.parametrize("given", sweep([False, True]), ids=["computed by layers", "given"])
 def test_probabilities(inner, given):
     torch.manual_seed(0)
 

@@ -121,7 +121,7 @@ def drawn(node, seed):
 
 # DTRP_EXAMPLES=500 for a thorough run.
 thorough = settings(
-    max_examples=int(os.environ.get("DTRP_EXAMPLES", "12")),
+    max_examples=int(os.environ.get("DTRP_EXAMPLES", "5")),
     derandomize="DTRP_EXAMPLES" not in os.environ,
     deadline=None,
     database=None,

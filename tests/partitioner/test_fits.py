@@ -11,6 +11,8 @@ import dtrp
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.capture.fits import Fits
 
+from .sweep import sweep
+
 
 class Model(nn.Module):
     """``forward`` is given; a branch on a size makes fx's own tracer give up."""
@@ -109,7 +111,7 @@ def test_a_size_that_decides_is_refused_with_its_line(function):
         pipe(torch.randn(2, 9, 4))
 
 
-@pytest.mark.parametrize("executor", ["inline", "workers"])
+@pytest.mark.parametrize("executor", sweep(["inline", "workers"]))
 def test_other_lengths_in_every_batch_train_like_the_plain_loop(executor):
     torch.manual_seed(0)
     pipe = compiled(heads, torch.randn(2, 5, 4))

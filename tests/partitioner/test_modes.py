@@ -9,6 +9,8 @@ from torch import nn
 
 import dtrp
 
+from .sweep import sweep
+
 
 class Noisy(nn.Module):
     def forward(self, x):
@@ -88,7 +90,7 @@ def test_graphs_are_made_once_for_each_mode(x, monkeypatch):
 
 
 @pytest.mark.parametrize("middle", MIDDLES)
-@pytest.mark.parametrize("executor", ["inline", "workers"])
+@pytest.mark.parametrize("executor", sweep(["inline", "workers"]))
 def test_fine_tuning_with_a_frozen_backbone(middle, executor, x):
     torch.manual_seed(1)
     model = Net(MIDDLES[middle]())

@@ -16,6 +16,7 @@ from dtrp.onnx import load_chain, merge_chain, read_manifest
 from dtrp.partitioner.onnx import export as export_module
 
 from .onnx_models import CASES
+from .sweep import sweep
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -74,7 +75,7 @@ def export_case(tmp_path_factory):
     return cache(lambda name: Exported(name, tmp_path_factory.mktemp("onnx")))
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=sweep(CASES, 3))
 def exported(request, export_case):
     return export_case(request.param)
 

@@ -14,6 +14,7 @@ from dtrp.errors import InfeasiblePlanError
 from dtrp.partitioner import Partition, partition
 
 from .oracle import Case, assignments, max_load, max_memory, random_case, violations
+from .sweep import sweep
 
 
 def check(case: Case, time_limit: float = 30) -> str:
@@ -49,7 +50,7 @@ def check(case: Case, time_limit: float = 30) -> str:
     return "infeasible"
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", sweep(range(10)))
 def test_agrees_with_brute_force(block: int) -> None:
     rng = random.Random(block)
     seen = [check(random_case(rng)) for _ in range(150)]
@@ -64,13 +65,13 @@ def test_agrees_with_brute_force_up_to_nine_nodes(block: int) -> None:
         check(random_case(rng, max_nodes=9))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32), st.integers(2, 9))
 def test_agrees_on_drawn_cases(seed: int, nodes: int) -> None:
     check(random_case(random.Random(seed), max_nodes=nodes))
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", sweep(range(3)))
 def test_detours_for_large_graphs_agree_with_brute_force(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reduction, cores, local search and growing wanted loads, which small graphs do not need otherwise."""
     monkeypatch.setattr("dtrp.partitioner.solvers.engine._SMALL", 0)

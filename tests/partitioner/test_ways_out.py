@@ -12,6 +12,7 @@ import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
 
+from .sweep import sweep
 from .test_capture import assert_faithful
 
 
@@ -38,9 +39,10 @@ class Tagger(nn.Module):
         return self.head(self.b(self.a(self.embed(ids), lengths), lengths).mean(1))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("clamp", [False, True])
-@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("kind", sweep([nn.LSTM, nn.GRU, nn.RNN]))
+@pytest.mark.parametrize(
+    ("clamp", "total"), sweep([(True, True), (False, True), (True, False), (False, False)])
+)
 def test_packed_sequences(kind, clamp, total):
     torch.manual_seed(0)
     ids, lengths = torch.randint(0, 30, (4, 7)), torch.tensor([7, 3, 5, 1])
@@ -178,7 +180,7 @@ def test_backward_inside_forward_is_refused():
         capture(ByBackward(), (torch.randn(5, 3),))
 
 
-@pytest.mark.parametrize("executor", ["inline", "workers"])
+@pytest.mark.parametrize("executor", sweep(["inline", "workers"]))
 @pytest.mark.parametrize("method", ["bp", "dtrp"])
 def test_the_way_out_for_gradients_inside_forward(executor, method):
     class Model(nn.Module):

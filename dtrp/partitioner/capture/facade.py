@@ -18,6 +18,7 @@ from .explain import Failure, capture_error
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
 from .modes import BothModes, Flags
+from .operators import Walk
 from .record import record
 from .second_look import MAX_FLOPS, cost_of_running, look
 from .snapshot import untouched
@@ -87,11 +88,11 @@ def capture(
         try:
             with untouched(model), ambient_state(), _quiet():
                 both = WAYS[name](task)
-                _check(task, both, run)
+                walks = _check(task, both, run)
         except Exception as error:
             failures.append(Failure(name, error))
             continue
-        return _accepted(task, both, name)
+        return _accepted(task, both, name, walks)
     raise capture_error(model, failures) from failures[0].error
 
 
@@ -111,22 +112,23 @@ def _refuse_unsuitable(model: nn.Module) -> None:
         )
 
 
-def _check(task: Task, both: BothModes, run: bool) -> None:
-    """Compare the graphs with the model."""
-    for training, traced in both.each():
+def _check(task: Task, both: BothModes, run: bool) -> dict[bool, Walk]:
+    """Compare the graphs with the model; what their nodes did, by mode."""
+    walks = {}
+    for training in (True, False):
+        traced = both.train if training else both.eval
         traced.graph.lint()
-        verify(task, traced, training)
-    if both.eval is both.train:
-        verify(task, both.eval, False)
-    if run and cost_of_running(task, both.train) <= MAX_FLOPS:
+        walks[training] = verify(task, traced, training)
+    if run and cost_of_running(task, both.train, walks[True]) <= MAX_FLOPS:
         look(task, both.train, True)
         look(task, both.eval, False)
+    return walks
 
 
-def _accepted(task: Task, both: BothModes, way: str) -> Captured:
+def _accepted(task: Task, both: BothModes, way: str, walks: Mapping[bool, Walk]) -> Captured:
     model = task.model
-    train = both.train.mode_graph(model)
-    evaluate = train if both.eval is both.train else both.eval.mode_graph(model)
+    train = both.train.mode_graph(model, walks[True])
+    evaluate = train if both.eval is both.train else both.eval.mode_graph(model, walks[False])
     kept = {k.module: k for k in (*_closed(model, both), *both.train.kept_whole, *both.eval.kept_whole)}
     notes = tuple(dict.fromkeys(both.train.notes + both.eval.notes))
     return Captured(

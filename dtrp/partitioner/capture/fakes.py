@@ -29,10 +29,18 @@ class FakeWorld:
     on the CPU: code that makes tensors without naming a device then sees no mixture of devices.
     """
 
-    def __init__(self, mode: FakeTensorMode | None = None, runs: RealRuns | None = None) -> None:
+    def __init__(
+        self,
+        mode: FakeTensorMode | None = None,
+        runs: RealRuns | None = None,
+        earlier: FakeWorld | None = None,
+    ) -> None:
+        """``earlier``: another world, of whose twins those are taken over that nothing has changed."""
+        mode = earlier.mode if earlier is not None else mode
+        self.mode: FakeTensorMode
         # Tensors that no module registers (attributes, globals) may meet fake ones in the model's code.
         self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
-        self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._twins: dict[int, _Twin] = {}
         self.attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
         self._contents: dict[int, dict[str, Any]] = {}  # of the dicts, lists and sets among these
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
@@ -47,16 +55,19 @@ class FakeWorld:
         self.flops = 0  # of what `really_run` ran
         self.sizes: Sizes = "found"
         self.compares = True  # whether sizes that depend on values are to be told from others
+        for twin in earlier._twins.values() if earlier is not None else ():
+            if twin.unchanged():
+                self._twins[id(twin.original)] = twin
+                self.originals[id(twin.fake)] = twin.original
 
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake tensor that stands for ``tensor``."""
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode:
             return tensor
         if id(tensor) not in self._twins:
-            # The real tensor is kept beside its twin so that its id cannot be given to another.
-            self._twins[id(tensor)] = (tensor, self._make(tensor))
-            self.originals[id(self._twins[id(tensor)][1])] = tensor
-        return self._twins[id(tensor)][1]
+            self._twins[id(tensor)] = _Twin(tensor, self._make(tensor))
+            self.originals[id(self._twins[id(tensor)].fake)] = tensor
+        return self._twins[id(tensor)].fake
 
     def _make(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
@@ -208,6 +219,28 @@ class FakeWorld:
                 registry[name] = value
             for container, contents in filled:
                 refill(container, contents)
+
+
+class _Twin:
+    """A real tensor (so that its id is not given to another) and the fake one for it."""
+
+    def __init__(self, original: torch.Tensor, fake: torch.Tensor) -> None:
+        self.original, self.fake = original, fake
+        self._form = self._now()
+
+    def _now(self) -> Any:
+        fake = self.fake
+        version = -1 if fake.is_inference() else fake._version
+        storage = fake.untyped_storage()._cdata if fake.layout == torch.strided else 0
+        return version, fake.shape, fake.dtype, fake.is_leaf, storage
+
+    def unchanged(self) -> bool:
+        """Whether the fake one is as it was made, or can be made so again."""
+        if self._now() != self._form:
+            return False
+        if self.fake.requires_grad != self.original.requires_grad:
+            self.fake.requires_grad_(self.original.requires_grad)
+        return True
 
 
 def _part_of(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

@@ -90,7 +90,7 @@ class Fits:
             try:
                 with in_mode(model, self._captured.flags if training else None):
                     inputs = fake_inputs(world, [t.detach() for t in tensors])
-                    propagate(graph.module, graph.module.graph, world, inputs, keep=False)
+                    propagate(graph.module, graph.module.graph, world, inputs)
             except OtherSizes as error:
                 raise ValueError(
                     f"{self._told(i, tensors)}: {error}, so the graph is not for these sizes. Pad to sizes "

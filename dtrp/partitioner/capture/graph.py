@@ -27,6 +27,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .operators import Walk
 from .real import RealRuns
 from .structure import hidden_tensors, opened
 
@@ -125,6 +126,7 @@ class ModeGraph:
     out_spec: pytree.TreeSpec
     batch_fixed: bool = False  # it is for the example's batch size alone
     follows_batch: bool = True  # numbers in it follow sizes that are equal in the example, perhaps by chance
+    walk: Walk = field(default_factory=Walk)  # what each node did on fake tensors, in the graph's mode
 
     def __call__(self, *tensors: Any) -> Any:
         """Run it on placeholder tensors; gives the model's output in its own structure."""

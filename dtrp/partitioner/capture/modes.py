@@ -24,12 +24,25 @@ def flags_of(model: nn.Module) -> Flags:
     return tuple(m.training for m in model.modules())
 
 
+def set_flags(model: nn.Module, flags: Flags) -> None:
+    """Make them stand so."""
+    for module, flag in zip(model.modules(), flags, strict=True):
+        module.training = flag
+
+
 def training_flags(model: nn.Module) -> Flags:
     """As they stand if the model is in train mode, else as its ``train()`` sets them."""
     if model.training:
         return flags_of(model)
     with untouched(model):
         model.train()
+        return flags_of(model)
+
+
+def evaluation_flags(model: nn.Module) -> Flags:
+    """As ``eval()`` sets them."""
+    with untouched(model):
+        model.eval()
         return flags_of(model)
 
 
@@ -40,8 +53,7 @@ def in_mode(model: nn.Module, flags: Flags | None) -> Iterator[None]:
         if flags is None:
             model.eval()
         else:
-            for module, flag in zip(model.modules(), flags, strict=True):
-                module.training = flag
+            set_flags(model, flags)
         yield
 
 
@@ -53,12 +65,9 @@ class BothModes:
     eval: Traced
 
     @classmethod
-    def of(cls, model: nn.Module, flags: Flags, trace: Callable[[], Traced]) -> BothModes:
-        """Trace ``model`` in both modes by ``trace()``; ``flags`` are those of training."""
-        with in_mode(model, flags):
-            train = trace()
-        with in_mode(model, None):
-            evaluate = trace()
+    def of(cls, trace: Callable[[bool], Traced]) -> BothModes:
+        """Trace in both modes by ``trace(training)``."""
+        train, evaluate = trace(True), trace(False)
         return cls(train, train if same_graph(train, evaluate) else evaluate)
 
     def each(self) -> Iterator[tuple[bool, Traced]]:

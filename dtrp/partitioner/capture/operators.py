@@ -1,4 +1,4 @@
-"""What a model, or its graph, does: the list of operators that it runs, forward and backward.
+"""What a model, or its graph, does: the list of operators that it runs.
 
 Both run on fake tensors under one dispatch mode, so the list costs no FLOPs and has no limit of size. A
 tensor is known by its name (parameter, buffer, input) or by the order in which it appeared, so two lists
@@ -7,20 +7,24 @@ are equal only where the same operators took the same tensors and the same numbe
     aten.addmm(bias, input 0, %0, beta=1) -> %1: float32 (4, 8)
 
 ``detach`` and its like make no entry: they give the tensor itself, and what they do to gradients is seen
-in the backward part.
+in the graph that autograd makes, which the list ends with (`verify`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtrp.partitioner.op_cost import op_flops
 
 from .fakes import FakeWorld
 
@@ -44,6 +48,44 @@ class Event:
         return f"{name}({', '.join(map(_shown, arguments[:-1]))}) -> {_shown(arguments[-1])}"
 
 
+@dataclass
+class Access:
+    """What one node did to storages when it ran."""
+
+    node: Node
+    reads: set[int] = field(default_factory=set)
+    makes: set[int] = field(default_factory=set)
+    writes: set[int] = field(default_factory=set)
+    random: bool = False
+    differentiable: bool = False
+
+    def note(self, func: Any, args: Any, kwargs: Any) -> None:
+        """An operator that runs for it."""
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        for argument, value in itertools.zip_longest(func._schema.arguments, args):
+            if argument is None:
+                return
+            storages = storages_in(kwargs.get(argument.name, value))
+            self.reads |= storages
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.writes |= storages
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the nodes of a graph did on fake tensors, with all parameters trainable."""
+
+    accesses: tuple[Access, ...] = ()
+    state: frozenset[int] = frozenset()  # storages of parameters and buffers
+    flops: float = 0.0  # of the forward pass
+
+
+def storages_in(tree: Any) -> set[int]:
+    """The storages of the tensors in a value; their numbers are good while the tensors live."""
+    tensors = (tree,) if isinstance(tree, torch.Tensor) else pytree.tree_leaves(tree)
+    return {int(t.untyped_storage()._cdata) for t in tensors if isinstance(t, torch.Tensor)}
+
+
 class OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes all operators that reach the fake tensors of ``world``."""
 
@@ -55,6 +97,12 @@ class OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, Any] = {}
         self._held: list[torch.Tensor] = []  # so that no id is given to another tensor
         self._fresh = 0
+        self.access: Access | None = None  # of the node that is running
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles here, and keeping it out costs more than an entry does
 
     def name(self, tensor: torch.Tensor, name: Any) -> None:
         """Know ``tensor`` by ``name``."""
@@ -71,14 +119,14 @@ class OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """An event."""
         self.events.append(Event(key, *self._where(len(self.events))))
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[int, int, int]:
         """The present point."""
-        return len(self.events), self._fresh
+        return len(self.events), self._fresh, self.flops
 
-    def back_to(self, mark: tuple[int, int]) -> None:
+    def back_to(self, mark: tuple[int, int, int]) -> None:
         """Forget what came after a point."""
         del self.events[mark[0] :]
-        self._fresh = mark[1]
+        _, self._fresh, self.flops = mark
 
     def number(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Number what an operation gave, unless it is known already."""
@@ -90,6 +138,8 @@ class OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.access is not None:
+            self.access.note(func, args, kwargs)
         given = [*map(self.value, args), *(self._keyword(k, v) for k, v in sorted(kwargs.items()))]
         result = _apart(func(*args, **kwargs))
         if func.namespace == "prim" or func is _aten._local_scalar_dense.default:
@@ -99,7 +149,8 @@ class OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.name(result, self.known(args[0]))
             return result
         made = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-        self.add(str(func), *given, tuple(self.number(made)))
+        self.add(func, *given, tuple(self.number(made)))
+        self.flops += op_flops(func, args, kwargs, result)
         return result
 
     def value(self, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Fills in each node's value on fake tensors, and tidies what only these values show."""
+"""Runs a graph on fake tensors of other sizes, and tidies what only the nodes' values show."""
 
 from __future__ import annotations
 
@@ -12,50 +12,31 @@ from torch import nn
 from torch.fx import Graph, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from dtrp.partitioner.op_cost import FlopCount
-
 from .custom import guard, same_size
-from .fakes import FakeWorld, light
-from .snapshot import untouched
+from .fakes import FakeWorld
 
 _KEPT = (same_size, guard)
 _CONSTANT_TYPES = (torch.device, torch.dtype, torch.layout, torch.memory_format, str)
 
 
 class _Propagator(Interpreter):
-    """Runs a graph node by node, keeping each value in ``meta["val"]``."""
+    """Runs a graph node by node."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        world: FakeWorld,
-        constants: Mapping[str, Any],
-        keep: bool,
-        count: FlopCount,
+        self, model: nn.Module, graph: Graph, world: FakeWorld, constants: Mapping[str, Any]
     ) -> None:
         super().__init__(model, garbage_collect_values=True, graph=graph)
         self._world = world
-        self._keep = keep
-        self._count = count
         self._constants = constants
         self.extra_traceback = False
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if self._keep:
-            n.meta["val"] = light(value)
-        return value
 
     def fetch_attr(self, target: str) -> Any:
         return self._constants[target] if target in self._constants else super().fetch_attr(target)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        counted = self._count.flops
         try:
             return super().call_module(target, args, kwargs)
         except Exception as error:
-            self._count.flops = counted  # it stopped half-way
             try:
                 return self._world.really_run(self.fetch_attr(target), args, kwargs)
             except Exception:
@@ -74,18 +55,13 @@ def propagate(
     world: FakeWorld,
     inputs: Sequence[torch.Tensor],
     constants: Mapping[str, Any] = MappingProxyType({}),
-    keep: bool = True,
-    count: FlopCount | None = None,
 ) -> Any:
-    """Run ``graph`` on fake ``inputs``, fill each ``meta["val"]`` (if ``keep``), and give the flat output.
-
-    ``count`` gets the FLOPs of what runs on fake tensors; ``world`` counts what really runs.
+    """Run ``graph`` on fake ``inputs``, and give the flat output.
 
     Nothing is computed, and the model's parameters and buffers are not touched.
     """
-    count = count or FlopCount()
-    with untouched(model), world.inhabited_by(model), torch.enable_grad(), count:
-        return _Propagator(model, graph, world, constants, keep, count).run(*inputs)
+    with world.inhabited_by(model), torch.enable_grad():
+        return _Propagator(model, graph, world, constants).run(*inputs)
 
 
 def without_unused(graph: Graph) -> None:

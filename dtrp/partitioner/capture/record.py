@@ -22,7 +22,7 @@ from .modes import BothModes
 from .patches import ObservedFakeMode, observed
 from .recorder import VALUE_DEPENDENT, Recorder
 from .sizes import Differs, batch_of, free_the_batch, unify
-from .snapshot import foreign_randomness, untouched
+from .snapshot import foreign_randomness
 from .state import changes_of, state_of, within
 from .structure import flatten_output
 from .task import Task
@@ -33,17 +33,15 @@ from .writer import CannotRecord
 def record(task: Task) -> BothModes:
     """Record the model in both modes."""
     # What is kept whole in one mode need not be in the other.
-    recordings = {training: _Recording(task) for training in (True, False)}
-    modes = iter((True, False))
-    both = BothModes.of(task.model, task.flags, lambda: recordings[next(modes)]())
+    recordings = {training: _Recording(task, training) for training in (True, False)}
+    both = BothModes.of(lambda training: recordings[training]())
     freed = {}
     for training, traced in both.each():
         run = recordings[training]
-        with task.in_mode(training):
-            closed = run.closed
-            freed[training] = free_the_batch(traced, run, task.model, task.tensors)
-            if run.closed != closed:  # with the other batch size it had to keep more whole than at first
-                freed[training] = free_the_batch(run(), run, task.model, task.tensors)
+        closed = run.closed
+        freed[training] = free_the_batch(traced, run, task, training)
+        if run.closed != closed:  # with the other batch size it had to keep more whole than at first
+            freed[training] = free_the_batch(run(), run, task, training)
     return BothModes(freed[True], freed.get(False, freed[True]))
 
 
@@ -62,8 +60,8 @@ class _Recording:
 
     _LEFT = ": let forward return it, or move this code into a submodule, which is then kept whole"
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, task: Task, training: bool) -> None:
+        self._task, self._training = task, training
         self._closed = dict(task.closed)
         self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
@@ -150,7 +148,8 @@ class _Recording:
         mode = ObservedFakeMode()
         world = FakeWorld(mode, self._task.runs)
         world.sizes, world.compares = sizes, not batch
-        with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
+        run = self._task.run(self._training)
+        with run, world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
             decisions = Decisions(model, world, tensors, self._decisions)
             recorder = Recorder(model, world, closed, self._task.opened, decisions)
             inputs = fake_inputs(world, tensors, batch, size)

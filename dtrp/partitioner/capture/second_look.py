@@ -8,7 +8,6 @@ what goes on outside of them.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,12 +16,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from dtrp.partitioner.op_cost import FlopCount
-
-from .fakes import FakeWorld, fake_inputs
-from .propagate import propagate
+from .operators import Walk
 from .sizes import batch_of
-from .snapshot import preserved_randomness, untouched
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
@@ -34,27 +29,15 @@ _LEAST = 1e-5  # what is smaller is the noise of sums that should be zero
 _TOLERANCE = 1e-3  # relative to the largest element; most graphs are equal bit for bit
 
 
-def cost_of_running(task: Task, traced: Traced) -> float:
+def cost_of_running(task: Task, traced: Traced, walk: Walk) -> float:
     """FLOPs of a forward pass in training, for comparison; infinite if the model cannot run."""
     model, tensors = task.model, task.tensors
     state: list[torch.Tensor] = [*model.parameters(), *model.buffers(), *tensors]
     if any(t.is_meta for t in state):
         return float("inf")
-    size, batch = batch_of(tensors)
-    if not traced.batch_fixed and size > _SAMPLES:
-        with contextlib.suppress(Exception):  # it may not take fewer samples than the example has
-            return _flops(task, traced, batch, _SAMPLES)
-    return _flops(task, traced, batch, size)
-
-
-def _flops(task: Task, traced: Traced, batch: tuple[int, ...], samples: int) -> float:
-    world, count = FakeWorld(runs=task.runs), FlopCount()
-    world.compares = False
-    inputs = fake_inputs(world, task.tensors, batch, samples)
-    held = {**traced.constants, **traced.methods}
-    with task.in_mode(True):
-        propagate(task.model, traced.graph, world, inputs, held, keep=False, count=count)
-    return float(count.flops + world.flops)
+    size, _ = batch_of(tensors)
+    fewer = not traced.batch_fixed and size > _SAMPLES
+    return walk.flops * _SAMPLES / size if fewer else walk.flops
 
 
 def look(task: Task, traced: Traced, training: bool) -> None:
@@ -104,16 +87,14 @@ def _behaviour(
     model = task.model
     seen: list[tuple[str, Any]] = []
     with (
-        task.in_mode(training),
-        untouched(model, tensors=True),
-        preserved_randomness(),
+        task.run(training, tensors=True),
         torch.set_grad_enabled(task.grad),
     ):
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
         for p in model.parameters():
-            p.grad = None  # put back by `untouched`; adding to it would change what the user holds
+            p.grad = None  # put back afterwards; adding to it would change what the user holds
         for call in ("", " of the second call"):
             given = [_leaf(_other(t) if call else t) for t in tensors]
             output = function(given)

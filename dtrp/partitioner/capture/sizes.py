@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.fx import Graph, Node
 
 from .fakes import FakeWorld, fake_inputs
 from .propagate import propagate
+from .task import Task
 from .traced import Traced
 
 
@@ -43,12 +43,13 @@ _Numbers = tuple[int, ...]  # one number of the graph, as it was in each recordi
 _NEAR = 64  # how many earlier nodes are searched for a tensor that has the size
 
 
-def free_the_batch(example: Traced, run: Run, model: nn.Module, tensors: Sequence[torch.Tensor]) -> Traced:
+def free_the_batch(example: Traced, run: Run, task: Task, training: bool) -> Traced:
     """Replace numbers in a recording that follow the batch size, found by recording again with another.
 
     The result is checked by running it, on fake tensors, with a third batch size. Where the model takes no
     other batch size, or takes another course with it, the example's is kept and a note says so.
     """
+    tensors = task.tensors
     size, batch = batch_of(tensors)
     if not batch:
         return example
@@ -72,9 +73,9 @@ def free_the_batch(example: Traced, run: Run, model: nn.Module, tensors: Sequenc
             world = FakeWorld()
             world.compares = False
             inputs = fake_inputs(world, tensors, batch, third)
-            propagate(
-                model, example.graph, world, inputs, {**example.constants, **example.methods}, keep=False
-            )
+            held = {**example.constants, **example.methods}
+            with task.run(training):
+                propagate(task.model, example.graph, world, inputs, held)
             return dataclasses.replace(example, follows_batch=follows)
         except Differs as difference:
             problem = str(difference)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from .state import Held, shared_as_it_was
+from .state import Held, Shared
 
 
 @contextmanager
@@ -27,28 +27,47 @@ def untouched(model: nn.Module, *, tensors: bool = False) -> Iterator[None]:
         Also put back the *contents* of all parameters, buffers and tensor attributes (they are copied
         first); needed where the model really runs, not where it is only traced.
     """
-    modules = list(model.modules())
-    attributes = [dict(m.__dict__) for m in modules]
-    held = Held(value for saved in attributes for value in saved.values())
-    contents = [Contents(t) for t in _tensors(modules)] if tensors else []
-    gradients = [(p, p.grad) for p in model.parameters()]
-    levels = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
-    with preserved_randomness(), shared_as_it_was(model):
-        try:
-            yield
-        finally:
-            _leave_transforms(*levels)
-            for m, saved in zip(modules, attributes, strict=True):
-                for key in [k for k in m.__dict__ if k not in saved]:
-                    del m.__dict__[key]
-                for key, value in saved.items():
-                    m.__dict__[key] = value
-            held.put_back()
-            for p, gradient in gradients:
-                if p.grad is not gradient:
-                    p.grad = gradient
-            for content in contents:
-                content.put_back()
+    with Found(model).again(tensors=tensors):
+        yield
+
+
+class Found:
+    """A model as it was found, to be put back after each of several runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._attributes = [dict(m.__dict__) for m in self._modules]
+        self._held = Held(value for saved in self._attributes for value in saved.values())
+        self._gradients = [(p, p.grad) for p in model.parameters()]
+        self._shared = Shared(model)
+        self._contents: list[Contents] | None = None
+
+    @contextmanager
+    def again(self, *, tensors: bool = False) -> Iterator[None]:
+        """On leaving, put it back, and all random-number states; ``tensors``: as `untouched` has it."""
+        if tensors and self._contents is None:
+            self._contents = [Contents(t) for t in _tensors(self._modules)]
+        levels = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
+        with preserved_randomness():
+            try:
+                yield
+            finally:
+                _leave_transforms(*levels)
+                self._put_back(self._contents or () if tensors else ())
+
+    def _put_back(self, contents: Iterable[Contents]) -> None:
+        for m, saved in zip(self._modules, self._attributes, strict=True):
+            now = m.__dict__
+            for key in now.keys() - saved.keys():
+                del now[key]
+            now.update(saved)
+        self._held.put_back()
+        self._shared.put_back()
+        for p, gradient in self._gradients:
+            if p.grad is not gradient:
+                p.grad = gradient
+        for content in contents:
+            content.put_back()
 
 
 def _leave_transforms(depth: int, level: int) -> None:

@@ -14,7 +14,6 @@ import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,21 +114,25 @@ def _same_items(a: Any, b: Any) -> bool:
     return [*map(id, next(values))] == [*map(id, next(values))]
 
 
-@contextmanager
-def shared_as_it_was(model: nn.Module) -> Iterator[None]:
-    """On leaving, class attributes and globals that the model's code names are as before."""
-    found = {(id(owner), name): (owner, name, vars(owner)[name]) for _, owner, name in shared_names(model)}
-    held = Held(value for *_, value in found.values())
-    try:
-        yield
-    finally:
-        for _, owner, name in list(shared_names(model)):
-            if (id(owner), name) not in found:
+class Shared:
+    """Class attributes and globals that a model's code names, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kinds = kinds_of(model)
+        self._found = {
+            (id(owner), name): (owner, name, vars(owner)[name]) for _, owner, name in _shared_by(self._kinds)
+        }
+        self._held = Held(value for *_, value in self._found.values())
+
+    def put_back(self) -> None:
+        """As they were."""
+        for _, owner, name in list(_shared_by(self._kinds)):
+            if (id(owner), name) not in self._found:
                 delattr(owner, name)
-        for owner, name, value in found.values():
+        for owner, name, value in self._found.values():
             if vars(owner).get(name, _MISSING) is not value:
                 setattr(owner, name, value)
-        held.put_back()
+        self._held.put_back()
 
 
 def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
@@ -148,7 +151,11 @@ def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 def shared_names(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """Class attributes and globals that code of the model's authors names: label, owner and name."""
-    for kind in kinds_of(model):
+    return _shared_by(kinds_of(model))
+
+
+def _shared_by(kinds: Iterable[type]) -> Iterator[tuple[str, Any, str]]:
+    for kind in kinds:
         names = names_in(kind)
         owners = [(f"class {kind.__qualname__}", kind), (kind.__module__, sys.modules.get(kind.__module__))]
         for label, owner in owners:

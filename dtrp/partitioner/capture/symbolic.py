@@ -26,7 +26,7 @@ from .location import user_location
 from .modes import BothModes
 from .patches import observed
 from .propagate import fold_constants, open_outputs, without_unused
-from .snapshot import foreign_randomness, preserved_randomness, untouched
+from .snapshot import foreign_randomness, preserved_randomness
 from .state import changes_of, state_of
 from .structure import flatten_output, mutable
 from .task import Task
@@ -41,11 +41,11 @@ def trace_symbolically(task: Task) -> BothModes:
     if has_hooks(model):
         raise TraceError("the model itself has hooks")
 
-    def trace() -> Traced:
-        world = FakeWorld(runs=task.runs)
+    def trace(training: bool) -> Traced:
+        world = task.world()
         tracer = _ModuleTracer(task, world)
         with (
-            untouched(model),
+            task.run(training),
             world.inhabited_by(model),
             observed(_Follower(tracer), model),
             followed(tracer, model),
@@ -62,7 +62,7 @@ def trace_symbolically(task: Task) -> BothModes:
         fold_constants(graph)
         return Traced(graph, open_outputs(graph, tracer.out_spec))
 
-    return BothModes.of(model, task.flags, trace)
+    return BothModes.of(trace)
 
 
 class _Follower:

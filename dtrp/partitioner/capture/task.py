@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from .fakes import FakeWorld
 from .graph import Signature
-from .modes import Flags, in_mode, training_flags
+from .modes import Flags, evaluation_flags, set_flags, training_flags
 from .real import RealRuns
+from .snapshot import Found
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,28 @@ class Task:
         if not self.flags:
             object.__setattr__(self, "flags", training_flags(self.model))
 
-    def in_mode(self, training: bool) -> AbstractContextManager[None]:
-        """Inside, the model is in that mode."""
-        return in_mode(self.model, self.flags if training else None)
+    @cached_property
+    def found(self) -> Found:
+        """The model before anything was run."""
+        return Found(self.model)
+
+    @cached_property
+    def _evaluation(self) -> Flags:
+        return evaluation_flags(self.model)
+
+    @cached_property
+    def _worlds(self) -> list[FakeWorld]:
+        return []
+
+    def world(self) -> FakeWorld:
+        """Fake twins for one run of the model: those of the run before, where it has not changed them."""
+        self._worlds[:] = [FakeWorld(runs=self.runs, earlier=next(iter(self._worlds), None))]
+        return self._worlds[0]
+
+    @contextmanager
+    def run(self, training: bool, *, tensors: bool = False) -> Iterator[None]:
+        """Inside, the model is in that mode and may run; on leaving it is put back as `untouched` does."""
+        flags = self.flags if training else self._evaluation
+        with self.found.again(tensors=tensors):
+            set_flags(self.model, flags)
+            yield

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .graph import KeptWhole, ModeGraph
+from .operators import Walk
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Traced:
         }
         return GraphModule(held, self.graph, type(model).__name__)
 
-    def mode_graph(self, model: nn.Module) -> ModeGraph:
+    def mode_graph(self, model: nn.Module, walk: Walk) -> ModeGraph:
         """What capturing gives for the mode."""
-        return ModeGraph(self.graph_module(model), self.out_spec, self.batch_fixed, self.follows_batch)
+        return ModeGraph(self.graph_module(model), self.out_spec, self.batch_fixed, self.follows_batch, walk)
 
 
 def _resolve(model: nn.Module, name: str, constants: Mapping[str, Any]) -> Any:

@@ -1,10 +1,10 @@
 """A captured graph is accepted only if it performs the same operators as the model.
 
-The model's own code and its graph run one after the other from the same state, on fake tensors, forward and
-backward, and their lists of operators (`operators`) must agree to the last entry. So must what is behind
-them: the output's structure, the buffers that were assigned, the gradient of every parameter and input. A
-branch taken the other way, a custom backward or an autocast that was lost, a number that was frozen: each
-shows in the list, at any size and on the meta device.
+The model's own code and its graph run one after the other from the same state, on fake tensors, and their
+lists of operators (`operators`) must agree to the last entry. So must what is behind them: the output's
+structure, the buffers that were assigned, and the graph that autograd made for the backward pass, with what
+custom functions do in it. A branch taken the other way, a custom backward or an autocast that was lost, a
+number that was frozen: each shows in the list, at any size and on the meta device.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from .fakes import FakeWorld, fake_inputs
 from .leaves import has_hooks
 from .location import user_location
 from .methods import held_name, own_methods
-from .operators import Event, OperatorLog, join
+from .operators import Access, Event, OperatorLog, Walk, join, storages_in
 from .patches import observed
-from .snapshot import untouched
 from .structure import flatten_output, map_tensors, mirror, tensors_in
 from .task import Task
 from .traced import Traced
+
+_CUSTOM: Any = torch.autograd.function.BackwardCFunction
 
 
 class Unfaithful(Exception):
@@ -41,23 +42,27 @@ class Unfaithful(Exception):
     place = ""
 
 
-def verify(task: Task, traced: Traced, training: bool) -> None:
+def verify(task: Task, traced: Traced, training: bool) -> Walk:
     """Run the model and its graph in one mode on fake tensors, and compare what they do.
+
+    Returns
+    -------
+    Walk
+        What each node of the graph did.
 
     Raises
     ------
     Unfaithful
         They differ; the message names the first operator that does, its module and its line.
     """
-    with task.in_mode(training):
-        expected = _events_of_model(task, traced)
-        found = _events_of_graph(task, traced)
-        n = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a.key != b.key), None)
-        if n is None and len(expected) == len(found):
-            return
-        n = min(len(expected), len(found)) if n is None else n
-        mine = found[n] if n < len(found) else None
-        theirs = _events_of_model(task, traced, watched=n)[n] if n < len(expected) else None
+    expected = _events_of_model(task, traced, training)
+    found, walk = _events_of_graph(task, traced, training)
+    n = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a.key != b.key), None)
+    if n is None and len(expected) == len(found):
+        return walk
+    n = min(len(expected), len(found)) if n is None else n
+    mine = found[n] if n < len(found) else None
+    theirs = _events_of_model(task, traced, training, watched=n)[n] if n < len(expected) else None
     raise _difference(theirs, mine)
 
 
@@ -75,11 +80,11 @@ def _difference(model: Event | None, graph: Event | None) -> Unfaithful:
     return error
 
 
-def _events_of_model(task: Task, traced: Traced, watched: int = -1) -> list[Event]:
+def _events_of_model(task: Task, traced: Traced, training: bool, watched: int = -1) -> list[Event]:
     model = task.model
-    world = FakeWorld(runs=task.runs)
+    world = task.world()
     watcher = _Watcher(model, world, traced, watched)
-    with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
+    with task.run(training), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
         watcher.log = log = _started(task, model, world, watcher.where)
         inputs = _inputs(task, world, log)
         args, kwargs = task.signature.unflatten(inputs)
@@ -97,21 +102,34 @@ def _events_of_model(task: Task, traced: Traced, watched: int = -1) -> list[Even
     return log.events
 
 
-def _events_of_graph(task: Task, traced: Traced) -> list[Event]:
+def _events_of_graph(task: Task, traced: Traced, training: bool) -> tuple[list[Event], Walk]:
     model = task.model
-    world = FakeWorld(runs=task.runs)
+    world = task.world()
     runner = _Runner(model, traced, world)
-    with untouched(model), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
+    with task.run(training), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
         runner.log = log = _started(task, model, world, runner.where)
         inputs = _inputs(task, world, log)
         with torch.compiler.set_stance("force_eager"), observed(Plain(), model), log:
             _seed()
             found = dict(model.named_buffers())
+            state = storages_in(_held_by(model, traced))
             leaves = list(runner.run(*inputs))
             # A module kept whole assigns to its buffers by itself.
             assigned = {n: b for n, b in model.named_buffers() if b is not found.get(n)}
             _finish(log, model, inputs, leaves, traced.out_spec, {**assigned, **runner.updates})
-    return log.events
+    return log.events, Walk(tuple(runner.accesses), frozenset(state), float(log.flops + world.flops))
+
+
+def _held_by(model: nn.Module, traced: Traced) -> list[torch.Tensor]:
+    """The parameters and buffers that a graph uses."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    held = [
+        t for n in traced.graph.find_nodes(op="get_attr") if (t := tensors.get(str(n.target))) is not None
+    ]
+    for node in traced.graph.find_nodes(op="call_module"):
+        module = traced.module(model, str(node.target))
+        held += [*module.parameters(), *module.buffers()]
+    return held
 
 
 def _started(
@@ -147,7 +165,7 @@ def _finish(
     spec: pytree.TreeSpec,
     updates: dict[str, torch.Tensor],
 ) -> None:
-    """What is behind the forward pass: outputs, assigned buffers, the backward pass, gradients."""
+    """What is behind the forward pass: outputs, assigned buffers, and the way of gradients."""
     log.add("output", str(spec), *map(log.value, leaves), ())
     for name, value in sorted(updates.items()):
         log.add(f"buffer {name}", log.value(value), value.requires_grad, ())
@@ -155,16 +173,54 @@ def _finish(
     log.add("gradients flow to the buffers", *sorted(held), ())
     flows = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
     log.add("gradients flow to", *(log.value(t) for t in flows), ())
-    if not flows:
-        return
+    _autograd(log, [t.grad_fn if t.grad_fn is not None else t for t in flows])
+
+
+def _autograd(log: OperatorLog, roots: Sequence[Any]) -> None:
+    """An event for each node of the graph behind ``roots`` that autograd made of the forward pass.
+
+    What a node does to a gradient follows from the operator that made it, which the list has already, and
+    from the nodes that it hands gradients on to. Only a custom function's backward is code of its own: it
+    runs.
+    """
+    numbers: dict[Any, int] = {}
+    waiting: list[Any] = []
+
+    def number(node: Any) -> Any:
+        """What an edge leads to: an input or parameter, or another node; it is visited once."""
+        variable = node.variable if isinstance(node, torch._C._functions.AccumulateGrad) else node
+        if variable is None or isinstance(variable, torch.Tensor):
+            return log.value(variable)
+        if node not in numbers:
+            numbers[node] = len(numbers)
+            waiting.append(node)
+        return numbers[node]
+
+    for root in roots:
+        number(root)
+    while waiting:
+        node = waiting.pop()
+        custom = isinstance(node, _CUSTOM)  # a context in which its author stores what he likes
+        after = _CUSTOM.next_functions.__get__(node) if custom else node.next_functions
+        edges = [(number(source), place) for source, place in after]
+        log.add(f"autograd {type(node).__name__}", *edges, numbers[node])
+        if custom:
+            _run_backward(log, node, numbers[node])
+
+
+def _run_backward(log: OperatorLog, node: Any, number: int) -> None:
     with log.silent():
-        gradients = [torch.empty_like(t) for t in flows]
+        forms = _CUSTOM._input_metadata.__get__(node)
+        gradients = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in forms]
     for i, gradient in enumerate(gradients):
-        log.name(gradient, f"gradient of output {i}")
-    torch.autograd.backward(flows, gradients)
-    for name, p in [*model.named_parameters(), *((f"input {i}", t) for i, t in enumerate(inputs))]:
-        if p.requires_grad and p.is_leaf:
-            log.add(f"gradient of {name}", log.value(p.grad), ())
+        log.name(gradient, f"gradient {i} of autograd node {number}")
+    try:
+        with torch.no_grad():
+            back = _CUSTOM.apply(node, *gradients)
+    except Exception as error:  # it decides by values, or asks which gradients there are
+        log.add(f"{type(node).__name__} raises {type(error).__name__}", ())
+    else:
+        log.add(f"{type(node).__name__} gives", log.value(back), ())
 
 
 class Plain:
@@ -253,6 +309,7 @@ class _Runner(Interpreter):
         self._world = world
         self._node: Node | None = None
         self.updates: dict[str, torch.Tensor] = {}
+        self.accesses: list[Access] = []
 
     def where(self, number: int) -> tuple[str, str]:
         meta = self._node.meta if self._node is not None else {}
@@ -260,16 +317,29 @@ class _Runner(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self._node = n
-        if "again" in n.meta:  # what checkpointing does in the backward pass; the model runs without it here
-            return None
-        if "update" in n.meta:
-            args = self.map_nodes_to_values(n.args, n)
-            self.updates[self.log.known(args[0])] = args[1]  # type: ignore[index,arg-type,assignment]
-            return None
+        access = self.log.access = Access(n)
         try:
-            return super().run_node(n)
+            value = self._value(n)
         finally:
-            self._node = None
+            self._node = self.log.access = None
+        if n.op != "output":
+            access.reads |= storages_in([self.env[a] for a in n.all_input_nodes])
+            access.makes |= storages_in(value)
+            tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
+            access.differentiable = any(v.requires_grad for v in tensors)
+            self.accesses.append(access)
+        return value
+
+    def _value(self, n: Node) -> Any:
+        if "again" not in n.meta and "update" not in n.meta:
+            return super().run_node(n)
+        # What checkpointing does in the backward pass, which the model runs without here; and an assignment.
+        with self.log.silent():
+            value = super().run_node(n)
+        if "update" in n.meta:
+            buffer, assigned = (self.env[a] for a in n.all_input_nodes)
+            self.updates[self.log.known(buffer)] = assigned
+        return value
 
     def fetch_attr(self, target: str) -> Any:
         return self._held[target] if target in self._held else super().fetch_attr(target)
@@ -302,6 +372,9 @@ def whole(
             with log.silent():
                 inputs = [t for _, t in tensors_in((args, kwargs))]
                 result = world.really_run(module, args, kwargs)
+            if log.access is not None:
+                log.access.random = True  # unseen, so to be on the safe side
+                log.access.writes |= storages_in(list(module.buffers()))
         except Exception:
             raise error from None
         outputs = [t for _, t in tensors_in(result)]
