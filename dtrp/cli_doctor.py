@@ -16,6 +16,7 @@ EXTRAS = {  # as in pyproject.toml: what for, and the packages that it takes
     "vision": ("torchvision's models", ("torchvision",)),
     "plot": ("report.plot", ("matplotlib",)),
     "tensorboard": ("curves of a run", ("tensorboard",)),
+    "lightning": ("Lightning's Trainer", ("lightning",)),
     "transformers": ("Hugging Face's Trainer", ("transformers", "accelerate")),
 }
 

@@ -1,0 +1,377 @@
+"""A Strategy for Lightning: the Trainer's loop as it is, the module's `training_step` cut into stages.
+
+    trainer = L.Trainer(strategy=PipelineStrategy(pipeline={"n_gpus": 4}), accumulate_grad_batches=4)
+    trainer.fit(module, data)
+
+What is compiled is ``training_step(batch, 0)`` with all that it calls, up to the loss. A step of the loop
+hands the batch to the stages; optimizer and scheduler step there (handover.py). Losses come a few batches
+later: `log` of the loss in `training_step` logs those that have come. Validation, tests and predictions run
+in this process, on the strategy's device, with the newest weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch import Trainer as LightningTrainer
+    from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from lightning.pytorch.utilities import rank_zero_warn
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ImportError as e:
+    raise ImportError("dtrp.integrations.lightning needs lightning: pip install 'dtrp[lightning]'") from e
+
+from ..compiling import compile
+from ..runtime.loss import own_loss
+from ..runtime.trainer import Trainer
+from .handover import SameOptimizer, SameScheduler, export_state, import_state, keep_still, refuse, release
+
+REST = "dtrp"
+"""In a checkpoint, beside the library's own entries: counters of batches, and the like."""
+
+_FROM = {
+    "loss_fn": "training_step",
+    "optimizer": "configure_optimizers",
+    "lr_scheduler": "configure_optimizers",
+    "scheduler_step": "configure_optimizers",
+    "param_groups": "configure_optimizers",
+    "accumulate": "accumulate_grad_batches",
+    "max_grad_norm": "gradient_clip_val",
+    "autocast": "precision",
+    "batch_compensation": "the data loader",
+    "micro_batches": "accumulate_grad_batches",  # training_step gives a loss of the whole batch
+}
+
+_HOOKS = (
+    "backward",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
+
+
+class PipelineStrategy(SingleDeviceStrategy):
+    """Trains a `LightningModule` through a pipeline.
+
+    Parameters
+    ----------
+    pipeline : mapping
+        Options of `dtrp.compile`, such as ``{"n_gpus": 4}``.
+    training : mapping
+        Options of `Pipeline.trainer` that Lightning has none for, such as ``{"method": "bp"}``.
+    device : str or torch.device
+        Where validation, tests and predictions run.
+    **kwargs
+        As of `SingleDeviceStrategy`.
+
+    Raises
+    ------
+    ValueError
+        At the start of `fit`: the module or the trainer asks for something that stages cannot do, by name.
+
+    Notes
+    -----
+    ``batch_idx`` is 0 in what is compiled, and what `training_step` asks the trainer (``current_epoch``,
+    ``global_step``) stays as it was at the first batch. Values other than the loss that it logs are not
+    known here: they are named in a warning.
+    """
+
+    strategy_name = "dtrp"
+
+    def __init__(
+        self,
+        pipeline: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(device=device, **kwargs)
+        self._pipeline, self._training = dict(pipeline or {}), dict(training or {})
+        refuse(_FROM, self._training, "Lightning")
+        self._run: Trainer | None = None
+        self._step: TrainingStep | None = None
+        self._told, self._newest = 0, math.nan  # losses that have been logged, and the last of them
+        self._scales: deque[float] = deque()  # of batches whose loss has not come
+        self._checkpoint: Mapping[str, Any] | None = None  # loaded, to be handed to the stages
+
+    # ---- starting and ending -------------------------------------------------------------------------------
+
+    def setup(self, trainer: LightningTrainer) -> None:
+        """As of the library; refuses what stages cannot do."""
+        super().setup(trainer)
+        if trainer.state.fn == "fit":
+            module = self._module
+            _check(trainer, module, self)
+            self._step = TrainingStep(module)
+            keep_still(self.optimizers[0])
+            module.on_validation_model_zero_grad = _nothing  # type: ignore[method-assign]
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _started(self) -> Trainer:
+        """The run, begun at the first batch: what is to be resumed has been loaded by then."""
+        if self._run is not None:
+            return self._run
+        assert self._step is not None
+        trainer, optimizer = self._module.trainer, self.optimizers[0]
+        config = next(iter(self.lr_scheduler_configs), None)
+        mixed = self.precision_plugin if isinstance(self.precision_plugin, MixedPrecision) else None
+        formats = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+        clip = trainer.gradient_clip_val
+        run = compile(self._step, **self._pipeline).trainer(
+            scaled_loss,
+            SameOptimizer(optimizer, self._step),
+            lr_scheduler=None if config is None else SameScheduler(config.scheduler),
+            scheduler_step="update" if config is None or config.interval == "step" else "epoch",
+            accumulate=trainer.accumulate_grad_batches,
+            max_grad_norm=float(clip) if clip else None,
+            autocast=None if mixed is None else formats[mixed.precision],
+            **self._training,
+        )
+        if self._checkpoint is not None:
+            rest, self._checkpoint = self._checkpoint.get(REST), None
+            scheduler = None if config is None else config.scheduler
+            import_state(run, optimizer, scheduler, rest, trainer.global_step)
+        self._run, self._told = run, len(run.losses)
+        return run
+
+    def on_train_end(self) -> None:
+        """The weights come back into the module, and the stages end."""
+        if self._run is not None:
+            self._run.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The stages end."""
+        if self._run is not None:
+            self._run._leave(finish=False)
+
+    def teardown(self) -> None:
+        """As of the library."""
+        if self._step is not None:
+            self._step.put_back()
+            self._module.__dict__.pop("on_validation_model_zero_grad", None)
+        self._run = self._step = None
+        super().teardown()
+
+    # ---- steps ---------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Hands a batch to the stages; the newest loss (NaN while none has come)."""
+        run, step, trainer = self._started(), self._step, self._module.trainer
+        assert step is not None
+        batch, *_ = args
+        size = trainer.accumulate_grad_batches
+        if size != run.config.accumulate:
+            raise ValueError(
+                f"accumulate_grad_batches was {run.config.accumulate} and is {size} now: the stages cannot "
+                f"change it in the middle of a run"
+            )
+        scale = _share(trainer, int(args[1]) if len(args) > 1 else 0)
+        self._scales.append(scale)
+        with step.tracing():
+            run.step(batch, target=None, **({} if scale == 1.0 else {"extra": {"scale": scale}}))
+        if trainer.is_last_batch:
+            run._drain(close_group=True)
+            run.end_epoch()
+        for loss in run.losses[self._told :]:
+            self._newest = loss / self._scales.popleft()
+            step.log(self._newest)
+        self._told = len(run.losses)
+        return torch.tensor(self._newest)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The stages go backward."""
+        return closure_loss
+
+    def optimizer_step(
+        self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        """The stages step; here only the closure is called, which hands them the batch."""
+        return optimizer.step(closure=closure)
+
+    def on_validation_start(self) -> None:
+        """With the newest weights."""
+        if self._run is not None:
+            self._run.flush()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """With the newest weights."""
+        if self._running:
+            self._run.flush()  # type: ignore[union-attr]
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The stages' state, in the form of an optimizer over the whole module."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        if self._running:
+            assert self._run is not None
+            self._rest = export_state(self._run, optimizer)
+        state = dict(super().optimizer_state(optimizer))
+        if self._running:
+            release(optimizer)
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """As of the library, with what else a run is."""
+        if self._running and "optimizer_states" in checkpoint:
+            checkpoint = {**checkpoint, REST: self._rest}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """As of the library; the stages get it at the first batch."""
+        super().load_optimizer_state_dict(checkpoint)
+        self._checkpoint = checkpoint
+
+    @property
+    def _running(self) -> bool:
+        return self._run is not None and not self._run._closed
+
+
+class TrainingStep(nn.Module):
+    """A module whose forward is another one's `training_step`: the loss of a batch.
+
+    While it is traced, ``log`` notes what it is called with; the loss is logged when it is known.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+        self._notes = _Notes(module.log)
+        module.log = self._notes  # type: ignore[method-assign]
+
+    def forward(self, batch: Any) -> Any:
+        notes = self._notes
+        notes.begin()
+        found = self.module.training_step(*((batch, 0) if _takes_index(self.module) else (batch,)))
+        loss = own_loss(found)
+        notes.end(loss)
+        return loss
+
+    def tracing(self) -> _Notes:
+        """A context in which ``log`` only notes."""
+        return self._notes
+
+    def log(self, loss: float) -> None:
+        """Log a loss that has come, as `training_step` would have."""
+        for name, options in self._notes.of_loss.items():
+            self._notes.true_log(name, loss, **options)
+
+    def put_back(self) -> None:
+        """The module's own ``log``."""
+        self.module.__dict__.pop("log", None)
+
+
+class _Notes:
+    """Stands in the place of a module's ``log``."""
+
+    def __init__(self, true_log: Callable[..., None]) -> None:
+        self.true_log = true_log
+        self.of_loss: dict[str, dict[str, Any]] = {}
+        self.warned: set[str] = set()
+        self._called: list[tuple[str, Any, dict[str, Any]]] = []
+        self._tracing = False
+
+    def __call__(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        if self._tracing:
+            self._called.append((name, value, options))
+        else:
+            self.true_log(name, value, *args, **options)
+
+    def __enter__(self) -> None:
+        self._tracing = True
+
+    def __exit__(self, *exc: object) -> None:
+        self._tracing = False
+
+    def begin(self) -> None:
+        self._called = []
+
+    def end(self, loss: Any) -> None:
+        """What was the loss, of what was logged."""
+        for name, value, options in self._called:
+            if value is loss:
+                self.of_loss[name] = options
+            elif name not in self.warned:
+                self.warned.add(name)
+                rank_zero_warn(
+                    f"training_step logs {name!r}, which is not the loss it returns: the stages do not give "
+                    f"it back, so it is not logged; log it in validation_step"
+                )
+        self._called = []
+
+
+def scaled_loss(output: Any, target: Any, scale: float = 1.0) -> Any:
+    """What `training_step` gave, in the share that it has of an incomplete group of batches."""
+    return output if scale == 1.0 else output * scale
+
+
+def _share(trainer: LightningTrainer, index: int) -> float:
+    """The library divides by ``accumulate_grad_batches`` also where an epoch's last group has fewer batches;
+    stages take the mean over those that there are."""
+    size, total = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if size == 1 or index < total - total % size:
+        return 1.0
+    return float(total % size) / size
+
+
+def _takes_index(module: LightningModule) -> bool:
+    return module.training_step.__code__.co_argcount > 2
+
+
+def _nothing() -> None:
+    """Gradients are the stages' business."""
+
+
+def _check(trainer: LightningTrainer, module: LightningModule, strategy: PipelineStrategy) -> None:
+    """Refuse what stages cannot do, by name."""
+    kind = type(module).__name__
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{kind}.automatic_optimization=False: the stages step by themselves; let it be True"
+        )
+    if len(strategy.optimizers) != 1:
+        raise ValueError(
+            f"{kind}.configure_optimizers gives {len(strategy.optimizers)} optimizers: stages need exactly "
+            f"one, which may have several groups of parameters"
+        )
+    hooks = [name for name in _HOOKS if is_overridden(name, module)]
+    if hooks:
+        raise ValueError(
+            f"{kind} overrides {', '.join(hooks)}, which nothing would call: steps are the stages'"
+        )
+    for config in strategy.lr_scheduler_configs:
+        if config.reduce_on_plateau or config.frequency != 1:
+            raise ValueError(
+                f"{type(config.scheduler).__name__} with monitor={config.monitor!r}, "
+                f"frequency={config.frequency}: the stages' schedulers step once per update or epoch, on no "
+                f"metric"
+            )
+    if len(strategy.lr_scheduler_configs) > 1:
+        raise ValueError(
+            "several schedulers: join them by torch.optim.lr_scheduler.SequentialLR or ChainedScheduler"
+        )
+    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm") != "norm":
+        raise ValueError(
+            f"gradient_clip_algorithm={trainer.gradient_clip_algorithm!r}: stages clip by the norm"
+        )
+    precision = strategy.precision_plugin
+    if type(precision) not in (Precision, MixedPrecision):
+        raise ValueError(f"precision={precision.precision!r}: expected '32-true', 'bf16-mixed' or '16-mixed'")

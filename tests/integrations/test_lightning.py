@@ -1,0 +1,212 @@
+"""Lightning's Trainer over a pipeline, beside its own single-device run, and beside a loop by hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dtrp
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+from dtrp.integrations.lightning import PipelineStrategy  # noqa: E402
+
+EXACT = {"method": "bp", "executor": "inline"}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The library's own warnings are its own; the stages' one about logs is looked for by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
+    def __init__(self, *, schedule: str = "step", momentum: float = 0.9, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 8), nn.Tanh(),
+            nn.Linear(8, 3),
+        )  # fmt: skip
+        self.schedule, self.momentum = schedule, momentum
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val", F.cross_entropy(self(x), y))
+
+    def configure_optimizers(self) -> Any:
+        weights = [p for p in self.parameters() if p.dim() > 1]
+        others = [p for p in self.parameters() if p.dim() == 1]
+        groups = [{"params": weights, "weight_decay": 0.01}, {"params": others, "lr": 0.2}]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=self.momentum)
+        if self.schedule == "step":
+            made: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.1, 0.2], total_steps=20)
+        else:
+            made = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        return [optimizer], [{"scheduler": made, "interval": self.schedule}]
+
+
+class Losses(lightning.Callback):  # type: ignore[name-defined,misc]
+    """Notes what the loop says of each batch."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.epochs: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+        self.steps.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.epochs.append(float(trainer.callback_metrics["train_epoch"]))
+
+
+def data(n: int = 27) -> DataLoader[Any]:
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g)
+    return DataLoader(TensorDataset(x, y), batch_size=4)
+
+
+def fit(folder: Path, module: Any, strategy: Any = "auto", *, resume: Any = None, **options: Any) -> Any:
+    losses = Losses()
+    usual = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(
+        default_root_dir=folder, strategy=strategy, callbacks=[losses], enable_model_summary=False,
+        **{**usual, **options},
+    )  # fmt: skip
+    trainer.fit(module, data(), data(8), ckpt_path=resume)
+    trainer.losses = losses
+    return trainer
+
+
+def stages(**training: Any) -> PipelineStrategy:
+    return PipelineStrategy({"n_gpus": 2}, {"executor": "inline", **training})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("step", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+        pytest.param("epoch", {"max_epochs": 8}, marks=pytest.mark.slow),
+        pytest.param("epoch", {"precision": "bf16-mixed"}, marks=pytest.mark.slow),
+    ],
+)
+def test_exact_training_equals_the_library(schedule: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Losses, logs, validation and weights are those of Lightning's own single-device run, incomplete groups
+    of accumulated batches, schedulers and groups of parameters included."""
+    mine, theirs = Module(schedule=schedule), Module(schedule=schedule)
+    a = fit(tmp_path, mine, stages(method="bp"), **options)
+    b = fit(tmp_path, theirs, **options)
+    tolerance = 1e-2 if "precision" in options else 1e-4
+    assert a.losses.steps == pytest.approx(b.losses.steps, rel=tolerance)
+    assert a.losses.epochs == pytest.approx(b.losses.epochs, rel=tolerance)
+    assert float(a.callback_metrics["val"]) == pytest.approx(float(b.callback_metrics["val"]), rel=tolerance)
+    assert a.global_step == b.global_step
+    for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
+def test_decoupled_training_equals_a_loop_by_hand(executor: str, tmp_path: Path) -> None:
+    """The same bits as `Pipeline.trainer`, whose groups and schedule are written out."""
+    mine, plain = Module(dropout=0.1), Module(dropout=0.1)
+    fit(tmp_path, mine, stages(seed=3, executor=executor), limit_val_batches=0)
+    pipe = dtrp.compile(plain.net, n_gpus=2)
+    with pipe.trainer(
+        F.cross_entropy,
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        param_groups=lambda name, p: {"weight_decay": 0.01} if p.dim() > 1 else {"lr": 0.2},
+        lr_scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=[0.1, 0.2], total_steps=20),
+        seed=3,
+        executor="inline",
+    ) as t:
+        t.fit(data(), 2)
+    for name, value in plain.net.state_dict().items():
+        assert torch.equal(value, mine.net.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", [pytest.param("bp", marks=pytest.mark.slow), "dtrp"])
+def test_resumes_from_the_librarys_checkpoint(method: str, tmp_path: Path) -> None:
+    """Optimizer, scheduler, counters: a run that goes on after an epoch equals one that goes through."""
+    whole, resumed = Module(dropout=0.1), Module(dropout=0.1)
+    fit(tmp_path, Module(dropout=0.1), stages(method=method, seed=3), max_epochs=1)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    fit(tmp_path / "whole", whole, stages(method=method, seed=3))
+    fit(tmp_path / "resumed", resumed, stages(method=method, seed=3), resume=checkpoint)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_the_library_resumes_from_ours_and_we_from_its(tmp_path: Path) -> None:
+    ways = {"ours": lambda: stages(method="bp"), "its": lambda: "auto"}
+    for first, second in (("ours", "its"), ("its", "ours")):
+        folder = tmp_path / first
+        fit(folder, Module(), ways[first](), max_epochs=1)
+        (checkpoint,) = folder.rglob("*.ckpt")
+        whole, resumed = Module(), Module()
+        fit(folder / "whole", whole, ways[first]())
+        fit(folder / "resumed", resumed, ways[second](), resume=checkpoint)
+        for x, y in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_what_else_is_logged_is_named(tmp_path: Path) -> None:
+    class Talkative(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("twice", 2 * loss)
+            return loss
+
+    with pytest.warns(UserWarning, match="training_step logs 'twice', which is not the loss"):
+        fit(tmp_path, Talkative(), stages(), max_epochs=1)
+
+
+class Manual(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Hooked(Module):
+    def on_before_optimizer_step(self, optimizer: Any) -> None: ...
+
+
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (Manual, {}, "automatic_optimization=False: the stages step"),
+    (Hooked, {}, "Hooked overrides on_before_optimizer_step"),
+    (Module, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "clip by the norm"),
+    (Module, {"precision": "64-true"}, "precision='64-true': expected '32-true'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), REFUSED, ids=lambda v: str(v)[:30])
+def test_what_stages_cannot_do_is_refused(
+    kind: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, kind(), stages(), **options)
+
+
+def test_settings_that_lightning_has_are_refused() -> None:
+    with pytest.raises(TypeError, match="max_grad_norm comes from gradient_clip_val; set it in Lightning"):
+        PipelineStrategy(training={"max_grad_norm": 1.0})
