@@ -159,7 +159,7 @@ class PipelineStrategy(SingleDeviceStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """The stages end."""
         if self._run is not None:
-            self._run._leave(finish=False)
+            self._run._leave(exception)
 
     def teardown(self) -> None:
         """As of the library."""
