@@ -1,7 +1,7 @@
 """Simulated against measured throughput: two stages in worker processes, every order.
 
-Each model is planned once (``costs="measured"``), then trained with each order, in turns. Seconds per batch are
-those between the first stage's updates, filling and draining left out. They are compared with `dtrp.simulate`
+Each model is planned once (``costs="measured"``), then trained with each order, in turns. Seconds per batch
+are those between the first stage's updates, filling and draining left out, compared with `dtrp.simulate`
 
 - of the plan, before anything has run: the simulator's error and that of the plan's times together;
 - of the work that the stages themselves have measured in the same run (`Trainer.stats`): what is left is the
@@ -155,7 +155,8 @@ def compare(case: Case, rounds: int, batches: int) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """As a table: medians, and the median of the errors of each turn."""
     print(
-        "\n| model | order | ms per batch, measured | simulated, of the stages' own work | error | of the plan | error |"
+        "\n| model | order | ms per batch, measured | simulated, of the stages' own work | error "
+        "| of the plan | error |"
     )
     print("|---|---|--:|--:|--:|--:|--:|")
     for row in rows:

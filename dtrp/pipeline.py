@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
 import torch
@@ -42,6 +42,10 @@ from .runtime.stats import StageStats
 from .runtime.trainer import Trainer
 from .stages import Stage, submodules_of
 from .training_report import TrainingReport
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.pipelining import PipelineStage
 
 
 class Pipeline:
@@ -421,6 +425,35 @@ class Pipeline:
             verify=verify,
             overwrite=overwrite,
         )
+
+    def to_pipelining(self, mesh: DeviceMesh) -> list[PipelineStage]:
+        """This rank's stages for the schedules of torch.distributed.pipelining.
+
+        Every rank of the mesh calls it. The stages share the model's parameters, which keep their names.
+
+        Parameters
+        ----------
+        mesh : DeviceMesh
+            With one dimension, or one that is called ``"stage"``: its ranks hold the stages, in turn where
+            there are more stages than ranks.
+
+        Returns
+        -------
+        list of PipelineStage
+            One where there are as many ranks as stages: ``(stage,) = pipe.to_pipelining(mesh)``.
+
+        Raises
+        ------
+        PlanMismatchError
+            A value goes past the next stage, or is no tensor; a parameter is used by several stages; ranks
+            have planned differently. The message names it, the stages, and what to do.
+        ValueError
+            The mesh does not fit the number of stages.
+        """
+        from .pipelining import pipeline_stages
+
+        programs = self.programs()
+        return pipeline_stages(self._planned, programs, mesh)
 
     # ---- what the trainer asks for (runtime/trainer.py, Compiled) ----------------------------------------
 

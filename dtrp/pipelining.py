@@ -1,8 +1,8 @@
 """Stages for torch.distributed.pipelining: automatic cuts for users of that engine and its schedules.
 
-There a stage hands its outputs to the next one and to no other. So a plan fits if every value goes to the next
-stage only; else what skips a stage is named. A stage's module keeps the model's names; two hooks put its inputs
-and outputs in the order in which they travel.
+There a stage hands its outputs to the next one and to no other. So a plan fits if every value goes to the
+next stage only; else what skips a stage is named. A stage's module keeps the model's names; two hooks put its
+inputs and outputs in the order in which they travel.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def pipeline_stages(
     if len(set(plans)) > 1:
         other = next(r for r, plan in enumerate(plans) if plan != plans[0])
         raise PlanMismatchError(
-            f"ranks 0 and {other} of the mesh have cut the model differently (planning stops by the clock): let "
-            f"one rank plan and save it, pipe.plan.save(path), and compile with plan=path on all of them"
+            f"ranks 0 and {other} of the mesh have cut the model differently (planning stops by the clock): "
+            f"let one rank plan and save it, pipe.plan.save(path), and compile with plan=path on all of them"
         )
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
@@ -105,56 +105,50 @@ def check_chain(compiled: Compiled, programs: Sequence[StageProgram]) -> None:
     PlanMismatchError
         One does not; the message names it, its module, and the stages.
     """
-    cut = compiled.split
-    for mode, wiring in (("training", programs[0].train), ("evaluation", programs[0].evaluate)):
-        modules = [m.graph for m in (cut.train if mode == "training" else cut.eval).modules]
-        _check_inputs(compiled, wiring)
+    for wiring in (programs[0].train, programs[0].evaluate):
+        names = compiled.captured.signature.tensor_names
+        for j in range(1, wiring.n_stages):
+            for index in wiring.caller_inputs(j):
+                raise _skip(names[index], "", f"from the caller to stage {j}", 0, j)
         for (i, j), sent in wiring.sends.items():
-            nodes = dict(zip(wiring.stages[i].outputs, modules[i].output_node().args[0], strict=True))
-            name = wiring.stages[i].outputs[sent[0]]
             if j != i + 1:
-                raise _skip(name, str(nodes[name].meta.get("module", "")), f"from stage {i} to stage {j}", i, j)
-            for n in sent:
-                name = wiring.stages[i].outputs[n]
-                if not isinstance(nodes[name].meta.get("val"), Tensor):
-                    raise PlanMismatchError(
-                        f"{name!r}, which stage {i} gives stage {j}, is no tensor but a number or the like, and "
-                        f"torch.distributed.pipelining sends tensors only; {_ELSE.format(i=i, j=j)}"
-                    )
+                name = wiring.stages[i].outputs[sent[0]]
+                module = compiled.plan.modules.get(name.partition("[")[0], "")
+                raise _skip(name, module, f"from stage {i} to stage {j}", i, j)
         for i in range(wiring.n_stages - 1):
             if (i, i + 1) not in wiring.sends:
                 raise PlanMismatchError(
-                    f"stage {i} gives nothing to stage {i + 1} in {mode}: the model is no chain of stages, as "
+                    f"stage {i} gives nothing to stage {i + 1}: the model is no chain of stages, as "
                     f"torch.distributed.pipelining needs; {_ELSE.format(i=i, j=i + 1)}"
                 )
         _check_result(wiring)
+    for i, cut in enumerate(compiled.split.train.modules[:-1]):
+        for node in cut.graph.output_node().all_input_nodes:
+            if not isinstance(node.meta.get("val"), Tensor):
+                raise PlanMismatchError(
+                    f"the value {node.name!r}, which stage {i} gives stage {i + 1}, is no tensor, and "
+                    f"torch.distributed.pipelining sends nothing else: {_ELSE.format(i=i, j=i + 1)}"
+                )
     for tie in programs[0].ties:
         (i, name), (j, _) = tie.holders[:2]
         raise PlanMismatchError(
-            f"the parameter {name!r} is used in stages {i} and {j}, and torch.distributed.pipelining does not add "
-            f"up the gradients of both: {_ELSE.format(i=i, j=j)}"
+            f"the parameter {name!r} is used in stages {i} and {j}, and torch.distributed.pipelining does "
+            f"not add up the gradients of both: {_ELSE.format(i=i, j=j)}"
         )
 
 
 _ELSE = (
-    "keep both in one stage (pipe.plan.pin(module, {i}), then compile with that plan), use fewer stages, or train "
-    "with pipe.trainer, which sends any value straight to where it is used"
+    "keep both in one stage (pipe.plan.pin(module, {j}), then compile with that plan), use fewer stages, or "
+    "train with pipe.trainer, which sends any value straight to where it is used"
 )
 
 
 def _skip(value: str, module: str, way: str, i: int, j: int) -> PlanMismatchError:
     of = f" of module {module!r}" if module else ""
     return PlanMismatchError(
-        f"the value {value!r}{of} goes {way}, and torch.distributed.pipelining hands values to the next stage "
-        f"only: {_ELSE.format(i=i, j=j)}"
+        f"the value {value!r}{of} goes {way}, and torch.distributed.pipelining hands values to the next "
+        f"stage only: {_ELSE.format(i=i, j=j)}"
     )
-
-
-def _check_inputs(compiled: Compiled, wiring: Wiring) -> None:
-    names = compiled.captured.signature.tensor_names
-    for j in range(1, wiring.n_stages):
-        for index in wiring.caller_inputs(j):
-            raise _skip(names[index], "", f"from the caller to stage {j}", 0, j)
 
 
 def _check_result(wiring: Wiring) -> None:
@@ -169,14 +163,15 @@ def _check_result(wiring: Wiring) -> None:
         )
 
 
-def _stage_dimension(mesh: DeviceMesh) -> int | str:
+def _stage_dimension(mesh: DeviceMesh) -> int:
     """Which dimension of the mesh the stages lie along."""
-    if "stage" in (mesh.mesh_dim_names or ()):
-        return "stage"
+    names = mesh.mesh_dim_names or ()
+    if "stage" in names:
+        return names.index("stage")
     if mesh.ndim == 1:
         return 0
     raise ValueError(
-        f"the mesh has the dimensions {mesh.mesh_dim_names or mesh.ndim}: give one along which the stages lie, "
+        f"the mesh has the dimensions {names or mesh.ndim}: give one along which the stages lie, "
         f"mesh['stage'], or call it 'stage'"
     )
 
