@@ -34,10 +34,12 @@ from .partitioner.report import PartitionReport, shared
 from .partitioner.split import split
 from .partitioner.training import Training
 from .programs import make_programs
+from .rebalancing import better_cut, recut_model
 from .runtime import launched
 from .runtime.config import TrainConfig
 from .runtime.predictors import Predictor
 from .runtime.program import StageProgram
+from .runtime.rebalance import Move
 from .runtime.stats import StageStats
 from .runtime.trainer import Trainer
 from .stages import Stage, submodules_of
@@ -199,7 +201,7 @@ class Pipeline:
         schedule: Literal["auto", "fig1", "lean"] = "auto",
         micro_batches: int | Literal["auto"] = "auto",
         exact_start: int | float = 0,
-        rebalance: Literal["auto", False] = "auto",
+        rebalance: Literal["auto", False] | int = "auto",
         autosave: tuple[str | os.PathLike[str], float] | None = None,
     ) -> Trainer:
         """Train the pipeline; use the result as a context manager.
@@ -284,8 +286,13 @@ class Pipeline:
         exact_start : int or float
             Updates made with the exact order first: a number, or a share (below 1) of what `Trainer.fit` will
             do.
-        rebalance : {"auto", False}
-            Moving the cuts during a run is not built yet: both leave them where they are.
+        rebalance : {"auto", False} or int
+            Whether the cuts are moved during the run, where what stages really take says that this gains
+            more than 3 % and pays back within the run. ``"auto"``: a look every 20 s, the first after a
+            minute, at worker processes, unless `compile` was given a plan. An int: a look whenever so many
+            batches are done. Under a launcher cuts stay where they are. From a move on the bits are those of
+            a run saved there and loaded under the new plan; as it depends on the clock, ``False`` pins the
+            cuts, and with them the bits.
         autosave : (path, seconds), optional
             Save the run to this file (`Trainer.save`) when so many seconds have passed since the last time.
 
@@ -298,11 +305,6 @@ class Pipeline:
         TypeError, ValueError
             Arguments of the wrong kind, or a combination that makes no sense (with the reason).
         """
-        if rebalance not in ("auto", False):
-            raise ValueError(
-                f"rebalance={rebalance!r}: expected 'auto' or False (moving the cuts during a run is not "
-                f"built yet); plan with costs='measured' for times of this machine"
-            )
         config = TrainConfig(
             loss_fn=loss_fn,
             optimizer=optimizer,
@@ -356,6 +358,7 @@ class Pipeline:
             tensorboard=tensorboard,
             logger=logger,
             autosave=autosave,
+            rebalance=False if rebalance == "auto" and self._request.plan is not None else rebalance,
         )
 
     # ---- deployment --------------------------------------------------------------------------------------
@@ -481,7 +484,12 @@ class Pipeline:
         return training
 
     def report_on(
-        self, config: TrainConfig, training: Training, stats: Sequence[StageStats], executor: str
+        self,
+        config: TrainConfig,
+        training: Training,
+        stats: Sequence[StageStats],
+        executor: str,
+        moves: Sequence[Move] = (),
     ) -> TrainingReport:
         """What was predicted of a run beside what it measured."""
         made, request = self._planned, self._request
@@ -491,7 +499,28 @@ class Pipeline:
             else reprice(made, replace(request, training=training))
         )
         cores = shared(made.graph.graph["specs"] * self.n_stages)
-        return TrainingReport.of(report, stats, config, training.micro_batches, executor, cores)
+        parts = training.micro_batches
+        return TrainingReport.of(report, stats, config, parts, executor, cores, moves)
+
+    def better_cut(self, training: Training, stats: Sequence[StageStats]) -> Move | None:
+        """Other stages that would be faster, as far as these measurements tell."""
+        if training is not self._request.training:  # another trainer was made since: its stages are these
+            return None
+        with EXCLUSIVE:
+            return better_cut(next(iter(self._variants.values())), self._request, stats)
+
+    def recut(self, move: Move, loss: nn.Module | None) -> tuple[list[StageProgram], Training]:
+        """As `programs`, of the stages that a move makes; nothing has changed if that fails."""
+        with EXCLUSIVE:
+            before = self._compiled, self._variants, self._request
+            key, base = next(iter(self._variants.items()))
+            made, self._request = recut_model(base, self._request, move)
+            self._compiled, self._variants = made, {key: made}
+            try:
+                return self.programs(loss), self._request.training
+            except BaseException:
+                self._compiled, self._variants, self._request = before
+                raise
 
     def planned(self) -> str:
         """The plan as text, for `adopt`."""

@@ -11,6 +11,7 @@ from typing import Any
 from .partitioner.report import PartitionReport
 from .partitioner.units import duration, size
 from .runtime.config import TrainConfig
+from .runtime.rebalance import Move
 from .runtime.stats import WORK, StageStats
 
 _PARTS = ("forward", "recompute", "backward", "step", "transfer", "loop")
@@ -71,6 +72,8 @@ class TrainingReport:
         What keeps it from being faster.
     advice : tuple of str
         What to try.
+    moves : tuple of Move
+        When the cuts were moved, and what for. What is measured begins with the last one.
     """
 
     model: str
@@ -81,6 +84,7 @@ class TrainingReport:
     balance: float
     limit: str
     advice: tuple[str, ...]
+    moves: tuple[Move, ...] = ()
 
     @classmethod
     def of(
@@ -91,6 +95,7 @@ class TrainingReport:
         parts: int,
         executor: str,
         cores: float,
+        moves: Sequence[Move] = (),
     ) -> TrainingReport:
         """From the plan's report, priced for this training, and what the stages measured.
 
@@ -112,11 +117,13 @@ class TrainingReport:
             balance=sum(ticks) / len(ticks) / max(ticks) if max(ticks) > 0 else 1.0,
             limit=limit,
             advice=advice,
+            moves=tuple(moves),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(dataclasses.replace(self, moves=()))
+        return {**plain, "moves": [{k: v for k, v in vars(m).items() if k != "cut"} for m in self.moves]}
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -148,6 +155,8 @@ class TrainingReport:
         console.print(f"balance {self.balance:.3f}   {self.limit}")
         for line in self.advice:
             console.print(f"Try: {line}")
+        for move in self.moves:
+            console.print(f"Moved {move}")
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -219,7 +228,7 @@ def _judgement(
             f"{stage.measured['loop'] / stage.measured_tick:.0%} of stage {slowest}'s tick"
         )
     off = stage.measured_tick / stage.predicted_tick - 1 if stage.predicted_tick > 0 else 0.0
-    if abs(off) > _OFF and report.costs != "measured":
+    if abs(off) > _OFF and report.costs == "analytic":
         advice.append(
             f"dtrp.compile(costs='measured'): stage {slowest} was predicted {duration(stage.predicted_tick)}"
         )

@@ -140,7 +140,7 @@ def _option(
             "first_input_bytes": held,
         },
         input_memory=held,
-        fixed_time=overhead * training.micro_batches,
+        fixed_time=overhead * training.micro_batches + (training.loss_time if last else 0.0),
     )
 
 
@@ -324,6 +324,7 @@ def _evaluate(
     launches = runs * total("forward_ops") + total("backward_ops")
     swept = runs * params_bytes + 3 * gradients  # weights are read, gradients added to
     again = launches * spec.launch_overhead + swept / spec.memory_bandwidth + prediction
+    loss = training.loss_time / 2 if last else 0.0
     results = {n for n in nodes if n in graph.graph["results"]}
     peak, kept = pass_peak(graph, nodes, leaving | results, is_last=last)
     activations = max(peak - gradients, 0) / parts
@@ -333,9 +334,9 @@ def _evaluate(
         stage=k,
         nodes=tuple(nodes),
         recomputes=recomputes,
-        forward=forward,
+        forward=forward + loss,
         recompute=forward if recomputes else 0.0,
-        backward=total(f"backward_time{suffix}"),
+        backward=total(f"backward_time{suffix}") + loss,
         update=(3 + 2 * optimizer_bytes) * sweep,
         prediction=prediction,
         loop=spec.tick_overhead * parts + again * (parts - 1),

@@ -26,6 +26,8 @@ class Training:
         Parts of a batch that travel one by one.
     recompute : bool
         Whether stages recompute where the plan says so; else they keep their graphs.
+    loss_time : float
+        Seconds that the loss takes in the last stage, there and back (0 until it was measured).
     known : bool
         Whether a trainer has said so; else it is assumed.
     """
@@ -36,6 +38,7 @@ class Training:
     order: str = "fig1"
     micro_batches: int = 1
     recompute: bool = True
+    loss_time: float = 0.0
     known: bool = False
 
     def in_flight(self, k: int, n_stages: int) -> float:

@@ -59,6 +59,7 @@ def fit(
         )
     if 0 < trainer._exact_updates < 1:
         trainer._exact_updates = _share(trainer, loader, epochs)
+    trainer._rebalancer.expect(loader, epochs, trainer._history.fed)
     history: list[dict[str, Any]] = []
     for epoch in range(epochs):
         before = trainer._history.fed

@@ -57,7 +57,8 @@ class Processes:
             "OMP_NUM_THREADS": str(config.threads),
             "MKL_NUM_THREADS": str(config.threads),
         }
-        pairs = [(CALLER, k) for k in range(n)] + sorted(talking(programs[0], config))
+        self.pairs = talking(programs[0], config)
+        pairs = [(CALLER, k) for k in range(n)] + sorted(self.pairs)
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -O, -X dev, ...
         lines = [open_line(i, j) for i, j in pairs]
         board = open_line(CALLER, CALLER)  # of which only the memory is used

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from .loggers import Loggers
 from .loss import held_loss, ignored_target
 from .optim import state_bytes
 from .program import StageProgram
+from .rebalance import Move, Rebalancer, check_rebalance
 from .run_state import RunState, check_builds, model_groups
 from .stats import StageStats
 from .timeline import write_timeline
@@ -72,13 +73,25 @@ class Compiled(Protocol):
         ...
 
     def report_on(
-        self, config: TrainConfig, training: Any, stats: Sequence[StageStats], executor: str
+        self,
+        config: TrainConfig,
+        training: Any,
+        stats: Sequence[StageStats],
+        executor: str,
+        moves: Sequence[Move],
     ) -> Any:
         """What was predicted of a run beside what it measured."""
         ...
 
     @property
     def n_stages(self) -> int: ...
+    def better_cut(self, training: Any, stats: Sequence[StageStats]) -> Move | None:
+        """Other stages that would be faster, as far as these measurements tell."""
+        ...
+
+    def recut(self, move: Move, loss: nn.Module | None) -> tuple[list[StageProgram], Any]:
+        """As `programs`, of the stages that a move makes, and what stands for the training from now on."""
+        ...
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for this example, unless planned already."""
@@ -132,7 +145,9 @@ class Trainer:
         tensorboard: str | os.PathLike[str] | None = None,
         logger: Any = None,
         autosave: tuple[str | os.PathLike[str], float] | None = None,
+        rebalance: Literal["auto", False] | int = False,
     ) -> None:
+        check_rebalance(rebalance)
         check_launch(executor, watchdog, batch_compensation, compensation_warmup, autosave, timeline)
         self.config = config
         self._compiled = compiled
@@ -147,6 +162,7 @@ class Trainer:
         self._history = History(lr=optimizer.param_groups[0].get("lr"))
         self._optimizer_bytes = state_bytes(optimizer)
         self._expected = compiled.expect(config, self._optimizer_bytes)
+        self._rebalancer = Rebalancer(rebalance)
         self._joiner = Joiner(batch_compensation, compensation_warmup)
         self._world = join(executor, compiled.n_stages, float(watchdog))
         first = self._world.rank == 0  # who shows and writes
@@ -239,6 +255,8 @@ class Trainer:
             if mini is not None:
                 self._enter(run, mini)
             loss = self._collect()
+        if self._rebalancer.after_step(self):
+            loss = self.losses[-1]
         if self._autosave is not None and time.monotonic() - self._saved >= self._autosave[1]:
             self.save(self._autosave[0])
         return loss
@@ -442,7 +460,8 @@ class Trainer:
             raise RuntimeError(
                 "nothing was measured yet: trainer.report needs some batches, trainer.step(...)"
             )
-        return self._compiled.report_on(self.config, self._expected, stats, self._world.executor)
+        moves, kind = self._rebalancer.moves, self._world.executor
+        return self._compiled.report_on(self.config, self._expected, stats, kind, moves)
 
     def glance(self) -> list[StageStats] | None:
         """Each stage's measurements of a moment ago, without waiting for the stages."""
@@ -637,12 +656,10 @@ class Trainer:
         self._world.same_weights(self._owner)
         self._modes = [(m, m.training) for m in self._compiled.model.modules()]
         programs = self._compiled.programs(self._owner.loss)
-        self._wiring, self._eval_wiring = programs[0].train, programs[0].evaluate
         self._owner.begin()
         resume, self._resume = self._resume, None
         self._seed = self._base_seed(len(programs), resumes=resume is not None)
-        config = replace(self._stage_config, groups=model_groups(self._owner, self.config))
-        run = self._world.start(programs, config, seed=self._seed, record=self._record)
+        run = self._launch(programs)
         try:
             if resume is not None:
                 self._hand_over(run, resume)
@@ -657,6 +674,23 @@ class Trainer:
             run.close()
             raise
         return run
+
+    def _launch(self, programs: list[StageProgram]) -> Executor:
+        """Stages for these programs."""
+        self._wiring, self._eval_wiring = programs[0].train, programs[0].evaluate
+        config = replace(self._stage_config, groups=model_groups(self._owner, self.config))
+        return self._world.start(programs, config, seed=self._seed, record=self._record, there=self._run)
+
+    def _recut(self, move: Move) -> None:
+        """Other stages go on from here, as if this run had been saved and loaded."""
+        state, old = RunState(self._content()), self._run
+        programs, self._expected = self._compiled.recut(move, self._owner.loss)
+        self._run = self._launch(programs)
+        if old is not None and old is not self._run:
+            old.close()
+        self._hand_over(self._run, state)
+        if self._exact:
+            self._follow(self._run, exact=True)
 
     def _base_seed(self, n_stages: int, *, resumes: bool) -> int | None:
         """The passes' base seed; one stage draws from the ambient generators, as the plain loop does."""

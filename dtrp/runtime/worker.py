@@ -130,6 +130,11 @@ class Worker:
         environment.apply_filters()
         self.tell("ready")
 
+    def do_renew(self, setup: bytes) -> None:
+        """Nothing is in flight: another stage takes the place of this one."""
+        self.stage = None  # and its memory is free
+        self._set_up(loads(setup))
+
     def _set_up(self, setup: Setup) -> None:
         torch.set_num_threads(setup.config.threads)
         if setup.random is not None:

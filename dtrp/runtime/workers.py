@@ -30,7 +30,7 @@ from .evaluation import Measure
 from .forms import Pickled
 from .inline import Results
 from .links import Channel, LostStage, Message
-from .processes import Processes
+from .processes import Processes, talking
 from .program import StageProgram
 from .random import random_state
 from .registered import Registered
@@ -177,6 +177,16 @@ class Workers:
     def rescued(self) -> list[dict[str, Any]]:
         """After a failure: what those stages have trained whose processes lived on."""
         return self._rescued
+
+    def renew(
+        self, programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
+    ) -> bool:
+        """With nothing in flight: the same processes go on with other stages, if their lines are enough."""
+        if not talking(programs[0], config) <= self.crew.pairs:
+            return False
+        for k, setup in enumerate(_pickled(programs, config, seed, record)):
+            self._command(k, dumps(("renew", setup)))
+        return True
 
     def close(self) -> None:
         """No process, thread or file is left after this; may be called twice."""

@@ -54,15 +54,23 @@ class Alone:
         return function()
 
     def start(
-        self, programs: Sequence[StageProgram], config: TrainConfig, *, seed: int | None, record: bool
+        self,
+        programs: Sequence[StageProgram],
+        config: TrainConfig,
+        *,
+        seed: int | None,
+        record: bool,
+        there: Any = None,
     ) -> Inline | Workers:
-        """Start the stages."""
+        """Start the stages; with worker processes that are ``there``, if they will do."""
         if self.executor == "auto":
             self.executor = "inline" if len(programs) == 1 else "workers"
         if self.executor == "inline":
             return Inline(programs, config, seed=seed, record=record)
         from .workers import Workers
 
+        if isinstance(there, Workers) and there.renew(programs, config, seed, record):
+            return there
         return Workers(programs, config, seed=seed, record=record, watchdog=self.watchdog)
 
     def same_weights(self, owner: Owner) -> None:
@@ -103,7 +111,13 @@ class Together(Alone):
             return self.mesh.first(what, function)
 
     def start(  # type: ignore[override]
-        self, programs: Sequence[StageProgram], config: TrainConfig, *, seed: int | None, record: bool
+        self,
+        programs: Sequence[StageProgram],
+        config: TrainConfig,
+        *,
+        seed: int | None,
+        record: bool,
+        there: Any = None,
     ) -> Ranks:
         from .ranks import Ranks
 

@@ -128,5 +128,5 @@ def test_the_loops_cost_is_in_the_tick() -> None:
     graph = compiled().graph.copy()
     graph.graph["specs"] = (slow,)
     costs = stage_costs(graph, dict.fromkeys(graph, 0), (False,), training=Training(micro_batches=2))
-    assert costs[0].loop == 1.0
+    assert costs[0].loop == pytest.approx(1.0, rel=0.01)
     assert costs[0].tick > 1.0
