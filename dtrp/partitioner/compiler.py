@@ -18,6 +18,7 @@ from .capture import Captured, capture
 from .costs import cost_graph
 from .devices import DeviceSpec, LoopCost, device_spec
 from .hazards import Hazards, find_hazards
+from .other_sizes import graph_at
 from .plan import Plan, fingerprint
 from .planner import device_indices, make_plan
 from .profile import make_profile
@@ -129,7 +130,7 @@ def reprice(compiled: Compiled, request: Request) -> PartitionReport:
 
 def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request) -> PartitionReport:
     specs = device_specs(request.devices, request.loop)
-    return PartitionReport.of(
+    report = PartitionReport.of(
         captured,
         graph,
         plan,
@@ -137,6 +138,9 @@ def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request)
         specs=[s.with_link(request.bandwidth) for s in specs],
         memory_limit=request.memory_limit,
         training=request.training,
+    )
+    return replace(
+        report, _at=lambda sizes: _report(captured, graph_at(captured, graph, sizes), plan, request)
     )
 
 

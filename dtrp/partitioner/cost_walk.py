@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,13 @@ COMPUTED = ("call_function", "call_method", "call_module", "get_attr")
 class CostWalk:
     """One pass over the nodes in order: values as `TensorSpec`, costs by node, and who made which storage."""
 
-    def __init__(self, captured: Captured, dtype: torch.dtype | None) -> None:
-        self.captured = captured
+    def __init__(
+        self,
+        captured: Captured,
+        dtype: torch.dtype | None,
+        inputs: Sequence[torch.Tensor] | None = None,  # of other sizes than the example's
+    ) -> None:
+        self.captured, self.inputs = captured, inputs
         self.module = captured.train.module
         self.runner = NodeRunner(dtype)
         self.values: dict[fx.Node, Any] = {}
@@ -45,10 +51,12 @@ class CostWalk:
 
     def run(self) -> CostWalk:
         """Takes in all nodes."""
+        inputs = iter(self.inputs or ())
         with in_mode(self.captured.model, self.captured.flags):
             for node in self.module.graph.nodes:
                 if node.op == "placeholder":
-                    self.values[node] = self._given(node.meta.get("val"), node, requires_grad=False)
+                    value = next(inputs, node.meta.get("val"))
+                    self.values[node] = self._given(value, node, requires_grad=False)
                 elif node.op == "get_attr":
                     self.values[node] = self._attribute(node)
                 elif node.op in COMPUTED:
@@ -73,6 +81,11 @@ class CostWalk:
             else:
                 cost = self.runner.function(node.target, args, kwargs)  # type: ignore[arg-type]
         except Exception as e:  # whatever the user's code raises on fakes: planning goes on without its cost
+            if self.inputs is not None:  # what it gives is known for the example alone
+                where = node.meta.get("location") or node.meta.get("module") or "no location"
+                raise ValueError(
+                    f"node {node.name!r} ({where}) can be priced for the example's sizes alone: {e}"
+                ) from e
             cost = self._on_samples(node, args, kwargs, e)
         leaves = pytree.tree_leaves((args, kwargs))
         first = len(self.maker)

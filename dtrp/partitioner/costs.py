@@ -32,6 +32,7 @@ def cost_graph(
     bandwidth: float | None = None,
     mode: str = "analytic",
     dtype: torch.dtype | None = None,
+    inputs: Sequence[torch.Tensor] | None = None,
 ) -> nx.DiGraph:
     """The weighted graph that planning works on.
 
@@ -48,6 +49,8 @@ def cost_graph(
         on the device at hand. ``"auto"``: analytic.
     dtype
         The autocast dtype that training will use, if any.
+    inputs
+        Tensors (on the meta device) of the sizes to price. Default: the example's.
 
     Returns
     -------
@@ -80,7 +83,8 @@ def cost_graph(
     Raises
     ------
     ValueError
-        Unknown ``mode``, or a bandwidth that is not positive.
+        Unknown ``mode``, or a bandwidth that is not positive; a node cannot run with sizes other than the
+        example's.
 
     Notes
     -----
@@ -95,7 +99,7 @@ def cost_graph(
     for spec in [device] if isinstance(device, DeviceSpec) else device:
         if spec.with_link(bandwidth) not in specs:
             specs.append(spec.with_link(bandwidth))
-    graph = _assemble(CostWalk(captured, dtype).run(), specs)
+    graph = _assemble(CostWalk(captured, dtype, inputs).run(), specs)
     graph.graph.update(mode="analytic" if mode == "auto" else mode)
     if mode == "measured":
         if len(specs) > 1:

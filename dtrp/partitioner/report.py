@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ class PartitionReport:
     _graph: nx.DiGraph = field(repr=False, compare=False)
     _plan: Plan = field(repr=False, compare=False)
     _training: Training = field(repr=False, compare=False)
+    _at: Callable[[Any], PartitionReport] | None = field(default=None, repr=False, compare=False)
 
     @property
     def gap(self) -> float:
@@ -172,6 +173,43 @@ class PartitionReport:
             _plan=plan,
             _training=training,
         )
+
+    def at(self, sizes: Any) -> PartitionReport:
+        """The same stages for inputs of other sizes. Nothing is computed, and the plan stays as it is.
+
+        Parameters
+        ----------
+        sizes : mapping or example
+            Shapes by the name of the model's tensor input, ``{"x": (8, 3, 320, 320)}`` (of a tensor inside
+            an argument: ``"batch['mask']"``); an input that is not named keeps its shape. Or a call's
+            arguments, as ``example_inputs`` of `dtrp.compile`, of which only the shapes count.
+
+        Returns
+        -------
+        PartitionReport
+            Times in seconds and sizes in bytes for these inputs. Measured times are scaled, node by node, as
+            the analytic ones are.
+
+        Raises
+        ------
+        ValueError
+            No such input; or the model's code takes another course with these sizes, or fails: the error
+            names its line.
+        TypeError
+            The arguments have another structure than the example's; or the report is of a plan alone, and
+            does not know the model.
+
+        Examples
+        --------
+        >>> import dtrp, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> pipe = dtrp.compile(model, devices=["cpu"] * 2, example_inputs=torch.zeros(8, 4))
+        >>> pipe.report.at({"input": (16, 4)}).stages[0].flops == 2 * pipe.report.stages[0].flops
+        True
+        """
+        if self._at is None:
+            raise TypeError("this report was made of a plan alone: take pipe.report, which knows the model")
+        return self._at(sizes)
 
     def compare(self, ks: Iterable[int], *, time_limit: float = 1.0) -> list[Scaling]:
         """What other numbers of stages would give, on the first device's kind and link.

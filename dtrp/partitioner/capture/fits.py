@@ -35,9 +35,15 @@ class Fits:
         self._right: set[tuple[Any, ...]] = set()
 
     def check(
-        self, tensors: Sequence[torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], training: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        training: bool,
+        *,
+        run: bool = False,
     ) -> None:
-        """Refuse a call that the mode's graph is not for.
+        """Refuse a call that the mode's graph is not for; ``run``: also one that would only fail on the way.
 
         Raises
         ------
@@ -46,7 +52,7 @@ class Fits:
         """
         graph = self._captured.graph(training)
         if self._captured.method == "fx" and all(map(_alike, tensors, self._example)):
-            self._pass_guards(graph, tensors, training)
+            self._pass_guards(graph, tensors, training, run)
             return
         size, batch = batch_of(self._example)
         key = (training, *((tuple(t.shape), t.dtype) for t in tensors))
@@ -75,11 +81,13 @@ class Fits:
                 )
         self._right.add(key)
 
-    def _pass_guards(self, graph: ModeGraph, tensors: Sequence[torch.Tensor], training: bool) -> None:
+    def _pass_guards(
+        self, graph: ModeGraph, tensors: Sequence[torch.Tensor], training: bool, run: bool
+    ) -> None:
         """Run the graph on fake tensors of the call's sizes if it has guards; nothing is computed."""
         key = (training, *(t.shape for t in tensors))
         guards = graph.module.graph.find_nodes(op="call_function", target=same_size)
-        if key in self._right or not guards:
+        if key in self._right or not (guards or run):
             return
         pairs = enumerate(zip(tensors, self._example, strict=True))
         i = next((i for i, (a, b) in pairs if a.shape != b.shape), None)
