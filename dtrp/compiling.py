@@ -56,7 +56,8 @@ def compile(
     recompute : bool or "auto"
         Whether stages recompute their forward pass in training; ``"auto"``: per stage, as the plan finds.
     costs : {"auto", "analytic", "measured"}
-        Where node times come from: FLOPs and bytes through the device's roofline, or timed on it.
+        Where node times come from: FLOPs and bytes through the device's roofline, or timed on it, on the CPU
+        first node by node and then in the planned stages, on worker processes (both are kept in the cache).
     bandwidth : float, optional
         Bytes per second between stages. Default: the devices' own.
     plan : path or Plan, optional

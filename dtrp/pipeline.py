@@ -44,6 +44,7 @@ from .runtime.stats import StageStats
 from .runtime.trainer import Trainer
 from .stages import Stage, submodules_of
 from .training_report import TrainingReport
+from .trial import tried
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -568,6 +569,10 @@ class Pipeline:
                 if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
                     raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
             base = compile_model(self.model, self._request, args, kwargs)
+            on_host = all(device.type == "cpu" for device in self._request.devices)
+            if self._request.costs == "measured" and on_host and self.n_stages > 1:
+                tensors = base.captured.signature.flatten(args, kwargs)
+                base = tried(base, self._request, self.model, tensors)
             self._variants[base.captured.flags, True] = base
             whole = {kept.module for kept in base.captured.kept_whole}
             called = {

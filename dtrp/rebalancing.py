@@ -30,7 +30,7 @@ def better_cut(made: Compiled, request: Request, stats: Sequence[StageStats]) ->
     """
     specs = [s.with_link(request.bandwidth) for s in device_specs(request.devices, request.loop)]
     index, cores, plan = device_indices(made.graph, specs, len(specs)), shared(specs), made.plan
-    times = [_times(one, request.training.micro_batches, on_cpu=bool(cores)) for one in stats]
+    times = [stage_times(one, request.training.micro_batches, on_cpu=bool(cores)) for one in stats]
     graph, training = corrected(made.graph, plan, times, request.training, index)
 
     def ticks(stage_of: dict[str, int]) -> list[float]:
@@ -75,8 +75,8 @@ def recut_model(made: Compiled, request: Request, move: Move) -> tuple[Compiled,
     return replace(made, report=reprice(made, request)), request
 
 
-def _times(stats: StageStats, parts: int, *, on_cpu: bool) -> StageTimes:
-    """One stage's work per batch; ``on_cpu``: on the processor's clock, where stages take turns on cores."""
+def stage_times(stats: StageStats, parts: int, *, on_cpu: bool) -> StageTimes:
+    """One stage's work per batch; ``on_cpu``: by the processor's clock, which stops while it is elsewhere."""
     work = work_per_batch(stats, parts)
     scale = 1.0
     if on_cpu:

@@ -26,6 +26,8 @@ def chain(n):
             f"n{i}",
             flops=10,
             backward_flops=20,
+            forward_ops=1,
+            backward_ops=2,
             forward_time=F,
             backward_time=B,
             sweep_time=S,

@@ -1,0 +1,135 @@
+"""Costs from running stages: what ``costs="measured"`` adds to node times on the CPU (ours).
+
+Nodes timed one by one in a quiet process are faster than the same nodes in training, unevenly: there, graphs
+of batches in flight fill the caches, other stages use the same memory bus, and each process has an allocator
+of its own. So the planned stages run for a moment on worker processes, on the example, with an optimizer that
+changes nothing; what they take corrects the costs of their nodes, and the model is planned again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .partitioner.calibration import identity, read_cache, write_cache
+from .partitioner.compiler import Compiled, Request, device_specs, reprice
+from .partitioner.feedback import StageTimes, corrected
+from .partitioner.plan import Plan
+from .partitioner.planner import device_indices, make_plan
+from .partitioner.split import split
+from .programs import make_programs
+from .rebalancing import stage_times
+from .runtime.arguments import feeds
+from .runtime.config import TrainConfig
+from .runtime.stats import StageStats
+
+log = logging.getLogger("dtrp")
+
+ROUNDS = 2  # trials, of the first plan and of what was planned then
+SECONDS = 3.0  # that one measures
+BATCHES = (6, 200)  # least and most that it does
+GAIN = 0.01  # by which another cut must be faster
+
+
+def tried(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[Tensor]) -> Compiled:
+    """The stages that are best where they run, and their costs there.
+
+    Where stages cannot be tried (a model that cannot be sent to a process), costs stay those of single nodes,
+    and the log says so.
+    """
+    specs = [s.with_link(request.bandwidth) for s in device_specs(request.devices, request.loop)]
+    index = device_indices(made.graph, specs, len(specs))
+    for _ in range(ROUNDS):
+        try:
+            times = _times(made, request, model, inputs)
+        except Exception as e:
+            log.warning("stages could not be tried out, costs are those of nodes run one by one: %s", e)
+            return made
+        graph, _ = corrected(made.graph, made.plan, times, request.training, index)
+        graph.graph["mode"] = "measured"
+        made = replace(made, graph=graph)
+        if request.plan is None:
+            plan = make_plan(
+                made.captured,
+                graph,
+                made.hazards,
+                made.plan.n_stages,
+                devices=specs,
+                memory_limit=request.memory_limit,
+                recompute=request.recompute,
+                training=request.training,
+            )
+            same = plan.stage_of == made.plan.stage_of and plan.recompute == made.plan.recompute
+            before, after = (reprice(replace(made, plan=p), request).tick_time for p in (made.plan, plan))
+            if same or after < before * (1 - GAIN):
+                made = replace(made, plan=plan, split=split(made.captured, plan, made.hazards))
+            if same or after >= before * (1 - GAIN):
+                break
+    return replace(made, report=reprice(made, request))
+
+
+def _times(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[Tensor]) -> list[StageTimes]:
+    """What each stage takes: measured once per plan, read from the cache after that.
+
+    One thread has a clock of its own, which stops while others than this pipeline have the core.
+    """
+    threads = device_specs(request.devices)[0].threads
+    key = f"{_digest(made.plan)}|{identity(torch.device('cpu'), threads)}"
+    cached = read_cache("trial", key)
+    if cached is not None:
+        with suppress(TypeError, KeyError):
+            return [StageTimes(*map(float, row)) for row in cached["stages"]]
+    stats = _run(made, request, model, inputs)
+    times = [stage_times(one, 1, on_cpu=threads == 1)._replace(loss=0.0) for one in stats]
+    write_cache("trial", key, {"stages": [list(row) for row in times]})
+    return times
+
+
+def _digest(plan: Plan) -> str:
+    what = json.dumps([plan.fingerprint, dict(plan.stage_of), plan.recompute])
+    return hashlib.sha256(what.encode()).hexdigest()
+
+
+def _run(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[Tensor]) -> list[StageStats]:
+    """Train for a moment on worker processes; the model here stays as it is."""
+    from .runtime.workers import Workers
+
+    programs = make_programs(made, made, model, request.devices)
+    threads = max(1, device_specs(request.devices)[0].threads)
+    config = TrainConfig(_mean, partial(torch.optim.SGD, lr=0.0, momentum=0.9), threads=threads)
+    run = Workers(programs, config, seed=0)
+    try:
+        done = 0
+
+        def go_on(least: int, most: int, seconds: float) -> None:
+            nonlocal done
+            end, first = time.monotonic() + seconds, done
+            while done - first < least or (time.monotonic() < end and done - first < most):
+                run.feed(feeds(programs[0].train, done, inputs, None))
+                run.throttle()
+                done += 1
+
+        go_on(2 * len(programs) + 2, 0, 0.0)  # fills the pipeline, and warms up
+        before: list[StageStats] = run.call("stats")
+        go_on(*BATCHES, SECONDS)
+        return [now.since(then) for now, then in zip(run.call("stats"), before, strict=True)]
+    finally:
+        run.close()
+
+
+def _mean(output: Any, target: Any) -> Tensor:
+    """Stands for a loss: every number of the output has a gradient."""
+    del target
+    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack([torch.nan_to_num(t.float()).mean() for t in found]).sum()

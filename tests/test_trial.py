@@ -1,0 +1,83 @@
+"""Costs from stages that run (``costs="measured"``): they come true, and trying leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dtrp
+from dtrp import trial
+from dtrp.partitioner.feedback import StageTimes
+
+from .runtime.toys import batches, mlp, same, trainer
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def measured(model: nn.Module, **options: Any) -> dtrp.Pipeline:
+    return dtrp.compile(
+        model, 2, example_inputs=torch.randn(4, 8), devices=["cpu"] * 2, costs="measured", **options
+    )
+
+
+def test_costs_of_running_stages_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first stage that takes ten times what its nodes took alone is made smaller; a second look agrees."""
+    seen: list[Any] = []
+
+    def run(made: Any, *_: Any) -> list[StageTimes]:
+        seen.append(made.plan.stage_of)
+        first = sum(made.graph.nodes[n]["forward_time"] for n, k in made.plan.stage_of.items() if k == 0)
+        slow = 10.0 if len(seen) == 1 else 1.0
+        return [StageTimes(slow * first, 2 * slow * first, 0, 0, 0), StageTimes(first, 2 * first, 0, 0, 0)]
+
+    monkeypatch.setattr(trial, "_times", run)
+    pipe = measured(mlp(8))
+    assert len(seen) == 2
+    assert sum(k == 0 for k in pipe.plan.stage_of.values()) < sum(k == 0 for k in seen[0].values())
+    assert pipe.report.costs == "measured"
+
+
+def test_stages_that_cannot_be_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Costs are then those of single nodes, and the log says why."""
+
+    def run(*_: Any) -> None:
+        raise TypeError("a lock cannot be sent")
+
+    monkeypatch.setattr(trial, "_run", run)
+    assert measured(mlp(2)).report.tick_time > 0
+    assert "stages could not be tried out, costs are those of nodes run one by one: a lock" in caplog.text
+
+
+@pytest.mark.slow
+def test_trying_leaves_no_trace_and_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, running statistics, modes and generators are as before; the second compile reads the cache. A
+    run under the plan takes, by the clock of its processes, what was predicted, within what noise allows."""
+    model = mlp(4)
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    torch.manual_seed(3)
+    x = torch.randn(4, 8)
+    state = torch.get_rng_state()
+    pipe = dtrp.compile(model, 2, example_inputs=x, devices=["cpu"] * 2, costs="measured")
+    assert same(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    with trainer(pipe, "workers", rebalance=False, micro_batches=1) as t:
+        for x, y in batches(100):
+            t.step(x, y)
+        spent = [s.cpu_time / s.ticks for s in t.stats]
+    for stage, seconds in zip(pipe.report.stages, spent, strict=True):
+        assert 0.4 < seconds / stage.tick_time < 2.5
+    monkeypatch.setattr(trial, "_run", None)
+    again = dtrp.compile(mlp(4), 2, example_inputs=x, devices=["cpu"] * 2, costs="measured")
+    assert again.plan.stage_of == pipe.plan.stage_of
