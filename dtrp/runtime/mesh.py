@@ -85,6 +85,15 @@ class Mesh:
         yield from (self.pipeline, self.peers, self.down, self.up, self.everyone)
 
     @property
+    def by_agent(self) -> bool:
+        """Whether the launcher's own process has the store, rather than rank 0."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    @property
+    def store_address(self) -> str:
+        return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+    @property
     def store(self) -> Any:
         """A connection of its own to the launcher's key-value store."""
         return dist.distributed_c10d._get_default_store().clone()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from .mesh import Mesh
 from .meter import Meter
 from .vitals import Sign, Watch
 
-GRACE = 3.0  # seconds in which the first cause of a failure may still be heard behind its consequences
+GRACE = 1.0  # seconds in which the first cause of a failure may still be heard behind its consequences
 FAILURE = "failure"
 
 
@@ -62,7 +63,7 @@ class Peers:
         self._done = 0
         self.failure: Failure | None = None
         self.pace = min(limit / 8, 0.25 + mesh.size / 100)
-        self._grace = min(GRACE, limit / 2)
+        self._grace = max(GRACE, 4 * self.pace)
         self._store = mesh.store
         self._run = f"dtrp/{mesh.first('the start of a run', lambda: time.time_ns())}"
         self._keys = [f"{self._run}/{rank}" for rank in range(mesh.size)] + [f"{self._run}/{FAILURE}"]
@@ -70,6 +71,7 @@ class Peers:
         self._to_tell: Failure | None = None
         self._tell = threading.Event()  # there is something to tell, at once
         self._failed = threading.Event()
+        self._lost = False  # the connection to the store is broken
         self._beats = 0
         if mesh.rank == 0:
             self._store.set(self._keys[-1], b"")
@@ -97,7 +99,7 @@ class Peers:
     # ---- the threads ---------------------------------------------------------------------------------------
 
     def _speak(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store's host is gone: the other thread tells
+        try:
             while not self._ended.is_set():
                 if self._to_tell is not None:
                     told = pickle.dumps(self._to_tell)
@@ -111,6 +113,8 @@ class Peers:
                     self._fail(Failure(*pickle.loads(word)))
                 self._tell.wait(self.pace)
                 self._tell.clear()
+        except RuntimeError:
+            self._lost = True
 
     def _guard(self) -> None:
         while not self._ended.wait(self.pace):
@@ -130,12 +134,13 @@ class Peers:
     def _cut_off(self) -> Failure:
         """The store does not answer: nor can those be reached who are where it is."""
         mesh, silence = self.mesh, time.monotonic() - self._heard
-        others = [r for r in range(mesh.size) if mesh.addresses[r] != mesh.addresses[mesh.rank]]
-        gone = [r for r in others if mesh.addresses[r] == mesh.addresses[0]] or others
+        with_store = [r for r in range(mesh.size) if mesh.addresses[r] == mesh.addresses[0]]
+        gone = [0] if not mesh.by_agent else with_store if mesh.rank not in with_store else []
         whom = ", ".join(map(mesh.name, gone)) or "the launcher"
         text = (
-            f"{whom} cannot be reached for {silence:.0f} s (watchdog={self.limit:g} s): the launcher's store "
-            f"does not answer. The link to its host may be cut, or the host down"
+            f"{whom} cannot be reached for {silence:.0f} s (watchdog={self.limit:g} s): the store at "
+            f"{mesh.store_address} does not answer. Its process may be stopped, its host down, or the link "
+            f"cut"
         )
         return Failure(text, gone[0] % mesh.n_stages if gone else None, "")
 
@@ -160,6 +165,9 @@ class Peers:
         rank = error.stage + self.mesh.rank - self.mesh.stage if isinstance(error, LostStage) else None
         # Whose connection broke says the error; in an operation of all, the silence has to.
         if not self._failed.wait(self._grace if rank is not None else self.limit + self._grace):
+            if self._lost:  # what has had the store is gone, before whoever noticed that
+                self._fail(self._cut_off())
+                return self._cut_off()
             whom = "another rank" if rank is None else self.mesh.name(rank)
             stage = None if rank is None else rank % self.mesh.n_stages
             text = f"{whom} is gone: its process died, or the connection broke ({_first_line(error)})"
@@ -202,4 +210,6 @@ def _is_of_links(error: Exception) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What gloo says, without where it says it and what it thinks of that."""
+    text = re.sub(r"^.*?\[\S*/gloo/\S*\] ", "", str(error).strip())
+    return text.splitlines()[0].split(". ")[0] if text else type(error).__name__

@@ -8,7 +8,7 @@ import pytest
 
 import dtrp
 
-from .ranks import run
+from .ranks import Ranks, ended, run
 from .toys import SGD, cross_entropy, mlp
 
 SAME = """
@@ -120,3 +120,100 @@ def test_what_makes_no_whole_pipelines_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="3 processes cannot make pipelines of 2 stages"):
         pipe.trainer(cross_entropy, SGD)
     assert dtrp.compile(mlp()).n_stages == 3
+
+
+FAULTS = """
+    def loop(fault=lambda i: None, loss_fn=cross_entropy, ends=60, watchdog=20.0, **knobs):
+        try:
+            with trainer(compiled(mlp(6), n_stages=K), "auto", loss_fn, watchdog=watchdog, **knobs) as t:
+                for i, (x, y) in enumerate(batches(ends)):
+                    fault(i)
+                    t.step(x, y)
+                t.flush()
+        except Exception as e:
+            print(f"TOLD {time.monotonic():.2f} {type(e).__name__}: {e}".replace("\\n", " | "))
+
+    def die(number):
+        print(f"DIES {time.monotonic():.2f}")
+        os.kill(os.getpid(), number)
+
+    def bad(output, target):
+        if rank == K - 1 and output.requires_grad:
+            raise ValueError("a bad loss")
+        return cross_entropy(output, target)
+"""
+
+
+def told(said: str, start: str = "TOLD") -> list[tuple[float, str]]:
+    """When something was told, and what."""
+    lines = [line.partition(start)[2].split(maxsplit=1) for line in said.splitlines() if start in line]
+    return [(float(line[0]), "".join(line[1:])) for line in lines]
+
+
+def test_what_goes_wrong_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
+    """An exception of a stage, one of the script, batches that differ, calls that differ, a process that
+    dies: each in turn, in the same processes. Without word from the others a rank would wait for ever."""
+    script = (
+        FAULTS
+        + """
+    K = 2
+    loop(loss_fn=bad)
+    loop(lambda i: 1 / 0 if rank == 1 and i == 20 else None)
+    x, y = batches(1)[0]
+    with trainer(compiled(mlp(6), n_stages=K), "auto") as t:
+        try:
+            t.step(x + rank, y)
+            t.flush()
+        except dtrp.WorkerError as e:
+            print(f"TOLD 0 {e}")
+    with trainer(compiled(mlp(6), n_stages=K), "auto") as t:
+        try:
+            t.step(x, y)
+            t.flush()
+            t.stats if rank else t.grad_norm
+        except dtrp.WorkerError as e:
+            print(f"TOLD 0 {e}".splitlines()[0])
+    loop(lambda i: die(9) if rank == 1 and i == 20 else None)
+    """
+    )
+    (code, first), (killed, second) = Ranks(tmp_path, 2, script).end()
+    assert (code, killed) == (0, -9), first + second
+    here, there = [text for _, text in told(first)], [text for _, text in told(second)]
+    assert here[0].startswith("WorkerError: stage 1 failed: ValueError: a bad loss"), here
+    assert "in bad" in here[0]  # the traceback
+    assert here[0] == there[0]
+    assert "the script on stage 1 (rank 1 on 127.0.0.1) left its trainer: ZeroDivisionError" in here[1]
+    assert there[1] == "ZeroDivisionError: division by zero"
+    assert "rank 0 and rank 1 were given different batches" in here[2]
+    assert here[2] == there[2]
+    assert "must make the same calls to its trainer on every rank" in here[3], here[3]
+    (moment, last), (death, _) = told(first)[-1], told(second, "DIES")[-1]
+    assert "stage 1 (rank 1 on 127.0.0.1) is gone" in last
+    assert "by peer" in last
+    assert moment - death < 20.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_peer_that_is_gone_is_named_within_the_watchdog(tmp_path: Path, victim: int, how: str) -> None:
+    """Rank 0 has the key-value store through which ranks hear of each other: its end is noticed too."""
+    script = (
+        FAULTS
+        + f"""
+    import signal
+    K = 3
+    loop(lambda i: die(signal.{how}) if rank == {victim} and i == 20 else None, watchdog=6.0, ends=10**4)
+    """
+    )
+    ranks = Ranks(tmp_path, 3, script)
+    others = [rank for rank in range(3) if rank != victim]
+    said = {rank: ended(ranks.processes[rank], 100.0) for rank in others}
+    ranks.processes[victim].kill()
+    (death, _), *_ = told(ended(ranks.processes[victim], 10.0)[1], "DIES")
+    for rank in others:
+        code, text = said[rank]
+        (moment, what), *_ = told(text)
+        assert code == 0
+        assert f"stage {victim} (rank {victim} on 127.0.0.1)" in what
+        assert moment - death < 6.0 + 4.0, text
