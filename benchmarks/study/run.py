@@ -39,8 +39,8 @@ import dtrp
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-import cifar10
-import language_model
+import cifar10  # noqa: E402
+import language_model  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
 TRAINED_ON, TESTED_ON = 12_800, 2_000  # images
