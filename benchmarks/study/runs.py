@@ -86,7 +86,7 @@ def text(optimizer: str, stages: int) -> Run:
 
 
 RUNS: list[Run] = [
-    *group(images("resnet-8", 4)),
+    *group(images("resnet-8", 4), seeds=2),
     *group(images("resnet-14", 7)),
     *group(text("adamw", 4), seeds=2),
     *group(images("resnet-8-gn", 4), MAIN),
