@@ -7,10 +7,11 @@ is the mean over them, or over the targets that count. A loss over all pairs of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .partitioner.capture.modes import in_mode
@@ -19,7 +20,7 @@ from .runtime.arguments import n_samples, split_batch
 from .runtime.batch import WithExtra
 from .runtime.config import TrainConfig
 from .runtime.loss import ignored_target, scalar_loss
-from .runtime.twins import Snapshot
+from .runtime.twins import Snapshot, private_copy
 
 _TRIED = 4  # samples
 _FEW = 2**22  # numbers in an output, up to which the whole batch's targets are tried
@@ -33,6 +34,8 @@ def differs_in_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[T
         return "the model gives its own loss, which need not be the mean over its samples"
     if any(t.is_meta for t in (*model.parameters(), *inputs)):
         return "the model has no values to try it with"
+    if isinstance(loss_fn, nn.Module):  # it may count its calls
+        config = replace(config, loss_fn=private_copy(loss_fn, [(p, p) for p in loss_fn.parameters()]))
     samples = n_samples(inputs)
     state = Snapshot(model)
     try:
