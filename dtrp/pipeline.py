@@ -388,11 +388,12 @@ class Pipeline:
         opset : int, optional
             Version of ONNX's operators. Default: what torch's exporter recommends.
         dynamic_batch : bool
-            Export for any batch size. A model that takes only the example's is exported for that one, with
-            a warning; the manifest says why.
+            Export for any batch size, and for any other size that the model's code leaves open (sequence
+            length, resolution, number of nodes), each a named axis. A model that takes only the example's
+            batch is exported for that one, with a warning; the manifest says why.
         verify : bool
             Run the chain in onnxruntime and compare it with the model, stage by stage, with the example's
-            batch size, one sample more, and a single sample. What was found is in the manifest.
+            sizes, larger ones, and the smallest. What was found is in the manifest.
         overwrite : bool
             Replace an earlier export.
         inputs : Tensor, tuple or dict, optional

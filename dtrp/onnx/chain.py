@@ -154,6 +154,13 @@ class Chain:
                     f"input {setter!r} has {size} sample(s); this chain gives the model's result from "
                     f"{smallest} on: pad the batch"
                 )
+        for known in self.manifest.axes:
+            size, setter = sizes.get(known.name, (known.size, ""))
+            if not known.allows(size):
+                raise ValueError(
+                    f"input {setter!r} has {size} along {known.name!r}; this chain gives the model's result "
+                    f"{known}: pad to such a size"
+                )
 
 
 def load_chain(

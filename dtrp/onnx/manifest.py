@@ -2,9 +2,10 @@
 
 Written by the exporter, read by whoever runs the chain. Nothing here needs torch, numpy or onnx.
 
-A value's shape lists a number, or the name of an axis that may vary: ``"batch"``, or a text such as
-``"64*batch"`` where the axis follows the batch. File names are plain names of files beside the manifest; a
-manifest that says otherwise is refused, so that a foreign one cannot make its reader open other files.
+A value's shape lists a number, or the name of an axis that may vary: ``"batch"``, ``"tokens_1"`` (the second
+dimension of the input ``tokens``), or a text such as ``"64*batch"`` where the size follows an axis. File
+names are plain names of files beside the manifest; a manifest that says otherwise is refused, so that a
+foreign one cannot make its reader open other files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,26 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class OpenAxis:
+    """A size other than the batch that may vary, in steps of ``multiple`` from the example's ``size``."""
+
+    name: str
+    size: int
+    smallest: int
+    largest: int | None
+    multiple: int = 1
+
+    def allows(self, size: int) -> bool:
+        """Whether the chain gives the model's result for this size."""
+        inside = self.smallest <= size and (self.largest is None or size <= self.largest)
+        return inside and (size - self.size) % self.multiple == 0
+
+    def __str__(self) -> str:
+        upper = "on" if self.largest is None else f"to {self.largest}"
+        return f"from {self.smallest} {upper}" + f", in steps of {self.multiple}" * (self.multiple > 1)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that is known about an exported chain."""
 
@@ -109,6 +130,7 @@ class Manifest:
     stages: tuple[StageFile, ...]
     outputs: tuple[Origin | Constant, ...]  # the leaves of the model's output
     structure: Any  # how the leaves form the output: see `build`
+    axes: tuple[OpenAxis, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     verification: Mapping[str, Any] | None = None
 
@@ -202,6 +224,7 @@ def _to_json(m: Manifest) -> dict[str, Any]:
             "smallest": m.batch.smallest,
             "reason": m.batch.reason,
         },
+        "axes": [asdict(axis) for axis in m.axes],
         "inputs": [{**_value(v), "argument": v.argument} for v in m.inputs],
         "stages": [
             {
@@ -236,6 +259,7 @@ def _from_json(raw: Mapping[str, Any]) -> Manifest:
         opset=int(raw["opset"]),
         versions=dict(raw["versions"]),
         batch=Batch(**raw["batch"]),
+        axes=tuple(OpenAxis(**axis) for axis in raw.get("axes", ())),
         inputs=tuple(ModelInput(**_read_value(v), argument=str(v["argument"])) for v in raw["inputs"]),
         stages=tuple(
             StageFile(

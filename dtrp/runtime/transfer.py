@@ -19,8 +19,9 @@ from typing import Any
 
 import cloudpickle
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS, CustomOpDef
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from ..exclusive import EXCLUSIVE
@@ -51,6 +52,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 data = pickle.PickleBuffer(flat_bytes(plain).numpy().data)
                 shape = tuple(plain.shape)
                 return _rebuild, (data, plain.dtype, shape, order, obj.requires_grad)
+        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+            kind = type(obj).__base__  # of a class that torch makes for it, and refuses to pickle
+            return _parametrized, (kind, tuple(obj.parametrizations)), obj.__dict__  # type: ignore[arg-type]
         if isinstance(obj, pytree.TreeSpec) and obj.is_leaf():
             return pytree.tree_structure, (None,)  # torch 2.11 warns whoever unpickles its class of leaves
         return super().reducer_override(obj)
@@ -75,6 +79,14 @@ def _rebuild(
     permuted = flat.view(dtype).view([shape[d] for d in order])
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return permuted.permute(inverse).requires_grad_(requires_grad)
+
+
+def _parametrized(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    module = kind.__new__(kind)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
 
 
 def _operator(name: str) -> Any:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
+from dtrp.runtime.transfer import dumps, loads
 
 from .sweep import sweep
 from .test_capture import assert_faithful
@@ -366,6 +367,10 @@ def test_normed_weights(norm):
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert torch.equal(pipe.eval()(x), plain.eval()(x))
+    sent = loads(dumps([stage.module for stage in pipe.stages]))  # as a worker gets them
+    for stage, copied in zip(pipe.stages, sent, strict=True):
+        assert list(copied.state_dict()) == list(stage.module.state_dict())
+    assert torch.equal(sent[1].eval()(sent[0].eval()(x)[0])[0], plain(x))
 
 
 class Checkpointed(nn.Module):

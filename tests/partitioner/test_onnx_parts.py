@@ -11,9 +11,9 @@ import dtrp
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.example import SAMPLES, keep_example
 from dtrp.partitioner.hazards import find_hazards
-from dtrp.partitioner.onnx.batch import Affine, ScalarEnd, TensorEnd, _size, study
-from dtrp.partitioner.onnx.examples import example_batch
+from dtrp.partitioner.onnx.examples import example_call
 from dtrp.partitioner.onnx.names import Names, identifier, shape_text
+from dtrp.partitioner.onnx.study import Affine, ScalarEnd, TensorEnd, _size, study
 from dtrp.partitioner.onnx.verify import Differences, difference, require
 from dtrp.partitioner.split import split_graph
 from dtrp.wiring import CALLER, Source, StageWires, Wiring
@@ -22,27 +22,28 @@ from dtrp.wiring import CALLER, Source, StageWires, Wiring
 class TestSizes:
     @given(times=st.integers(1, 100), plus=st.integers(-3, 50), batch=st.integers(2, 9))
     def test_affine_ones_are_found(self, times, plus, batch):
-        sizes = (batch, batch + 1, 4 * batch + 3)
-        assert _size([times * s + plus for s in sizes], sizes) == Affine(times, plus)
+        calls = [{"length": 7, "batch": s} for s in (batch, batch + 1, 4 * batch + 3)]
+        calls.append({"length": 9, "batch": batch})
+        assert _size([times * c["batch"] + plus for c in calls], calls) == Affine("batch", times, plus)
 
     @given(st.integers(0, 1000))
     def test_fixed_ones_stay_numbers(self, size):
-        assert _size([size] * 3, (2, 3, 11)) == size
+        assert _size([size] * 3, [{"batch": b} for b in (2, 3, 11)]) == size
+
+    def test_of_two_axes_are_neither(self):
+        calls = [{"a": 2, "b": 5}, {"a": 3, "b": 5}, {"a": 2, "b": 6}, {"a": 3, "b": 7}]
+        assert _size([c["a"] * c["b"] for c in calls], calls) is None
 
     @pytest.mark.parametrize(
         "function", [lambda b: b // 2, lambda b: b * b, lambda b: 100 - b, lambda b: -(-b // 3)]
     )
     def test_others_are_neither(self, function):
-        assert _size([function(b) for b in (2, 3, 11)], (2, 3, 11)) is None
+        assert _size([function(b) for b in (2, 3, 11)], [{"batch": b} for b in (2, 3, 11)]) is None
 
     def test_texts(self):
-        assert [str(a) for a in (Affine(1), Affine(64), Affine(1, 2), Affine(3, -1))] == [
-            "batch",
-            "64*batch",
-            "batch+2",
-            "3*batch-1",
-        ]
-        assert shape_text("x", (Affine(2), 3, None)) == ("2*batch", 3, "x_size_2")
+        made = Affine("batch"), Affine("x_1", 64), Affine("batch", 1, 2), Affine("x_1", 3, -1)
+        assert [str(a) for a in made] == ["batch", "64*x_1", "batch+2", "3*x_1-1"]
+        assert shape_text("x", (Affine("batch", 2), 3, None)) == ("2*batch", 3, "x_size_2")
 
 
 class Halves(nn.Module):
@@ -81,7 +82,7 @@ class TestStudy:
         made = studied(Lost(), torch.randn(4, 3), lambda name: int(name in ("getitem_1", "mul", "table")))
         # Either the number itself crosses, and stage 1 gets no tensor that tells it ...
         assert not made.dynamic
-        assert "needs the batch size, and no tensor that it gets has it" in made.reason
+        assert "stage 1 needs a size that no tensor which it gets tells" in made.reason
         # ... so it is a constant for the example's batch.
         assert [e.value for e in made.stage_inputs[1] if isinstance(e, ScalarEnd)] == [5]
 
@@ -141,7 +142,7 @@ class TestDifference:
         assert difference(np.array(ours), torch.tensor(theirs)) == pytest.approx(expected, rel=1e-6)
 
     def test_that_adds_up_names_the_stage_where_it_is_too_much(self):
-        found = Differences(2, (5e-5, 5e-5), (5e-5, 2e-4), 2e-4, ("a", "b"))
+        found = Differences({}, 2, (5e-5, 5e-5), (5e-5, 2e-4), 2e-4, ("a", "b"))
         with pytest.raises(dtrp.ExportError, match=r"add up to 0.0002 at stage 1, .*\(it runs m, n, o ...\)"):
             require(found, 1e-4, [["k"], ["m", "n", "o", "p"]])
 
@@ -149,8 +150,8 @@ class TestDifference:
         with pytest.raises(
             dtrp.ExportError, match="the stages agree with the captured graph, and the graph differs"
         ):
-            require(Differences(2, (0.0,), (0.0,), 0.5, ("a",)), 1e-4, [[]])
-        require(Differences(2, (0.0,), (0.0,), 0.0, ("a",)), 1e-4, [[]])
+            require(Differences({}, 2, (0.0,), (0.0,), 0.5, ("a",)), 1e-4, [[]])
+        require(Differences({}, 2, (0.0,), (0.0,), 0.0, ("a",)), 1e-4, [[]])
 
 
 class TestExamples:
@@ -164,7 +165,7 @@ class TestExamples:
     def test_are_repeated_or_drawn(self):
         made = studied(nn.Linear(2, 2), torch.randn(4, 2), lambda name: 0)
         real = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        assert example_batch(made, [real], 3)[0].tolist() == [[1, 2], [3, 4], [1, 2]]
-        drawn = example_batch(made, [None], 3)[0]
+        assert example_call(made, [real], {"batch": 3})[0].tolist() == [[1, 2], [3, 4], [1, 2]]
+        drawn = example_call(made, [None], {"batch": 3})[0]
         assert drawn.shape == (3, 2)
-        assert torch.equal(drawn, example_batch(made, [None], 3)[0])
+        assert torch.equal(drawn, example_call(made, [None], {"batch": 3})[0])

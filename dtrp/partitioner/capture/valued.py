@@ -124,7 +124,8 @@ class Valued(Proxy):
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, dict):
             return iter(list(self.value))
-        return iter([operator.getitem(self, i) for i in range(self.__len__())])
+        parts = self.unbind(0) if isinstance(self.value, torch.Tensor) else self  # as a tensor does it
+        return iter([operator.getitem(parts, i) for i in range(self.__len__())])
 
 
 def _in_place(name: str) -> Any:

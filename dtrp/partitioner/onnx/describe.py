@@ -13,9 +13,9 @@ from ...onnx.manifest import Constant, Origin
 from ...version import __version__
 from ...wiring import CALLER, Source, Wiring
 from ...wiring import Constant as ConstantLeaf
-from .batch import Affine, ScalarEnd, Study, TensorEnd
 from .names import Names
 from .stage import NotDynamic
+from .study import ScalarEnd, Study, TensorEnd
 
 
 def origin_of(source: Source, names: Names) -> Origin:
@@ -34,9 +34,9 @@ def output_leaf(leaf: Source | ConstantLeaf, found: Study, names: Names) -> Orig
         )
         if not isinstance(end, ScalarEnd):
             return origin_of(leaf, names)
+        if end.varies:
+            raise NotDynamic("the model's output has a number that follows its inputs' sizes")
         value = end.value
-    if isinstance(value, Affine):
-        raise NotDynamic("the model's output has a number that follows the batch size")
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise ExportError(
             f"the model's output has a leaf of type {type(value).__name__}, {value!r:.80}: a chain can give "

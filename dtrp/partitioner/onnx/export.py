@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from ...onnx.manifest import (
     Batch,
     Manifest,
     ModelInput,
+    OpenAxis,
     StageFile,
     StageInput,
     Value,
@@ -30,12 +31,12 @@ from ...wiring import CALLER, Source
 from ..capture.graph import Captured
 from ..capture.snapshot import untouched
 from ..split import SplitGraph
-from .batch import Study, TensorEnd, study
 from .describe import dtype_name, origin_of, output_leaf, output_structure, package_versions
-from .examples import example_batch
+from .examples import example_call
 from .folder import written_aside
 from .names import Names, name_ends, shape_text, tensors
 from .stage import NotDynamic, convert, exportable
+from .study import Study, TensorEnd, study
 from .verify import Differences, compare, full_precision, require, tolerance
 
 log = logging.getLogger("dtrp")
@@ -84,36 +85,56 @@ def export_chain(
         for module in (model, *graph.modules):
             module.eval()
         stack.enter_context(torch.no_grad())
-        manifest, found = _write_stages(captured, graph, aside, submodules, opset, dynamic_batch)
-        manifest.write(aside)
         if verify:
             stack.enter_context(full_precision(model))
-            manifest = _verify(captured, graph, manifest, found, aside, example)
-            manifest.write(aside)
+        manifest = _write_and_verify(
+            captured, graph, aside, submodules, opset, dynamic_batch, verify, example
+        )
+        manifest.write(aside)
     if dynamic_batch and not manifest.batch.dynamic:
         log.warning("exported for %d sample(s) only: %s", manifest.batch.size, manifest.batch.reason)
     return [directory / s.file for s in manifest.stages] + [directory / NAME]
 
 
-def _write_stages(
+def _write_and_verify(
     captured: Captured,
     graph: SplitGraph,
     aside: Path,
     submodules: Sequence[Sequence[str]],
     opset: int | None,
     dynamic: bool,
-) -> tuple[Manifest, Study]:
-    """All stages' files; with a fixed batch size if one stage takes no other."""
+    verify: bool,
+    example: Sequence[torch.Tensor | None],
+) -> Manifest:
+    """All stages' files: with all sizes open if that can be, else with the batch's, else with none."""
     placeholders = captured.eval.module.graph.find_nodes(op="placeholder")
     inputs = [node.meta["val"] for node in placeholders]
-    found = study(graph, captured.model, captured.signature, inputs, dynamic=dynamic)
-    while True:
+    # In a recorded graph other sizes than the batch stand as numbers.
+    levels = [(True, True)] * (captured.method == "fx") + [(True, False)] if dynamic else []
+    reason = ""
+    for batch, others in (*levels, (False, False)):
+        found = study(
+            graph, captured.model, captured.signature, inputs, dynamic=batch, others=others, reason=reason
+        )
+        if others and all(axis.name == "batch" for axis in found.axes):
+            others = False
         try:
-            return _write(captured, graph, aside, submodules, opset, found), found
+            manifest = _write(captured, graph, aside, submodules, opset, found)
         except NotDynamic as e:
-            if not found.dynamic:
+            if not batch:
                 raise ExportError(str(e)) from e
-            found = study(graph, captured.model, captured.signature, inputs, dynamic=False, reason=str(e))
+            reason = str(e)
+            continue
+        if not verify:
+            return manifest
+        manifest.write(aside)
+        try:
+            return _verify(captured, graph, manifest, found, aside, example)
+        except ExportError as e:
+            if not others:
+                raise
+            log.info("with %s open it is not right: %s", ", ".join(a.name for a in found.axes), e)
+    raise AssertionError("the last level returns or raises")
 
 
 def _write(
@@ -159,7 +180,10 @@ def _write(
     return Manifest(
         model=type(captured.model).__name__,
         opset=used_opset,
-        batch=Batch(found.dynamic, found.size, 1 if found.dynamic else found.size, found.reason),
+        batch=Batch(found.dynamic, found.batch, 1 if found.dynamic else found.batch, found.reason),
+        axes=tuple(
+            OpenAxis(a.name, a.size, a.smallest, a.largest, a.step) for a in found.axes if a.name != "batch"
+        ),
         inputs=tuple(
             ModelInput(name, dtype_name(end), shape_text(name, end.shape), argument)
             for (name, end), argument in zip(inputs, captured.signature.tensor_names, strict=True)
@@ -200,44 +224,52 @@ def _verify(
     except ExportError as e:
         raise ExportError(f"{e}. verify=False exports without running the result") from e
 
-    def differences(size: int) -> Differences:
-        batch = example_batch(found, example, size)
-        return compare(chain, graph, captured.model, captured.signature, batch, size)
+    def differences(sizes: Mapping[str, int]) -> Differences:
+        call = example_call(found, example, sizes)
+        return compare(
+            chain, graph, captured.model, captured.signature, call, sizes, sizes.get("batch", found.batch)
+        )
 
-    sizes = [found.size, found.size + 1] if found.dynamic else [found.size]
+    base = {axis.name: axis.size for axis in found.axes}
+    calls = [base, {a.name: a.size + a.step for a in found.axes}] if found.axes else [base]
     results = []
-    for size in sizes:
-        results.append(differences(size))
+    for sizes in calls:
+        results.append(differences(sizes))
         require(results[-1], allowed, [s.submodules for s in manifest.stages])
-    smallest = manifest.batch.smallest
-    if found.dynamic and 1 not in sizes:
-        # One sample is what is asked for most after deployment, and what code such as x.squeeze() treats
-        # in its own way: the chain then promises the sizes from the example's on.
+    smallest = {axis.name: axis.size for axis in found.axes}
+    for axis in found.axes:
+        # One sample is what is asked for most after deployment, and what code such as x.squeeze() treats in
+        # its own way: where the chain then gives something else, it promises the sizes from the example's on.
+        least = 1 if axis.name == "batch" else axis.smallest
+        if least == axis.size:
+            continue
         try:
-            single = differences(1)
+            single = differences({**base, axis.name: least})
         except Exception as e:
-            log.warning("the chain is not meant for single samples: %s", e)
-            smallest = min(sizes)
+            log.warning("the chain is not meant for %s=%d: %s", axis.name, least, e)
         else:
             if single.within(allowed):
                 results.append(single)
+                smallest[axis.name] = least
             else:
-                log.warning("a single sample takes another course through the model than several do")
-                smallest = min(sizes)
+                what = "a single sample" if axis.name == "batch" else f"{axis.name}={least}"
+                log.warning("%s takes another course through the model than larger sizes do", what)
     for r in results:
         log.info(
-            "verified with %d sample(s): largest difference %s; whole model %.1e",
-            r.batch,
+            "verified with %s: largest difference %s; whole model %.1e",
+            r.told,
             ", ".join(f"stage {k}: {d:.1e}" for k, d in enumerate(r.alone)),
             r.output,
         )
     return replace(
         manifest,
-        batch=replace(manifest.batch, smallest=smallest),
+        batch=replace(manifest.batch, smallest=smallest.get("batch", found.batch)),
+        axes=tuple(replace(axis, smallest=smallest[axis.name]) for axis in manifest.axes),
         verification={
             "tolerance": allowed,
             "onnxruntime": version("onnxruntime"),
             "batch_sizes": [r.batch for r in results],
+            "sizes": [dict(r.sizes) for r in results],
             "largest_difference_per_stage": [
                 max(r.alone[k] for r in results) for k in range(len(graph.modules))
             ],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...wiring import CALLER, Source, Wiring
-from .batch import End, Size, TensorEnd
+
+if TYPE_CHECKING:
+    from .study import End, Size, TensorEnd
 
 Shape = tuple[int | str, ...]
 
@@ -125,12 +127,12 @@ def _make_room(graph: Any, wanted: set[str], ends: set[int]) -> None:
 
 
 def _symbols(inputs: Iterable[tuple[Any, TensorEnd]]) -> dict[str, str]:
-    """torch's symbols that are the batch size: ``{"s31": "batch"}``."""
+    """torch's symbols that are axes: ``{"s31": "batch"}``."""
     return {
-        str(dim.value): "batch"
+        str(dim.value): str(size)
         for value, end in inputs
         for dim, size in zip(value.shape or (), end.shape, strict=False)
-        if not isinstance(size, int) and size is not None and str(size) == "batch" and hasattr(dim, "value")
+        if not isinstance(size, int) and size is not None and str(size) == size.axis and hasattr(dim, "value")
     }
 
 
@@ -148,4 +150,6 @@ def _rename_symbols(ir: Any, value: Any, known: Mapping[str, str]) -> None:
 
 def tensors(ends: Sequence[End], names: Sequence[str]) -> dict[str, TensorEnd]:
     """The ends that are tensors, by name."""
+    from .study import TensorEnd
+
     return {name: end for name, end in zip(names, ends, strict=True) if isinstance(end, TensorEnd)}

@@ -15,13 +15,14 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.node import map_arg
 
 from ...errors import ExportError
-from .batch import Affine, End, ScalarEnd, Study, TensorEnd, batch_axis
+from ..capture.custom import same_size
 from .failure import explain, lacks_operator, root_cause
+from .study import Affine, End, ScalarEnd, SizeOf, Study, TensorEnd
 from .trace import FollowingInterpreter, NodeFailed, first_line
 
 
 class NotDynamic(Exception):
-    """A stage that can only be exported with a fixed batch size; the text says why."""
+    """A stage that can only be exported with fixed sizes; the text says why."""
 
 
 class Exportable(nn.Module):
@@ -68,9 +69,9 @@ def exportable(
         values[node] = graph.call_method("clone", (arrived[node],))
     for node, end in zip(placeholders, inputs, strict=True):
         if isinstance(end, ScalarEnd):
-            values[node] = _number(graph, end.value, inputs, [arrived.get(p) for p in placeholders])
+            values[node] = _number(graph, end.value, [arrived.get(p) for p in placeholders])
     for node in module.graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or node.target is same_size:  # the manifest has the sizes' limits
             continue
         if node.op == "output":
             given = map_arg(node.args[0], values.__getitem__)
@@ -91,24 +92,21 @@ def exportable(
     return Exportable(module, graph, stage)
 
 
-def _number(graph: fx.Graph, value: Any, inputs: Sequence[End], nodes: Sequence[fx.Node | None]) -> Any:
+def _number(graph: fx.Graph, value: Any, nodes: Sequence[fx.Node | None]) -> Any:
     """A number that crosses stages, as this stage gets it."""
-    if not isinstance(value, Affine):
+    if not isinstance(value, SizeOf):
         return value
-    axis = batch_axis(inputs)
-    if axis is None:
-        raise ValueError("no tensor tells the batch size")  # study() refuses it first
-    i, d, size = axis
-    batch = graph.call_method("size", (nodes[i], d))
-    for function, number, nothing in (
-        (operator.sub, size.plus, 0),
-        (operator.floordiv, size.times, 1),
+    number, *others = [graph.call_method("size", (nodes[i], d)) for i, d in value.sizes]
+    for other in others:
+        number = graph.call_function(operator.mul, (number, other))
+    for function, operand, nothing in (
         (operator.mul, value.times, 1),
+        (operator.floordiv, value.over, 1),
         (operator.add, value.plus, 0),
     ):
-        if number != nothing:
-            batch = graph.call_function(function, (batch, number))
-    return batch
+        if operand != nothing:
+            number = graph.call_function(function, (number, operand))
+    return number
 
 
 def export_program(
@@ -119,14 +117,14 @@ def export_program(
     Raises
     ------
     NotDynamic
-        It needs the example's batch size.
+        It needs the example's sizes.
     ExportError
         It cannot be exported at all: names the node, its module and line, and the stage.
     """
     tensors = [end for end in inputs if isinstance(end, TensorEnd)]
     examples = tuple(torch.zeros(end.example, dtype=end.dtype, device=end.device) for end in tensors)
     problem = ""
-    for shapes in _dynamic_shapes(tensors) if study.dynamic else [None]:
+    for shapes in _dynamic_shapes(tensors, study) if study.axes else [None]:
         try:
             with _quiet(traced):
                 program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
@@ -134,7 +132,7 @@ def export_program(
             problem = problem or (
                 str(e) if isinstance(e, NodeFailed) else f"stage {module.stage}: {first_line(e)}"
             )
-            if not study.dynamic:
+            if not study.axes:
                 raise explain(e, module.graph, module.stage, "torch.export") from e
             continue
         if fixed := _specialised(program, tensors):
@@ -144,14 +142,15 @@ def export_program(
     raise NotDynamic(problem)
 
 
-def _dynamic_shapes(tensors: Sequence[TensorEnd]) -> list[Any]:
+def _dynamic_shapes(tensors: Sequence[TensorEnd], study: Study) -> list[Any]:
     """What to tell ``torch.export`` of the sizes, best first."""
     if not any(not isinstance(s, int) for t in tensors for s in t.shape):
         return [None]
-    batch = Dim("batch")
+    dims = {axis.name: Dim(axis.name) for axis in study.axes}
 
     def named(size: Affine) -> Any:
-        dim: Any = batch if size.times == 1 else size.times * batch
+        axis: Any = dims[size.axis]
+        dim = axis if size.times == 1 else size.times * axis
         return dim + size.plus if size.plus > 0 else dim - -size.plus if size.plus else dim
 
     told = [
@@ -196,7 +195,7 @@ def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int 
     Raises
     ------
     NotDynamic
-        It needs the example's batch size.
+        It needs the example's sizes.
     ExportError
         An operator has no counterpart in ONNX, or ``opset`` cannot be had.
     """
@@ -212,7 +211,7 @@ def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int 
     except (NotDynamic, ExportError):
         raise
     except Exception as e:
-        if study.dynamic and not lacks_operator(e):
+        if study.axes and not lacks_operator(e):
             raise NotDynamic(f"stage {module.stage}: {first_line(root_cause(e))}") from e
         failure = e
     if failure is not None:

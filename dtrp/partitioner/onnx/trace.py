@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from ...errors import ExportError
+from ..capture.custom import same_size
 
 
 class NodeFailed(ExportError):
@@ -33,6 +34,18 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.strip()}" if text else type(error).__name__
 
 
+def _behind_guards(graph: fx.Graph) -> set[fx.Node]:
+    """The sizes, and what is computed with them, that lead to checks of sizes."""
+    found: set[fx.Node] = set()
+    waiting = [a for g in graph.find_nodes(op="call_function", target=same_size) for a in g.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and isinstance(node.meta.get("val"), (bool, int, float)):
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
 class FollowingInterpreter(fx.Interpreter):
     """An interpreter whose failures are `NodeFailed`."""
 
@@ -40,10 +53,15 @@ class FollowingInterpreter(fx.Interpreter):
         super().__init__(module, graph=graph)
         self.stage = stage
         self.extra_traceback = False
+        self._watched = _behind_guards(self.graph)
+        self.looks: list[Any] = []  # the numbers that guards are about
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            return super().run_node(n)
+            value = super().run_node(n)
+            if n in self._watched:
+                self.looks.append(value)
+            return value
         except NodeFailed:
             raise
         except Exception as e:

@@ -10,7 +10,7 @@ magnitude, because a relative error of single elements means nothing where they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from ...onnx.manifest import Origin
 from ...wiring import CALLER, Source
 from ..capture.graph import Signature
 from ..split import SplitGraph
-from .batch import ScalarEnd, Study
+from .study import ScalarEnd, Study
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 TOLERANCE = 1e-4
@@ -34,13 +34,20 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest differences found with one batch size: a number per stage, and the whole model's."""
+    """The largest differences found with some sizes: a number per stage, and the whole model's."""
 
+    sizes: Mapping[str, int]  # of the axes
     batch: int
     alone: tuple[float, ...]
     chain: tuple[float, ...]
     output: float
     worst: tuple[str, ...]  # of each stage, the output that differs most (alone)
+
+    @property
+    def told(self) -> str:
+        """The sizes, in words."""
+        others = [f"{name}={size}" for name, size in self.sizes.items() if name != "batch"]
+        return ", ".join([f"{self.batch} sample(s)", *others])
 
     def within(self, tolerance: float) -> bool:
         """Whether the chain may pass for the model."""
@@ -82,6 +89,7 @@ def compare(
     model: nn.Module,
     signature: Signature,
     inputs: Sequence[torch.Tensor],
+    sizes: Mapping[str, int],
     batch: int,
 ) -> Differences:
     """Run model, stages and files on the same inputs. The model is in eval mode, and nothing is trained."""
@@ -122,7 +130,7 @@ def compare(
             f"model takes another course than when it was compiled. Compile again"
         )
     output = max((difference(ours_all[i], expected[i]) for i in leaves), default=0.0)
-    return Differences(batch, tuple(alone), tuple(together), output, tuple(worst))
+    return Differences(sizes, batch, tuple(alone), tuple(together), output, tuple(worst))
 
 
 def require(found: Differences, allowed: float, submodules: Sequence[Sequence[str]]) -> None:
@@ -140,7 +148,7 @@ def require(found: Differences, allowed: float, submodules: Sequence[Sequence[st
         if adding is None:
             raise ExportError(
                 f"the stages agree with the captured graph, and the graph differs from the model by "
-                f"{found.output:.2g} with {found.batch} sample(s), allowed {allowed:g}: the model takes "
+                f"{found.output:.2g} with {found.told}, allowed {allowed:g}: the model takes "
                 f"another course with these inputs, or is random in eval mode. Compile with an example like "
                 f"them"
             )
@@ -151,7 +159,7 @@ def require(found: Differences, allowed: float, submodules: Sequence[Sequence[st
     names = list(submodules[bad])
     held = f" (it runs {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})" if names else ""
     raise ExportError(
-        f"the exported chain is not the model: with {found.batch} sample(s) {where}{held}; relative to the "
+        f"the exported chain is not the model: with {found.told} {where}{held}; relative to the "
         f"largest magnitude, {allowed:g} is allowed. Nothing was written; verify=False writes it all the same"
     )
 
