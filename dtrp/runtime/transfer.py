@@ -54,7 +54,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 return _rebuild, (data, plain.dtype, shape, order, obj.requires_grad)
         if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
             kind = type(obj).__base__  # of a class that torch makes for it, and refuses to pickle
-            return _parametrized, (kind, tuple(obj.parametrizations)), obj.__dict__  # type: ignore[arg-type]
+            return _parametrized, (kind, tuple(obj.parametrizations)), vars(obj)  # type: ignore[arg-type]
         if isinstance(obj, pytree.TreeSpec) and obj.is_leaf():
             return pytree.tree_structure, (None,)  # torch 2.11 warns whoever unpickles its class of leaves
         return super().reducer_override(obj)
