@@ -77,7 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--memory-limit", metavar="SIZE", help="per stage, such as 16GB; or one per stage: 16GB,24GB"
     )
-    plan.add_argument("--bandwidth", metavar="SIZE", help="bytes per second between stages, such as 25GB")
+    plan.add_argument(
+        "--bandwidth",
+        metavar="SIZE",
+        help="bytes per second between stages, such as 25GB; with nodes: node=300GB,net=25GB,per_node=8",
+    )
     plan.add_argument("--recompute", choices=("auto", "yes", "no"), default="auto", help="(default: auto)")
     plan.add_argument(
         "--costs", choices=("auto", "analytic", "measured"), default="auto", help="(default: auto)"
@@ -120,6 +124,7 @@ def _plan(args: argparse.Namespace) -> int:
     from dtrp.partitioner.costs import cost_graph
     from dtrp.partitioner.devices import device_spec, parse_bytes
     from dtrp.partitioner.hazards import find_hazards
+    from dtrp.partitioner.links import parse_links
     from dtrp.partitioner.planner import make_plan
     from dtrp.partitioner.report import PartitionReport
 
@@ -148,7 +153,7 @@ def _plan(args: argparse.Namespace) -> int:
     graph = cost_graph(
         captured,
         device=spec,
-        bandwidth=None if args.bandwidth is None else parse_bytes(args.bandwidth),
+        bandwidth=parse_links(_bandwidth(args.bandwidth), args.n_gpus),
         mode=args.costs,
         dtype=None if args.dtype is None else _dtype(args.dtype),
     )
@@ -168,6 +173,15 @@ def _plan(args: argparse.Namespace) -> int:
     simulated = None if cluster is None else cli_simulate.run(report, cluster, args, ks)
     _print(report, ks, args.json, simulated)
     return 0
+
+
+def _bandwidth(text: str | None) -> Any:
+    """``25GB``, or ``node=300GB,net=25GB,per_node=8`` as a mapping."""
+    if text is None or "=" not in text:
+        return text
+    pairs = dict(part.partition("=")[::2] for part in text.split(","))
+    whole = {key: int(value) for key, value in pairs.items() if "node" in key and value.isdigit()}
+    return {**pairs, **{key: whole[key] for key in ("nodes", "per_node") if key in whole}}
 
 
 def _print(

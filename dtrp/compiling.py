@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from .errors import CaptureError
 from .partitioner.compiler import Request
 from .partitioner.devices import LoopCost
 from .partitioner.example import call_arguments
+from .partitioner.links import parse_links
 from .partitioner.plan import Plan
 from .pipeline import Pipeline
 from .runtime import launched
@@ -34,7 +35,7 @@ def compile(
     memory_limit: float | str | Sequence[float | str | None] | None = None,
     recompute: bool | Literal["auto"] = "auto",
     costs: Literal["auto", "analytic", "measured"] = "auto",
-    bandwidth: float | None = None,
+    bandwidth: float | str | Mapping[str, Any] | None = None,
     plan: str | os.PathLike[str] | Plan | None = None,
 ) -> Pipeline:
     """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
@@ -58,8 +59,11 @@ def compile(
     costs : {"auto", "analytic", "measured"}
         Where node times come from: FLOPs and bytes through the device's roofline, or timed on it, on the CPU
         first node by node and then in the planned stages, on worker processes (both are kept in the cache).
-    bandwidth : float, optional
-        Bytes per second between stages. Default: the devices' own.
+    bandwidth : float, str or mapping, optional
+        Bytes per second between stages, also text such as ``"25GB"``. Default: the devices' own. Stages in
+        several nodes: ``{"node": "300GB", "net": "25GB", "per_node": 8}``, within a node and between two, and
+        the most stages of a node (or ``"nodes"``, how many there are; default: 2); which stages share a
+        node is part of the plan.
     plan : path or Plan, optional
         A plan to reuse; refused if it does not belong to this graph and these shapes.
 
@@ -92,9 +96,10 @@ def compile(
         raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
     if costs not in COSTS:
         raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
+    links = parse_links(bandwidth, len(places))
     pipeline = Pipeline(
         model,
-        Request(places, memory_limit, recompute, costs, bandwidth, plan, loop=_loop(places)),
+        Request(places, memory_limit, recompute, costs, links, plan, loop=_loop(places)),
     )
     if example_inputs is not None:
         try:

@@ -21,6 +21,7 @@ from .exclusive import EXCLUSIVE
 from .partitioner.calibration import identity, read_cache, using_threads, write_cache
 from .partitioner.compiler import Request
 from .partitioner.devices import LoopCost
+from .partitioner.links import Links
 from .pipeline import Pipeline
 from .runtime.links import Channel, Message
 from .runtime.shared import SharedLinks, open_line
@@ -56,7 +57,7 @@ def _tick() -> float:
         layer.to_empty(device="cpu")
         for p in layer.parameters():
             nn.init.zeros_(p)
-    request = Request((torch.device("cpu"),) * 2, None, True, "analytic", None, None)
+    request = Request((torch.device("cpu"),) * 2, None, True, "analytic", Links(), None)
     pipe = Pipeline(nn.Sequential(*layers), request)
     x = torch.zeros(1, _WIDTH, dtype=torch.float32)
     optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

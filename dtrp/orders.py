@@ -54,7 +54,7 @@ def choose_order(
     order = config.order
     if order == "auto":
         sent = max(stage.output_bytes for stage in stages) / parts if spec.overlaps else 0
-        hop = spec.link_latency + sent / spec.link_bandwidth
+        hop = spec.link_latency + sent / (compiled.graph.graph["links"].net or spec.link_bandwidth)
         order = "lean" if hop <= HOP * max(stage.tick_time for stage in stages) / parts else "fig1"
     chosen_config = replace(config, order=order, micro_batches=parts, least_part=least)
     log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")

@@ -9,6 +9,7 @@ import networkx as nx
 
 from .partitioner.compiler import Compiled, Request, device_specs, reprice
 from .partitioner.feedback import StageTimes, corrected
+from .partitioner.plan import Plan
 from .partitioner.planner import device_indices, make_plan
 from .partitioner.report import shared
 from .partitioner.split import split
@@ -28,16 +29,18 @@ def better_cut(made: Compiled, request: Request, stats: Sequence[StageStats]) ->
 
     Which stages recompute stays as it is.
     """
-    specs = [s.with_link(request.bandwidth) for s in device_specs(request.devices, request.loop)]
+    specs = [s.with_link(request.links.node) for s in device_specs(request.devices, request.loop)]
     index, cores, plan = device_indices(made.graph, specs, len(specs)), shared(specs), made.plan
     times = [stage_times(one, request.training.micro_batches, on_cpu=bool(cores)) for one in stats]
     graph, training = corrected(made.graph, plan, times, request.training, index)
 
-    def ticks(stage_of: dict[str, int]) -> list[float]:
-        costs = stage_costs(graph, stage_of, plan.recompute, devices=index, training=training)
+    def ticks(cut: Plan) -> list[float]:
+        costs = stage_costs(
+            graph, cut.stage_of, plan.recompute, devices=index, training=training, node_of=cut.node_of
+        )
         return [cost.tick for cost in costs]
 
-    before = ticks(dict(plan.stage_of))
+    before = ticks(plan)
     least = sum(before) / len(before)
     if training.batch_time(before, cores) <= training.batch_time([least] * len(before), cores) * (1 + GAIN):
         return None
@@ -52,7 +55,7 @@ def better_cut(made: Compiled, request: Request, stats: Sequence[StageStats]) ->
         training=training,
         time_limit=PLANNING,
     )
-    after = ticks(dict(found.stage_of))
+    after = ticks(found)
     gain = training.batch_time(before, cores) / training.batch_time(after, cores) - 1
     if gain <= GAIN:
         return None

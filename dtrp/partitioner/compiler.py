@@ -18,9 +18,10 @@ from .capture import Captured, capture
 from .costs import cost_graph
 from .devices import DeviceSpec, LoopCost, device_spec
 from .hazards import Hazards, find_hazards
+from .links import Links
 from .other_sizes import graph_at
 from .plan import Plan, fingerprint
-from .planner import device_indices, make_plan
+from .planner import device_indices, make_plan, nodes_of
 from .profile import make_profile
 from .report import PartitionReport
 from .split import Split, split
@@ -37,7 +38,7 @@ class Request:
     memory_limit: Any
     recompute: bool | Literal["auto"]
     costs: str
-    bandwidth: float | None
+    links: Links
     plan: Plan | None
     training: Training = ASSUMED
     loop: LoopCost | None = None
@@ -101,8 +102,8 @@ def _cut(captured: Captured, request: Request) -> Compiled:
     n_stages = len(request.devices)
     hazards = find_hazards(captured)
     specs = device_specs(request.devices, request.loop)
-    graph = cost_graph(captured, device=specs, bandwidth=request.bandwidth, mode=request.costs)
-    devices = [s.with_link(request.bandwidth) for s in specs]
+    graph = cost_graph(captured, device=specs, bandwidth=request.links, mode=request.costs)
+    devices = [s.with_link(request.links.node) for s in specs]
     plan = request.plan
     if plan is None:
         plan = make_plan(
@@ -118,7 +119,9 @@ def _cut(captured: Captured, request: Request) -> Compiled:
     else:
         nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
         index = device_indices(graph, devices, n_stages)
-        plan = replace(plan, profile=make_profile(graph, plan.stage_of, n_stages, devices=index))
+        node_of = nodes_of(graph, plan, index)
+        profile = make_profile(graph, plan.stage_of, n_stages, devices=index, node_of=node_of)
+        plan = replace(plan, node_of=node_of, profile=profile)
     report = _report(captured, graph, plan, request)
     return Compiled(captured, hazards, graph, plan, split(captured, plan, hazards), report)
 
@@ -135,7 +138,7 @@ def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request)
         graph,
         plan,
         devices=request.devices,
-        specs=[s.with_link(request.bandwidth) for s in specs],
+        specs=[s.with_link(request.links.node) for s in specs],
         memory_limit=request.memory_limit,
         training=request.training,
     )

@@ -21,6 +21,7 @@ from torch import fx, nn
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.cost_walk import CostWalk, nbytes
 from dtrp.partitioner.devices import DeviceSpec
+from dtrp.partitioner.links import Links
 from dtrp.partitioner.measured import measure_nodes
 from dtrp.partitioner.op_cost import OpCost
 
@@ -29,7 +30,7 @@ def cost_graph(
     captured: Captured,
     *,
     device: DeviceSpec | Sequence[DeviceSpec],
-    bandwidth: float | None = None,
+    bandwidth: float | Links | None = None,
     mode: str = "analytic",
     dtype: torch.dtype | None = None,
     inputs: Sequence[torch.Tensor] | None = None,
@@ -43,7 +44,7 @@ def cost_graph(
     device
         What the stages run on. Several: times are given for each (see Notes).
     bandwidth
-        Bytes per second between stages; default: the device's own.
+        Bytes per second between stages; default: the device's own. `Links`: within nodes and between them.
     mode
         ``"analytic"``: FLOPs and bytes moved through the device's roofline. ``"measured"``: each node timed
         on the device at hand. ``"auto"``: analytic.
@@ -67,7 +68,8 @@ def cost_graph(
         - ``output_bytes``: of the tensors that it gives, ``shapes`` of these (and dtypes).
           ``transfer_bytes``, ``transfer_time``: to have them in another stage (none for parameters, which
           stages share); ``differentiable``: whether gradients come back; ``exchange_time``: with these. Of
-          several devices, the slowest link counts.
+          several devices, the slowest link counts. ``net_transfer_time``, ``net_exchange_time``: between
+          nodes, where there are any.
         - ``model_inputs``: bytes of the model inputs that it reads, by placeholder;
           ``first_input_bytes``: of those that no node before it reads.
         - ``kind`` (as in fx), ``op``, ``module``, ``location``: what it is, and where in the user's code.
@@ -76,9 +78,9 @@ def cost_graph(
           `NodeCost`).
         - ``stage``: ``None`` until planned.
 
-        ``graph.graph`` holds ``specs`` (the devices), ``mode``, ``params`` (elements and bytes by name),
-        ``trainable`` (the names that train), ``storages`` (bytes) and ``results`` (the nodes that the model
-        returns).
+        ``graph.graph`` holds ``specs`` (the devices), ``links``, ``mode``, ``params`` (elements and bytes by
+        name), ``trainable`` (the names that train), ``storages`` (bytes) and ``results`` (the nodes that the
+        model returns).
 
     Raises
     ------
@@ -93,14 +95,21 @@ def cost_graph(
     """
     if mode not in ("analytic", "measured", "auto"):
         raise ValueError(f"costs must be 'analytic', 'measured' or 'auto'; got {mode!r}")
-    if bandwidth is not None and not bandwidth > 0:
+    links = bandwidth if isinstance(bandwidth, Links) else Links(bandwidth)
+    if links.node is not None and not links.node > 0:
         raise ValueError(f"bandwidth must be a positive number of bytes per second; got {bandwidth!r}")
     specs: list[DeviceSpec] = []
     for spec in [device] if isinstance(device, DeviceSpec) else device:
-        if spec.with_link(bandwidth) not in specs:
-            specs.append(spec.with_link(bandwidth))
+        if spec.with_link(links.node) not in specs:
+            specs.append(spec.with_link(links.node))
     graph = _assemble(CostWalk(captured, dtype, inputs).run(), specs)
-    graph.graph.update(mode="analytic" if mode == "auto" else mode)
+    graph.graph.update(mode="analytic" if mode == "auto" else mode, links=links)
+    if links.net is not None:
+        far = [spec.with_link(links.net) for spec in specs]
+        for data in graph.nodes.values():
+            size, returns = data["transfer_bytes"], data["differentiable"]
+            data["net_transfer_time"] = max(spec.transfer_time(size) for spec in far)
+            data["net_exchange_time"] = max(spec.exchange_time(size, returns=returns) for spec in far)
     if mode == "measured":
         if len(specs) > 1:
             raise ValueError(

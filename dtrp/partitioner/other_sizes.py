@@ -28,7 +28,7 @@ def graph_at(captured: Captured, graph: nx.DiGraph, sizes: Any) -> nx.DiGraph:
     args, kwargs = captured.signature.unflatten(tensors)
     Fits(captured).check(tensors, args, kwargs, training=True, run=True)
     specs = graph.graph["specs"]
-    found = cost_graph(captured, device=specs, inputs=tensors)
+    found = cost_graph(captured, device=specs, bandwidth=graph.graph["links"], inputs=tensors)
     if graph.graph["mode"] == "measured":
         known = cost_graph(captured, device=specs)
         for node, data in found.nodes(data=True):

@@ -14,17 +14,20 @@ from types import MappingProxyType
 import networkx as nx
 import numpy as np
 
+from .solvers.borders import Nodes, place
+from .solvers.bounds import Bound
 from .solvers.checks import (
     check_acyclic,
     check_arguments,
     check_enough,
     check_models,
     check_nodes,
+    check_nodes_of_stages,
     check_numbers,
     memory_limits,
 )
 from .solvers.clock import Clock
-from .solvers.engine import solve
+from .solvers.engine import Solution, solve
 from .solvers.explain import infeasible, reason
 from .solvers.loads import evaluate
 from .solvers.problem import compile_problem
@@ -91,6 +94,8 @@ class Partition:
         The slowest stage.
     reason : str
         Why it is not faster, in a sentence.
+    node_of : tuple of int
+        Per stage, its node, where there are several.
     """
 
     stage_of: Mapping[Hashable, int] = field(repr=False)
@@ -107,6 +112,7 @@ class Partition:
     seconds: float
     bottleneck: int
     reason: str
+    node_of: tuple[int, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -136,6 +142,9 @@ def partition(
     order: Iterable[tuple[Hashable, Hashable]] = (),
     fixed: Mapping[Hashable, int] | None = None,
     allow_empty: bool = False,
+    nodes: int = 1,
+    per_node: int | None = None,
+    far: str = "far",
     engine: str = "auto",
     time_limit: float = 10.0,
     seed: int = 0,
@@ -170,6 +179,12 @@ def partition(
         Nodes pinned to a stage.
     allow_empty : bool
         Whether stages may stay empty; else all K hold something.
+    nodes, per_node : int
+        Consecutive stages lie in so many nodes, each with at least one stage and at most ``per_node``. Where
+        the borders fall is part of the search.
+    far : str
+        Like ``transfer``, for values that go from one node to another: what the receiving stage takes for
+        each, and the sending one, once, if any receiver is in another node. Never less than ``transfer``.
     engine : {"auto", "interval", "search", "downsets"}
         ``"interval"``: exact for the graph's own order only, fastest. ``"search"``: several orders, then
         local search. ``"downsets"``: several orders, then exact over down-sets as far as time allows.
@@ -229,7 +244,9 @@ def partition(
     check_nodes(graph, n_stages, colocate, order, fixed)
     used = {a for m in stage_models for o in m.options for weights in (o.time, o.memory) for a in weights}
     needed = used if given else used - {memory} if memory_limit is None else used
-    check_numbers(graph, used | {transfer, size}, {transfer, size}, needed)
+    check_nodes_of_stages(n_stages, nodes, per_node)
+    sent = {transfer, size, far}
+    check_numbers(graph, used | sent, sent, needed)
     check_acyclic(graph, order)
     problem = compile_problem(
         graph,
@@ -238,6 +255,7 @@ def partition(
         limits=memory_limits(n_stages, stage_models, memory_limit),
         transfer=transfer,
         size=size,
+        far=far,
         kind="overlap" if overlap else "sum",
         colocate=colocate,
         order=order,
@@ -245,12 +263,19 @@ def partition(
         allow_empty=allow_empty,
     )
     check_enough(problem, len(graph))
-    solution = solve(problem, engine=engine, clock=clock, seed=seed)
-    if solution.stage is None:
+    solution = solve(problem, engine=engine, clock=clock if nodes == 1 else clock.within(0.5), seed=seed)
+    stage, node_of = solution.stage, None
+    if stage is None:
         raise infeasible(problem, solution)
-    loads = evaluate(problem, solution.stage)
+    if nodes > 1:
+        several, floor = Nodes(nodes, per_node or n_stages), solution.bound.value
+        placed = place(problem, several, stage, clock, seed, floor=floor)
+        stage, node_of = placed.stage, placed.node_of
+        bound = Bound(placed.load, "borders") if placed.proven else solution.bound
+        solution = Solution(stage, placed.load, bound, "borders")
+    loads = evaluate(problem, stage, node_of)
     bottleneck = int(np.argmax(loads.load))
-    stage_of = {u: int(s) for s, alike in zip(solution.stage, problem.members, strict=True) for u in alike}
+    stage_of = {u: int(s) for s, alike in zip(stage, problem.members, strict=True) for u in alike}
     return Partition(
         stage_of=MappingProxyType(stage_of),
         n_stages=problem.n_stages,
@@ -266,4 +291,5 @@ def partition(
         seconds=clock.seconds,
         bottleneck=bottleneck,
         reason=reason(problem, solution, loads),
+        node_of=() if node_of is None else tuple(node_of.tolist()),
     )

@@ -56,6 +56,8 @@ class Plan:
         Identifies the times that ``lower_bound`` holds for.
     edited : bool
         Whether it was changed by hand since.
+    node_of : tuple[int, ...]
+        Per stage, its node, where links between nodes are slower; else empty.
     profile : Profile or None
         What its stages cost, for `dtrp.simulate`; not of plans that were edited by hand.
     """
@@ -72,6 +74,7 @@ class Plan:
     reason: str = field(default="", repr=False)
     costs: str = field(default="", repr=False)
     edited: bool = False
+    node_of: tuple[int, ...] = ()
     profile: Profile | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -190,6 +193,7 @@ class Plan:
             "reason": self.reason,
             "costs": self.costs,
             "edited": self.edited,
+            "node_of": list(self.node_of),
             "profile": None if self.profile is None else self.profile.to_dict(),
         }
 
@@ -240,6 +244,7 @@ class Plan:
             reason=data["reason"],
             costs=data["costs"],
             edited=data["edited"],
+            node_of=tuple(data.get("node_of", ())),
             profile=None if (profile := data.get("profile")) is None else Profile.from_dict(profile),
         )
 

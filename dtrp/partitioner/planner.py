@@ -13,6 +13,7 @@ import networkx as nx
 from dtrp.errors import InfeasiblePlanError
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
+from dtrp.partitioner.links import Links
 from dtrp.partitioner.partition import Partition, partition
 from dtrp.partitioner.plan import Plan, fingerprint
 from dtrp.partitioner.profile import make_profile
@@ -173,7 +174,8 @@ def make_plan(
         engine=result.engine,
         reason=result.reason,
         costs=cost_digest(graph, training),
-        profile=make_profile(graph, result.stage_of, n_stages, devices=index),
+        node_of=result.node_of,
+        profile=make_profile(graph, result.stage_of, n_stages, devices=index, node_of=result.node_of),
     )
     nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
     return plan
@@ -205,10 +207,15 @@ def solve(
         overheads=[specs[i].tick_overhead for i in devices or [0] * n_stages],
     )
     overlapping = overlaps(graph, devices)
+    links: Links = graph.graph["links"]
+    transfer = transfer_attribute(overlapping)
     return partition(
         graph,
         n_stages,
-        transfer=transfer_attribute(overlapping),
+        transfer=transfer,
+        far=f"net_{transfer}",
+        nodes=links.count(n_stages),
+        per_node=links.per_node,
         overlap=overlapping,
         size="transfer_bytes",
         stage_models=models,
@@ -219,6 +226,16 @@ def solve(
         time_limit=time_limit,
         seed=seed,
     )
+
+
+def nodes_of(graph: nx.DiGraph, plan: Plan, devices: Sequence[int]) -> tuple[int, ...]:
+    """The best nodes for the stages of a plan that stands."""
+    if graph.graph["links"].count(plan.n_stages) == 1:
+        return ()
+    fixed: dict[Hashable, int] = {n: plan.stage_of[n] for n in graph}
+    return solve(
+        graph, plan.n_stages, groups=(), order=(), fixed=fixed, recompute=plan.recompute, devices=devices
+    ).node_of
 
 
 def cost_digest(graph: nx.DiGraph, training: Training = ASSUMED) -> str:

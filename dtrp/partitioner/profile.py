@@ -72,6 +72,10 @@ class Profile:
         Whether a stage computes while it sends and receives.
     cores : float
         How many stages compute at a time, where they share cores; 0: all do.
+    net : float or None
+        Bytes per second between nodes.
+    node_of : tuple of int
+        Per stage, its node; empty: all are in one.
     """
 
     stages: tuple[StageProfile, ...]
@@ -80,6 +84,8 @@ class Profile:
     latency: float = 0.0
     overlaps: bool = True
     cores: float = 0.0
+    net: float | None = None
+    node_of: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -89,7 +95,15 @@ class Profile:
     def from_dict(cls, data: Mapping[str, Any]) -> Profile:
         """The inverse of `to_dict`."""
         stages = tuple(StageProfile(**stage) for stage in data["stages"])
-        return cls(**{**data, "stages": stages, "messages": tuple(Message(**m) for m in data["messages"])})
+        node_of = tuple(data.get("node_of", ()))
+        return cls(
+            **{
+                **data,
+                "node_of": node_of,
+                "stages": stages,
+                "messages": tuple(Message(**m) for m in data["messages"]),
+            }
+        )
 
 
 def make_profile(
@@ -98,6 +112,7 @@ def make_profile(
     n_stages: int,
     *,
     devices: Sequence[int] | None = None,
+    node_of: Sequence[int] = (),
 ) -> Profile:
     """The profile of an assignment.
 
@@ -111,6 +126,8 @@ def make_profile(
         K.
     devices
         For each stage, which of the graph's devices it runs on. Default: the first.
+    node_of
+        For each stage, its node. Default: all are in one.
     """
     specs: Sequence[DeviceSpec] = graph.graph["specs"]
     costs = stage_costs(graph, stage_of, [True] * n_stages, devices=devices, training=Training(0.0))
@@ -128,6 +145,8 @@ def make_profile(
         latency=max(spec.link_latency for spec in specs),
         overlaps=costs[0].overlaps,
         cores=specs[0].shared(n_stages),
+        net=graph.graph["links"].net,
+        node_of=tuple(node_of),
     )
 
 

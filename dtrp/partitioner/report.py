@@ -131,7 +131,9 @@ class PartitionReport:
         given: Sequence[DeviceSpec] = graph.graph["specs"]
         specs = [given[0]] * plan.n_stages if specs is None else specs
         index = device_indices(graph, specs, plan.n_stages)
-        costs = stage_costs(graph, plan.stage_of, plan.recompute, devices=index, training=training)
+        costs = stage_costs(
+            graph, plan.stage_of, plan.recompute, devices=index, training=training, node_of=plan.node_of
+        )
         limits = memory_limits(memory_limit, plan.n_stages) or default_limits(specs)
         names = [str(d) for d in devices] if devices is not None else [spec.name for spec in specs]
         outline = Outline(graph)

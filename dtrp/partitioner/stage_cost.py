@@ -32,7 +32,7 @@ nodes read), which is what the report shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -246,6 +246,7 @@ def stage_costs(
     *,
     devices: Sequence[int] | None = None,
     training: Training = ASSUMED,
+    node_of: Sequence[int] = (),
 ) -> list[StageCost]:
     """What each stage of a given assignment costs.
 
@@ -259,20 +260,25 @@ def stage_costs(
         Per stage; its length is the number of stages.
     devices, training
         As for `stage_models`.
+    node_of
+        Per stage, its node; between two, values take the graph's ``net_`` times.
     """
     n_stages = len(recompute)
     overlapping = overlaps(graph, devices)
     specs: Sequence[DeviceSpec] = graph.graph["specs"]
     nodes: list[list[str]] = [[] for _ in range(n_stages)]
-    arriving: list[set[str]] = [set() for _ in range(n_stages)]
-    leaving: list[set[str]] = [set() for _ in range(n_stages)]
-    for node in graph:
+    arriving: list[dict[str, float]] = [{} for _ in range(n_stages)]  # with what it takes
+    leaving: list[dict[str, float]] = [{} for _ in range(n_stages)]
+    attribute = transfer_attribute(overlapping)
+    for node, data in graph.nodes(data=True):
         stage = stage_of[node]
         nodes[stage].append(node)
-        for user in graph.successors(node):
-            if stage_of[user] != stage and graph.nodes[node]["transfer_bytes"]:
-                leaving[stage].add(node)
-                arriving[stage_of[user]].add(node)
+        for target in {stage_of[user] for user in graph.successors(node)} - {stage}:
+            if data["transfer_bytes"]:
+                far = bool(node_of) and node_of[stage] != node_of[target] and f"net_{attribute}" in data
+                seconds = data[f"net_{attribute}" if far else attribute]
+                leaving[stage][node] = max(seconds, leaving[stage].get(node, 0.0))
+                arriving[target][node] = seconds
     return [
         _evaluate(
             graph,
@@ -296,15 +302,15 @@ def _evaluate(
     k: int,
     n_stages: int,
     nodes: Sequence[str],
-    arriving: set[str],
-    leaving: set[str],
+    arriving: Mapping[str, float],
+    leaving: Mapping[str, float],
     recomputes: bool,
     suffix: str,
     overlapping: bool,
     training: Training,
     spec: DeviceSpec,
 ) -> StageCost:
-    def total(attribute: str, of: Sequence[str] | set[str] = nodes) -> float:
+    def total(attribute: str, of: Iterable[str] = nodes) -> float:
         return float(sum(graph.nodes[n][attribute] for n in of))
 
     optimizer_bytes, parts, last = training.optimizer_bytes, training.micro_batches, k == n_stages - 1
@@ -326,7 +332,7 @@ def _evaluate(
     again = launches * spec.launch_overhead + swept / spec.memory_bandwidth + prediction
     loss = training.loss_time / 2 if last else 0.0
     results = {n for n in nodes if n in graph.graph["results"]}
-    peak, kept = pass_peak(graph, nodes, leaving | results, is_last=last)
+    peak, kept = pass_peak(graph, nodes, leaving.keys() | results, is_last=last)
     activations = max(peak - gradients, 0) / parts
     if not recomputes:
         activations += kept * max(in_flight - 1 / parts, 0)
@@ -341,8 +347,8 @@ def _evaluate(
         prediction=prediction,
         loop=spec.tick_overhead * parts + again * (parts - 1),
         slot=spec.tick_overhead + again,
-        time_in=total(transfer_attribute(overlapping), arriving),
-        time_out=total(transfer_attribute(overlapping), leaving),
+        time_in=sum(arriving.values()),
+        time_out=sum(leaving.values()),
         overlaps=overlapping,
         weights=params_bytes + total("buffer_bytes"),
         gradients=gradients,

@@ -152,7 +152,7 @@ def _with_stages(
         training=report._training,
         time_limit=1.0,
     )
-    profile = make_profile(graph, found.stage_of, n_stages)
+    profile = make_profile(graph, found.stage_of, n_stages, node_of=found.node_of)
     if how["recompute"] is None:
         how["recompute"] = [option == RECOMPUTES for option in found.options]
     return simulate(profile, cluster, schedule=schedule, **how)
@@ -214,7 +214,10 @@ class _Setting:
 
     def _link(self, a: int, b: int) -> Link:
         """What joins two devices."""
-        return self.cluster.link(a, b) or Link(self.profile.bandwidth, self.profile.latency)
+        node_of, k = self.profile.node_of, self.schedule.n_stages
+        apart = bool(node_of) and node_of[a % k] != node_of[b % k]
+        bandwidth = self.profile.net if apart and self.profile.net else self.profile.bandwidth
+        return self.cluster.link(a, b) or Link(bandwidth, self.profile.latency)
 
     def _lines(self) -> Lines:
         k, parts = self.schedule.n_stages, self.schedule.parts

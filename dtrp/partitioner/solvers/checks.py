@@ -90,6 +90,17 @@ def check_nodes(
             )
 
 
+def check_nodes_of_stages(n_stages: int, nodes: Any, per_node: Any) -> None:
+    """As many nodes as can have a stage each, and room for all stages."""
+    for name, value in (("nodes", nodes), ("per_node", per_node)):
+        if not (value is None and name == "per_node") and not _is_whole(value):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if not 1 <= nodes <= n_stages:
+        raise ValueError(f"nodes must be 1 to {n_stages}, the number of stages; got {nodes}")
+    if per_node is not None and nodes > 1 and per_node * nodes < n_stages:
+        raise ValueError(f"{nodes} nodes of at most {per_node} stages have no room for {n_stages} stages")
+
+
 def check_enough(problem: Problem, n_nodes: int) -> None:
     """Every stage can get something."""
     if problem.allow_empty or problem.n >= problem.n_stages:

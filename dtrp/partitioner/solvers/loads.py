@@ -30,8 +30,13 @@ class Loads:
         return float(self.load.max()) if len(self.load) else 0.0
 
 
-def traffic(problem: Problem, stage: Ints, weight: Floats) -> tuple[Floats, Floats]:
-    """What each stage receives and sends: every value once per receiving stage, and once by its sender."""
+def traffic(
+    problem: Problem, stage: Ints, weight: Floats, far: Floats | None = None, node_of: Ints | None = None
+) -> tuple[Floats, Floats]:
+    """What each stage receives and sends: every value once per receiving stage, and once by its sender.
+
+    ``node_of``: the node of each stage; between two of them a value weighs ``far``.
+    """
     values, k = problem.values, problem.n_stages
     received, sent = np.zeros(k), np.zeros(k)
     if len(values) == 0:
@@ -40,9 +45,15 @@ def traffic(problem: Problem, stage: Ints, weight: Floats) -> tuple[Floats, Floa
     source, target = stage[values.producer[owner]], stage[values.consumer]
     crossing = source != target
     pairs = np.unique(owner[crossing] * k + target[crossing])  # a value counts once per receiving stage
-    np.add.at(received, pairs % k, weight[pairs // k])
-    senders = np.unique(owner[crossing])
-    np.add.at(sent, stage[values.producer[senders]], weight[senders])
+    value, receiver = pairs // k, pairs % k
+    sender = stage[values.producer[value]]
+    price = weight[value]
+    if node_of is not None and far is not None:
+        price = np.where(node_of[sender] != node_of[receiver], far[value], price)
+    np.add.at(received, receiver, price)
+    dearest = np.zeros(len(values))
+    np.maximum.at(dearest, value, price)
+    np.add.at(sent, stage[values.producer], dearest)
     return received, sent
 
 
@@ -77,7 +88,7 @@ def option_loads(
     return loads
 
 
-def evaluate(problem: Problem, stage: Ints) -> Loads:
+def evaluate(problem: Problem, stage: Ints, node_of: Ints | None = None) -> Loads:
     """Loads of a partition, with the best option per stage that fits its memory limit.
 
     Parameters
@@ -85,6 +96,8 @@ def evaluate(problem: Problem, stage: Ints) -> Loads:
     problem : Problem
     stage : array of int, shape (n,)
         Stage of every group.
+    node_of : array of int, shape (n_stages,), optional
+        Node of every stage; default: all are in one.
 
     Returns
     -------
@@ -95,7 +108,7 @@ def evaluate(problem: Problem, stage: Ints) -> Loads:
     """
     k = problem.n_stages
     bytes_in, _ = traffic(problem, stage, problem.values.size)
-    time_in, time_out = traffic(problem, stage, problem.values.transfer)
+    time_in, time_out = traffic(problem, stage, problem.values.transfer, problem.values.far, node_of)
     load, compute, memory = np.zeros(k), np.zeros(k), np.zeros(k)
     chosen = np.zeros(k, dtype=np.int64)
     for s in range(k):

@@ -51,6 +51,7 @@ class Values:
     consumer: Ints
     transfer: Floats  # seconds
     size: Floats  # bytes
+    far: Floats | None = None  # seconds between nodes, no less than ``transfer``; None: as ``transfer``
 
     def __len__(self) -> int:
         return len(self.producer)
@@ -114,26 +115,26 @@ class Problem:
         return [(o.time, o.fixed_time) for o in self.options[stage]]
 
 
-def make_values(entries: Iterable[tuple[int, Collection[int], float, float]]) -> Values:
-    """Values from ``(producer, consumers, transfer, size)``.
+def make_values(entries: Iterable[tuple[int, Collection[int], float, float, float]]) -> Values:
+    """Values from ``(producer, consumers, transfer, size, far)``.
 
     The producer's own group is no consumer. Values with the same producer and consumers are one (their
     costs add up); those that cost nothing are left out.
     """
     merged: dict[tuple[int, tuple[int, ...]], list[float]] = {}
-    for producer, consumers, transfer, size in entries:
+    for producer, consumers, *costs in entries:
         others = tuple(sorted(set(consumers) - {producer}))
-        if others and (transfer > 0 or size > 0):
-            total = merged.setdefault((producer, others), [0.0, 0.0])
-            total[0] += transfer
-            total[1] += size
+        if others and any(cost > 0 for cost in costs):
+            known = merged.get((producer, others), [0.0, 0.0, 0.0])
+            merged[producer, others] = [a + b for a, b in zip(known, costs, strict=True)]
     lengths = [len(c) for _, c in merged]
     return Values(
         producer=np.array([p for p, _ in merged], dtype=np.int64),
         start=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64),
         consumer=np.array([c for _, cs in merged for c in cs], dtype=np.int64),
-        transfer=np.array([t for t, _ in merged.values()], dtype=np.float64),
-        size=np.array([s for _, s in merged.values()], dtype=np.float64),
+        transfer=np.array([costs[0] for costs in merged.values()], dtype=np.float64),
+        size=np.array([costs[1] for costs in merged.values()], dtype=np.float64),
+        far=np.array([costs[2] for costs in merged.values()], dtype=np.float64),
     )
 
 
@@ -145,6 +146,7 @@ def compile_problem(
     limits: Floats,
     transfer: str,
     size: str,
+    far: str,
     kind: str,
     colocate: Iterable[Collection[Hashable]],
     order: Iterable[tuple[Hashable, Hashable]],
@@ -185,14 +187,11 @@ def compile_problem(
     for u in nodes:
         data = graph.nodes[u]
         edges = [graph.edges[u, v] for v in graph.successors(u)]
-        entries.append(
-            (
-                group_of[u],
-                {group_of[v] for v in graph.successors(u)},
-                max([float(data.get(transfer, 0.0)), *(float(e.get(transfer, 0.0)) for e in edges)]),
-                max([float(data.get(size, 0.0)), *(float(e.get(size, 0.0)) for e in edges)]),
-            )
+        near, bytes_, between = (
+            max(float(d.get(name, 0.0)) for d in (data, *edges)) for name in (transfer, size, far)
         )
+        users = {group_of[v] for v in graph.successors(u)}
+        entries.append((group_of[u], users, near, bytes_, max(near, between)))
     return Problem(
         n_stages=n_stages,
         predecessors=tuple(tuple(sorted(p)) for p in predecessors),

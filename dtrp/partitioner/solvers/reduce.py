@@ -194,6 +194,7 @@ def contract(problem: Problem, label: Ints) -> Reduced:
                 [int(c) for c in group[values.consumers(i)] if c >= 0],
                 float(values.transfer[i]),
                 float(values.size[i]),
+                float(values.transfer[i] if values.far is None else values.far[i]),
             )
             for i in range(len(values))
             if group[values.producer[i]] >= 0
