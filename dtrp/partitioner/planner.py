@@ -207,7 +207,7 @@ def solve(
         overheads=[specs[i].tick_overhead for i in devices or [0] * n_stages],
     )
     overlapping = overlaps(graph, devices)
-    links: Links = graph.graph["links"]
+    links: Links = graph.graph.get("links", Links())
     transfer = transfer_attribute(overlapping)
     return partition(
         graph,
@@ -230,7 +230,7 @@ def solve(
 
 def nodes_of(graph: nx.DiGraph, plan: Plan, devices: Sequence[int]) -> tuple[int, ...]:
     """The best nodes for the stages of a plan that stands."""
-    if graph.graph["links"].count(plan.n_stages) == 1:
+    if graph.graph.get("links", Links()).count(plan.n_stages) == 1:
         return ()
     fixed: dict[Hashable, int] = {n: plan.stage_of[n] for n in graph}
     return solve(

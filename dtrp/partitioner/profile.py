@@ -9,6 +9,7 @@ from typing import Any
 import networkx as nx
 
 from .devices import DeviceSpec
+from .links import Links
 from .peak import pass_peak
 from .stage_cost import StageCost, stage_costs
 from .training import Training
@@ -145,7 +146,7 @@ def make_profile(
         latency=max(spec.link_latency for spec in specs),
         overlaps=costs[0].overlaps,
         cores=specs[0].shared(n_stages),
-        net=graph.graph["links"].net,
+        net=graph.graph.get("links", Links()).net,
         node_of=tuple(node_of),
     )
 
