@@ -77,6 +77,17 @@ class Positions(nn.Module):
         return self.embed(tokens) + self.position(torch.arange(tokens.shape[1]))
 
 
+class Laid(nn.Module):
+    """The same values in another layout."""
+
+    def __init__(self, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self.layout)
+
+
 class Flat(nn.Module):
     """A row per token, for the loss."""
 
@@ -217,7 +228,10 @@ def core(case: Case, schedule: str, cut: int, parts: int) -> Step:
 
     rank, size = dist.get_rank(), dist.get_world_size()
     blocks = list(case.model())
-    module = nn.Sequential(*(blocks[:cut] if rank == 0 else blocks[cut:]))
+    mine = blocks[:cut] if rank == 0 else blocks[cut:]
+    if case.channels_last:  # gloo sends nothing else than contiguous tensors
+        mine = [*mine, Laid(torch.contiguous_format)] if rank == 0 else [Laid(torch.channels_last), *mine]
+    module = nn.Sequential(*mine)
     stage = pipelining.PipelineStage(module, rank, size, torch.device("cpu"))
     kind = getattr(pipelining, f"Schedule{schedule}")
     run = kind(stage, parts, loss_fn=loss)
