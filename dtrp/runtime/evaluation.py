@@ -70,6 +70,7 @@ class Measure:
         for metric in gathering.values():
             metric.reset()
             metric.to(device)
+            metric.sync_on_compute = False  # torchmetrics': only last stages have it, others would not answer
         return replace(self, gathering=gathering)
 
     def with_loss(self, loss_fn: Callable[..., Tensor]) -> Measure:
@@ -96,7 +97,7 @@ class Measure:
         return found
 
     def totals(self) -> dict[str, tuple[Any, float]] | Failed:
-        """What the metrics say that have seen all batches: in the form of one more batch, of weight 1."""
+        """What the metrics say that have seen all batches: in the form of one more batch, of no weight."""
         found: dict[str, Any] = {}
         for name, metric in self.gathering.items():
             try:
@@ -107,7 +108,7 @@ class Measure:
                 found |= {f"{name}/{key}" if name else key: v for key, v in value.items()}
             else:
                 found[name or _name(metric)] = value
-        return {name: (_plain(value), 1.0) for name, value in found.items()}
+        return {name: (_plain(value), 0.0) for name, value in found.items()}
 
 
 def gathers(metric: Any) -> bool:
@@ -136,14 +137,23 @@ def combine(batches: Iterable[Mapping[str, tuple[Any, float]] | Failed]) -> dict
         A metric failed on one of them.
     """
     total: dict[str, list[Any]] = {}
+    whole: dict[str, Any] = {}
     for batch in batches:
         if isinstance(batch, Failed):
             raise WorkerError(batch.message, remote_traceback=batch.trace)
         for name, (mean, weight) in batch.items():
+            if weight == 0.0:
+                if name in whole:
+                    raise WorkerError(
+                        f"metric {name!r} has to see all batches, of which each replica has seen a part; give a "
+                        f"function (output, target) -> number, whose mean is taken, or use one replica"
+                    )
+                whole[name] = mean
+                continue
             entry = total.setdefault(name, [0.0, 0.0])
             entry[0] = entry[0] + mean * weight
             entry[1] += weight
-    return {name: value / weight for name, (value, weight) in total.items() if weight > 0}
+    return {name: value / weight for name, (value, weight) in total.items()} | whole
 
 
 def class_hits(output: Any, target: Any) -> Tensor | None:
