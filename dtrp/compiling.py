@@ -12,13 +12,15 @@ from torch import nn
 
 from . import loop_cost
 from .errors import CaptureError
-from .partitioner.compiler import Request
+from .partitioner.compiler import Request, device_specs, threads_per_stage
 from .partitioner.devices import LoopCost
 from .partitioner.example import call_arguments
 from .partitioner.links import parse_links
 from .partitioner.plan import Plan
 from .pipeline import Pipeline
 from .runtime import launched
+from .runtime.processes import workers_environment
+from .runtime.starting import warm
 
 log = logging.getLogger("dtrp")
 
@@ -101,6 +103,8 @@ def compile(
         model,
         Request(places, memory_limit, recompute, costs, links, plan, loop=_loop(places)),
     )
+    if costs != "measured" and not any(p.is_meta for p in model.parameters()):
+        _warm(pipeline, places)
     if example_inputs is not None:
         try:
             pipeline.prepare(*call_arguments(example_inputs))
@@ -111,6 +115,13 @@ def compile(
                 e.args = (f"{e}\n  note:  example_inputs is a list, and as such one argument; {_EXAMPLE}",)
             raise
     return pipeline
+
+
+def _warm(pipeline: Pipeline, places: Sequence[torch.device]) -> None:
+    """While the model is captured, something else may load torch for its workers."""
+    if len(places) > 1 and launched.world_size() == 1:
+        device_specs(places, pipeline._request.loop)  # if they are to be measured, then before that
+        warm(workers_environment(threads_per_stage(len(places))))
 
 
 def _loop(places: Sequence[torch.device]) -> LoopCost | None:

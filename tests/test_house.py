@@ -53,7 +53,7 @@ HOMES = {  # in the runtime
     "random.seed(": {"random.py"},
     "__dict__": {"twins.py", "program.py"},
     ".training = ": {"program.py", "stage.py"},
-    "subprocess.Popen(": {"processes.py"},
+    "subprocess.Popen(": {"starting.py"},
 }
 
 

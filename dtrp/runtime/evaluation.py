@@ -145,8 +145,8 @@ def combine(batches: Iterable[Mapping[str, tuple[Any, float]] | Failed]) -> dict
             if weight == 0.0:
                 if name in whole:
                     raise WorkerError(
-                        f"metric {name!r} has to see all batches, of which each replica has seen a part; give a "
-                        f"function (output, target) -> number, whose mean is taken, or use one replica"
+                        f"metric {name!r} has to see all batches, of which each replica has seen a part; "
+                        f"give a function (output, target) -> number, whose mean is taken, or use one replica"
                     )
                 whole[name] = mean
                 continue

@@ -1,13 +1,13 @@
 """The worker processes: started, heard, ended.
 
-Each is a fresh interpreter. What it needs of descriptors it inherits: its ends of the lines (shared.py), the
-socket that it speaks to (voice.py), the page on which it shows that it lives (vitals.py).
+Each has nothing of the script's (starting.py). What it needs of descriptors it is given: its ends of the
+lines (shared.py), the socket that it speaks to (voice.py), the page on which it shows that it lives
+(vitals.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import select
@@ -23,15 +23,10 @@ from ..errors import WorkerError
 from .config import TrainConfig
 from .program import StageProgram
 from .shared import CALLER, SharedLinks, open_line
+from .starting import Process, hold_standard_descriptors, start
 from .vitals import Page
 from .voice import LENGTH
 
-BOOT = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])["path"]
-from dtrp.runtime.voice import main
-main(sys.argv[1])
-"""
 # A tick allocates and frees the same large tensors again and again. glibc hands each back to the system,
 # which clears its pages anew; kept, a stage runs about a fifth faster with the same peak. Set variables win.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -51,19 +46,13 @@ class Processes:
     def __init__(self, programs: Sequence[StageProgram], config: TrainConfig, wait: Any) -> None:
         hold_standard_descriptors()
         n = len(programs)
-        environment = {
-            **KEEP_FREED_MEMORY,
-            **os.environ,
-            "OMP_NUM_THREADS": str(config.threads),
-            "MKL_NUM_THREADS": str(config.threads),
-        }
+        environment = workers_environment(config.threads)
         self.pairs = talking(programs[0], config)
         pairs = [(CALLER, k) for k in range(n)] + sorted(self.pairs)
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -O, -X dev, ...
         lines = [open_line(i, j) for i, j in pairs]
         board = open_line(CALLER, CALLER)  # of which only the memory is used
         self.page = Page(board.memory, n)
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         self.sockets: list[socket.socket] = []
         self._buffers = [bytearray() for _ in range(n)]
         self._dead: set[int] = set()
@@ -86,15 +75,7 @@ class Processes:
                     "replies": theirs.detach(),
                     "page": board.memory,
                 }
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *flags, "-c", BOOT, json.dumps(boot)],
-                        pass_fds=sorted(ends),
-                        stdin=subprocess.DEVNULL,
-                        env=environment,
-                        start_new_session=True,  # Ctrl-C is this process's to handle
-                    )
-                )
+                self.processes.append(start(boot, sorted(ends), environment))
         except OSError as e:
             self._close(given - {line.memory for line in mine})
             self.kill()
@@ -192,6 +173,16 @@ class Processes:
             self.links.close()
 
 
+def workers_environment(threads: int) -> dict[str, str]:
+    """The variables that a worker process has."""
+    return {
+        **KEEP_FREED_MEMORY,
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+
+
 def talking(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
     """Who sends to whom in a pipeline."""
     train, n = program.train, program.n_stages
@@ -202,11 +193,3 @@ def talking(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
     if config.max_grad_norm is not None or config.gives_up:
         pairs |= {(i, j) for i in range(n) for j in range(n) if i != j}
     return pairs
-
-
-def hold_standard_descriptors() -> None:
-    """Where stdin, stdout or stderr are closed, as in daemons, they are the null device from now on: else the
-    next file or memory that anybody opens is what libraries print into."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)

@@ -35,6 +35,8 @@ class Bar:
         return self
 
     def __iter__(self) -> Iterator[Any]:
+        if self.bar is not None and not self.trainer.samples:
+            self.bar.set_postfix_str("waiting for the stages to start")
         for batch in self.loader:
             yield batch
             if self.bar is not None:

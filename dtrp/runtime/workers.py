@@ -83,6 +83,7 @@ class Workers:
         self._stats: list[StageStats | None] = [None] * self.n_stages
         self._asked: set[int] = set()
         self._ready: set[int] = set()
+        began = time.monotonic()
         environment = Environment.capture()
         with interrupts.held():
             self.crew = Processes(programs, config, _weak(self._wait))
@@ -100,6 +101,7 @@ class Workers:
         except BaseException:
             self._end()
             raise
+        log.info("%d worker processes were ready after %.1f s", self.n_stages, time.monotonic() - began)
         self._watch.limit = watchdog
 
     # ---- what a trainer asks for -------------------------------------------------------------------------

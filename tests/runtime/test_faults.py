@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dtrp
+from dtrp.runtime.processes import workers_environment
+from dtrp.runtime.starting import warm
 
 from .inside import processes
 from .toys import batches, compiled, mlp, same, trainer
@@ -34,6 +36,7 @@ SOON = 30.0  # seconds; generous, for a busy machine
 def ours() -> tuple[set[int], set[str], int, set[str]]:
     """What this process holds: children, dtrp's threads, descriptors, temporary folders."""
     gc.collect()
+    warm(workers_environment(1))  # one, which stays
     children = {p.pid for p in psutil.Process().children(recursive=True)}
     threads = {t.name for t in threading.enumerate() if t.name.startswith("dtrp")}
     folders = {p.name for p in Path(tempfile.gettempdir()).glob("dtrp-*") if _is_mine(p)}
