@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py --against HEAD~1
 
-Each revision is checked out aside and measured in fresh interpreters, in turns. From ``with pipe.trainer(...)``
-to the loss of the first batch: right after `dtrp.compile`, and for a second trainer of the same process.
+Each revision is checked out aside and measured in fresh interpreters, in turns. From ``with
+pipe.trainer(...)`` to the loss of the first batch: right after `dtrp.compile`, and for a second trainer of the same process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import dtrp
 n = int(sys.argv[1])
 torch.manual_seed(0)
 block = lambda: (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-model = nn.Sequential(nn.Conv2d(3, 16, 3), *(m for _ in range(8) for m in block()), nn.Flatten(), nn.LazyLinear(10))
+model = nn.Sequential(nn.Conv2d(3, 16, 3), *(m for _ in range(8) for m in block()))
+model.extend([nn.Flatten(), nn.LazyLinear(10)])
 x, y = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
 model(x)
 began = time.perf_counter()
