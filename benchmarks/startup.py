@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py --against HEAD~1
 
-Each revision is checked out aside and measured in fresh interpreters, in turns. From ``with
-pipe.trainer(...)`` to the loss of the first batch: right after `dtrp.compile`, and for a second trainer of the same process.
+Each revision is checked out aside and measured in fresh interpreters, in turns: from the trainer's making to
+the loss of the first batch, right after `dtrp.compile`, and for a second trainer of the same process.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def measure(root: Path, stages: int) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(stages)],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        cwd=root,
         check=True,
         capture_output=True,
         text=True,
