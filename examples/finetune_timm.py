@@ -2,7 +2,7 @@
 
 Stages with nothing to train run their part forward once, without recomputing it, and wait for no gradient.
 `backbone.eval()` inside `model.train()` counts as you set it. `--pretrained` downloads weights; without it
-they are random, and the head learns handwritten digits from random features.
+they are random, and there is little that a head can learn from them.
 
     python examples/finetune_timm.py --pretrained
 """
@@ -33,7 +33,7 @@ def digits(batch_size: int, size: int) -> tuple[DataLoader, DataLoader]:
     return DataLoader(train, batch_size, shuffle=True), DataLoader(test, batch_size)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+def main(arguments: Sequence[str] | None = None) -> torch.nn.Module:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--pretrained", action="store_true", help="weights from the hub")
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     with pipe.trainer(F.cross_entropy, optimizer, executor=args.executor, seed=0, progress=True) as trainer:
         *_, last = trainer.fit(train, args.epochs, test)
     print(f"test accuracy {last['accuracy']:.1%}")
-    return last
+    return model
 
 
 if __name__ == "__main__":
