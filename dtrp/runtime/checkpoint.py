@@ -15,15 +15,28 @@ import secrets
 import shutil
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .folder import check_replaceable, existing, load_plain, read_folder, replace_folder, sync, write_folder
+from .folder import (
+    check_replaceable,
+    entries_of,
+    existing,
+    load_plain,
+    read_folder,
+    replace_folder,
+    sync,
+    without_entries,
+    write_folder,
+)
+
+if TYPE_CHECKING:
+    from .mesh import Mesh
 
 FORMAT = "dtrp checkpoint"
 VERSION = 2
@@ -53,10 +66,9 @@ def write_checkpoint(
         It cannot be written, or holds what cannot be read back safely. What was there is as it was.
     """
     target = Path(path)
-    data = {"format": FORMAT, "version": VERSION, **{k: _compact(v, k) for k, v in content.items()}}
-    data["digest"] = digest(data)
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    data = _prepared(content)
+    aside = _aside(target)
+    with _explained(target, folder=folder):
         if folder:
             check_replaceable(target)
         elif target.is_dir():
@@ -64,9 +76,11 @@ def write_checkpoint(
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if folder:
-                write_folder(aside, data)
+                entries = entries_of(data)
+                write_folder(aside, entries, _summed(data, {n: digest(t) for n, t in entries.items()}))
                 replace_folder(aside, target)
             else:
+                data["digest"] = digest(data)
                 _write_file(aside, data)
                 os.replace(aside, target)
         except BaseException:
@@ -74,6 +88,80 @@ def write_checkpoint(
                 shutil.rmtree(aside) if folder else aside.unlink()
             raise
         sync(target.parent)
+
+
+def write_together(path: str | os.PathLike[str], content: Mapping[str, Any], mesh: Mesh) -> None:
+    """As `write_checkpoint`, a folder, by all ranks of the first pipeline at once: each writes the tensors
+    that it has, those of others are on the meta device. Called on every rank.
+
+    Raises
+    ------
+    CheckpointError
+        As there; on every rank.
+    """
+    target = Path(path)
+
+    def begin() -> str:
+        with _explained(target, folder=True):
+            check_replaceable(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = _aside(target)
+            made.mkdir()
+            return str(made)
+
+    aside = Path(mesh.first("saving", begin))
+    error: Exception | None = None
+    if mesh.replica == 0:
+        try:
+            with _explained(target, folder=True):
+                _write_part(aside, _prepared(content), mesh)
+        except CheckpointError as e:
+            error = e
+
+    def end() -> None:
+        if error is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise error
+        with _explained(target, folder=True):
+            replace_folder(aside, target)
+            sync(target.parent)
+
+    mesh.first("saving", end)
+
+
+def _write_part(aside: Path, data: dict[str, Any], mesh: Mesh) -> None:
+    entries = entries_of(data)
+    sums = {name: digest(tensor) for name, tensor in entries.items() if not tensor.is_meta}
+    sees = aside.is_dir()
+    given = mesh.gather("saving", (sums, sees))
+    for stage, (theirs, there) in enumerate(given):
+        sums |= theirs
+        if not there:
+            raise OSError(f"stage {stage} does not see {aside}, where all ranks have to write")
+    lost = sorted(entries.keys() - sums.keys())
+    if lost:
+        raise OSError(f"no rank has {lost[:3]}")
+    write_folder(aside, entries, _summed(data, sums), mesh)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _prepared(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, **{k: _compact(v, k) for k, v in content.items()}}
+
+
+def _summed(data: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
+    """What a folder has beside its entries: with a digest of each, and one of all."""
+    plain = {**without_entries(data), "digests": dict(sorted(sums.items()))}
+    return {**plain, "digest": digest(plain)}
+
+
+@contextlib.contextmanager
+def _explained(target: Path, *, folder: bool) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError) as e:
         raise CheckpointError(
             f"{target} could not be written: {e}. A previous {'folder' if folder else 'file'} of that name "
@@ -88,15 +176,17 @@ def _write_file(path: Path, data: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_checkpoint` was given.
+def read_checkpoint(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Any]:
+    """What `write_checkpoint` was given; of a folder, the tensors wanted (``section.name``), others on meta.
 
     Raises
     ------
     CheckpointError
         There is no such file or folder, or it is truncated, foreign or altered.
     """
-    content = read_content(path)
+    content = read_content(path, wanted)
     if "format" not in content:
         raise CheckpointError(
             f"{Path(path)} is no file of `trainer.save`; dtrp.load_weights reads a state_dict"
@@ -104,7 +194,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {k: v for k, v in content.items() if k not in ("format", "version")}
 
 
-def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_content(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Any]:
     """As `read_checkpoint`, of any file of plain data; ours has a ``"format"``, and is as it was written.
 
     Raises
@@ -114,7 +206,7 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     source = existing(Path(path))
     try:
-        data = read_folder(source) if source.is_dir() else load_plain(source)
+        data = read_folder(source, wanted) if source.is_dir() else load_plain(source)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {source}") from None
     except Exception as e:
@@ -132,8 +224,14 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{source} has version {data.get('version')!r} of the format, this dtrp reads 1 and {VERSION}; "
             f"use the dtrp that wrote it"
         )
-    stated = data.pop("digest", None)
-    if stated != digest(data):
+    stated, sums = data.pop("digest", None), data.pop("digests", None)
+    if sums is None:
+        fits = stated == digest(data)
+    else:
+        there = {name: t for name, t in entries_of(data).items() if not t.is_meta}
+        fits = stated == _summed(data, sums)["digest"]
+        fits &= all(digest(tensor) == sums.get(name) for name, tensor in there.items())
+    if not fits:
         raise CheckpointError(f"{source} is damaged: its content does not fit its digest")
     return data
 
@@ -188,6 +286,8 @@ def _compact(value: Any, where: str) -> Any:
         Something else is in it.
     """
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return value  # another rank's
         value = value.detach().cpu()
         if value.layout is torch.strided:
             whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()

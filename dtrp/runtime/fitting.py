@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from .arguments import as_call, check_loader
+from .checkpoint import is_savable
 from .config import short
+from .folder import existing
 from .progress import Bar
+from .random import random_state, set_random_state
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -45,8 +54,73 @@ class Callbacks:
         return ends
 
 
+@dataclass
+class Loop:
+    """Where a `fit` is: what a run that is saved in the middle of it has to know to go on from there.
+
+    Attributes
+    ----------
+    rows : list
+        Of the epochs that are over.
+    fed : int
+        Batches of the present one.
+    begun : dict
+        The generators' states when it began, the caller's and the loader's own; between two, the latter's.
+    ended : bool
+        Whether the run was ended before its last epoch.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    fed: int = 0
+    begun: dict[str, Any] = field(default_factory=dict)
+    ended: bool = False
+    generator: torch.Generator | None = None
+
+    def export(self) -> dict[str, Any]:
+        """As plain data."""
+        rows = [{name: value for name, value in row.items() if is_savable(value)} for row in self.rows]
+        begun = self.begun if self.fed else {"loader": _state(self.generator)}
+        return {"rows": rows, "fed": self.fed, "begun": begun, "ended": self.ended}
+
+    def epoch(self, loader: Any) -> Iterator[Any]:
+        """The batches of the present epoch that are still to come: the same ones as if nothing had been."""
+        sampler: Any = getattr(loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(len(self.rows))
+        self.generator = getattr(loader, "generator", None)
+        skip, now = self.fed, random_state() if self.fed else None
+        if self.generator is not None and self.begun.get("loader") is not None:  # resumed
+            self.generator.set_state(self.begun["loader"])
+        if skip:
+            set_random_state(self.begun["random"])
+        else:
+            self.begun = {"random": random_state(), "loader": _state(self.generator)}
+        for number, batch in enumerate(loader):
+            if number < skip:
+                continue
+            if now is not None:
+                set_random_state(now)
+                now = None
+            self.fed += 1
+            yield batch
+
+    def close(self, row: dict[str, Any]) -> None:
+        """The epoch is over."""
+        self.rows.append(row)
+        self.fed, self.begun = 0, {}
+
+
+def _state(generator: torch.Generator | None) -> Tensor | None:
+    return None if generator is None else generator.get_state()
+
+
 def fit(
-    trainer: Trainer, loader: Iterable[Any], epochs: int, val_loader: Iterable[Any] | None, metric: Any
+    trainer: Trainer,
+    loader: Iterable[Any],
+    epochs: int,
+    val_loader: Iterable[Any] | None,
+    metric: Any,
+    resume: str | os.PathLike[str] | None = None,
 ) -> list[dict[str, Any]]:
     """See `Trainer.fit`."""
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
@@ -59,13 +133,13 @@ def fit(
         )
     if 0 < trainer._exact_updates < 1:
         trainer._exact_updates = _share(trainer, loader, epochs)
-    trainer._rebalancer.expect(loader, epochs, trainer._history.fed)
-    history: list[dict[str, Any]] = []
-    for epoch in range(epochs):
-        before = trainer._history.fed
+    loop = trainer._loop = Loop() if resume is None else resumed(trainer, resume)
+    trainer._rebalancer.expect(loader, epochs - len(loop.rows), trainer._history.fed - loop.fed)
+    while len(loop.rows) < epochs and not loop.ended:
+        epoch, before = len(loop.rows), trainer._history.fed - loop.fed
         ends = False
         with Bar(loader, f"epoch {epoch + 1}/{epochs}", trainer) as bar:
-            for batch in bar:
+            for batch in bar.over(loop.epoch(loader)):
                 args, kwargs = as_call(batch)
                 loss = trainer.step(*args, **kwargs)
                 bar.show(loss)
@@ -83,10 +157,18 @@ def fit(
         if val_loader is not None:
             row |= trainer.evaluate(val_loader, metric=metric)
         trainer.end_epoch(row.get("loss", row["train_loss"]))
-        history.append(row)
-        if trainer._callbacks.call("on_epoch", trainer, row) or ends:
-            break
-    return history
+        loop.close(row)
+        loop.ended = trainer._callbacks.call("on_epoch", trainer, row) or ends
+        if resume is not None:
+            trainer.save(resume)
+    return loop.rows
+
+
+def resumed(trainer: Trainer, path: str | os.PathLike[str]) -> Loop:
+    """Where the run was that was saved there, and that the trainer has taken over; the start, without one."""
+    if not trainer._world.first("looking for a saved run", lambda: existing(Path(path)).exists()):
+        return Loop()
+    return Loop(**trainer._take_over(path).get("loop", {}))
 
 
 def _share(trainer: Trainer, loader: Iterable[Any], epochs: int) -> float:

@@ -3,6 +3,10 @@
 Each tensor of a section is an entry ``section.name``, as ``dcp.load({"model": model.state_dict()}, ...)``
 expects it. All that is no tensor is one entry more: a file of plain data, its bytes as a tensor.
 
+Where several ranks of a launcher write together, each writes the tensors that it has, and gives those of
+others as ones on the meta device: nobody has to hold the whole. Each tensor has a digest of its own, so that
+a part can be read, and checked, without the rest.
+
 A folder cannot be replaced in one step. It is written aside; the previous one steps back under a name of its
 own, where reading looks for it should a crash come just then; the new one takes its place.
 """
@@ -16,12 +20,15 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .mesh import Mesh
 
 _PLAIN = "plain"
 
@@ -34,27 +41,47 @@ def load_plain(source: Any) -> Any:
         return torch.load(source, map_location="cpu", weights_only=True)
 
 
-def write_folder(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write sections of tensors and plain data (section -> name -> value) to a new folder."""
+def entries_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that are entries of their own, by their names in a folder."""
+    return {
+        f"{section}.{name}": value
+        for section, values in content.items()
+        for name, value in (values.items() if isinstance(values, dict) else ())
+        if isinstance(value, Tensor) and value.layout is torch.strided
+    }
+
+
+def without_entries(content: Mapping[str, Any]) -> dict[str, Any]:
+    """All else, with ``None`` in their places."""
+    plain = {section: copy.copy(values) for section, values in content.items()}
+    for full in entries_of(content):
+        section, _, name = full.partition(".")
+        plain[section][name] = None
+    return plain
+
+
+def write_folder(
+    folder: Path, entries: Mapping[str, Tensor], plain: Mapping[str, Any], mesh: Mesh | None = None
+) -> None:
+    """Write what `entries_of` and `without_entries` gave to a new folder; with ``mesh``, together."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    entries: dict[str, Tensor] = {}
-    plain = {section: copy.copy(values) for section, values in content.items()}
-    for section, values in content.items():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, Tensor) and value.layout is torch.strided:
-                entries[f"{section}.{name}"], plain[section][name] = value, None
-    buffer = io.BytesIO()
-    torch.save(plain, buffer)
-    entries[_PLAIN] = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-    with _one_process():
-        save(entries, storage_writer=FileSystemWriter(folder), no_dist=True)
-    sync(folder)
+    mine = {name: tensor for name, tensor in entries.items() if not tensor.is_meta}
+    if mesh is None or mesh.rank == 0:
+        buffer = io.BytesIO()
+        torch.save(plain, buffer)
+        mine[_PLAIN] = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    group = None if mesh is None else mesh.pipeline
+    with _quiet():
+        save(mine, storage_writer=FileSystemWriter(folder), no_dist=mesh is None, process_group=group)
+    if mesh is None or mesh.rank == 0:
+        sync(folder)
 
 
-def read_folder(folder: Path) -> dict[str, Any]:
-    """What `write_folder` was given. Executes no code from it."""
+def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    """What was written, with tensors on the meta device in the places of those not wanted. Executes no code
+    from it."""
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -68,15 +95,19 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
     reader = Reader(folder)
     entries: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        name: torch.empty(
+            entry.size,
+            dtype=entry.properties.dtype,
+            device="cpu" if name == _PLAIN or wanted(name) else "meta",
+        )
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     if _PLAIN not in entries:
         raise ValueError("it is no folder of `trainer.save`")
-    with _one_process():
+    with _quiet():
         load(
-            entries,
+            {name: entry for name, entry in entries.items() if not entry.is_meta},
             storage_reader=reader,
             planner=DefaultLoadPlanner(flatten_state_dict=False),
             no_dist=True,
@@ -140,8 +171,8 @@ def _previous(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Without torch's warning that it saves in a single process, which is meant; with an error's cause."""
+def _quiet() -> Iterator[None]:
+    """Without torch's warning where it saves in a single process, which is meant; with an error's cause."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     with warnings.catch_warnings():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,21 @@ def by_name(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The sections' tensors under the names that the stages have for them."""
     loss = {f"{LOSS}.{name}": value for name, value in (saved["loss"] or {}).items()}
     return {**saved["model"], **saved["extra"], **loss}
+
+
+def only(saved: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The modules' sections with those tensors alone that are wanted (by the stages' names); in others'
+    places are ones on the meta device."""
+
+    def kept(name: str, value: Any) -> Any:
+        return value if not isinstance(value, Tensor) or wanted(name) else value.to("meta")
+
+    loss = saved["loss"]
+    return {
+        "model": {name: kept(name, value) for name, value in saved["model"].items()},
+        "extra": {name: kept(name, value) for name, value in saved["extra"].items()},
+        "loss": None if loss is None else {n: kept(f"{LOSS}.{n}", value) for n, value in loss.items()},
+    }
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -34,10 +34,11 @@ class Bar:
     def __enter__(self) -> Bar:
         return self
 
-    def __iter__(self) -> Iterator[Any]:
+    def over(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """These batches, of the loader's; the bar moves with them."""
         if self.bar is not None and not self.trainer.samples:
             self.bar.set_postfix_str("waiting for the stages to start")
-        for batch in self.loader:
+        for batch in batches:
             yield batch
             if self.bar is not None:
                 self.bar.update()

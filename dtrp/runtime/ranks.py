@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,6 +32,7 @@ from .processes import talking
 from .program import StageProgram
 from .stage import Stage
 from .stats import StageStats
+from .training_state import SECTIONS
 
 QUESTIONS = ("stats", "take_events", "last_squared_norm", "learning_rates", "training_state")
 """Methods of `Stage` whose answers every rank gets; others are called here alone, on each rank."""
@@ -152,6 +153,20 @@ class Ranks:
             answer = getattr(self.stage, method)(*arguments)
             return self.mesh.gather(method, answer) if method in QUESTIONS else [answer]
 
+    def parts(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Every stage's `Stage.training_state`, with others' tensors on the meta device."""
+        with self._told("saving"):
+            mine = self.stage.training_state(names)
+            given = self.mesh.gather("saving", _without_tensors(mine))
+            given[self.mesh.stage] = mine
+            return given
+
+    def holders(self) -> dict[str, int]:
+        """Which stage has each tensor of the model: the first of those that do."""
+        with self._told("saving"):
+            given = self.mesh.gather("saving", list(self.stage.state()["tensors"]))
+        return {name: k for k in reversed(range(len(given))) for name in given[k]}
+
     def states(self) -> Iterator[dict[str, Any]]:
         """Every stage's `Stage.state`, one after the other: each rank hears all of the model once."""
         with self._told("handing weights round"):
@@ -203,6 +218,22 @@ class Ranks:
         trace = mine.remote_traceback
         text = str(mine).removesuffix(f"\n\n{trace}")
         return self.peers.report(Failure(text, mine.stage, trace)).error()
+
+
+def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's training state as far as another rank needs to know it."""
+    parameters = state["parameters"]
+    if parameters is None:
+        return dict(state)
+    far = {
+        key: {
+            n: t.to("meta") if isinstance(t, Tensor) and t.layout is torch.strided else t
+            for n, t in v.items()
+        }
+        for key, v in parameters.items()
+        if key in SECTIONS
+    }
+    return {**state, "parameters": {**parameters, **far}}
 
 
 def place(device: torch.device) -> torch.device:

@@ -120,20 +120,23 @@ class RunState:
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{self.origin} does not fit this trainer: {e}") from e
 
-    def restore(self, owner: Owner) -> None:
-        """Overwrite the modules' tensors and attributes, and set the caller's generators."""
+    def restore(self, owner: Owner, *, draws_here: bool) -> None:
+        """Overwrite the modules' tensors and attributes, and set the caller's generators; to what those of a
+        lone stage were, where it draws from the caller's."""
         owner.restore(self.content)
-        set_random_state(self.content["random"])
+        set_random_state((draws_here and self.content["ambient"]) or self.content["random"])
 
     def modules(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         """Arguments of `Stage.load_state`."""
         tensors = {n: t for n, t in by_name(self.content).items() if isinstance(t, Tensor)}
         return tensors, self.content["attributes"]
 
-    def training(self, owner: Owner) -> tuple[Any, ...]:
-        """Arguments of `Stage.load_training_state`."""
+    def training(self, owner: Owner, *, draws_here: bool) -> tuple[Any, ...]:
+        """Arguments of `Stage.load_training_state`. The caller's generators, if a stage draws from them, are set
+        already, and may have gone on: a loader draws before the first batch."""
         saved = {key: self.content[key] for key in (*SECTIONS, "training")}
-        return saved, self.counters["seed"], self.content["ambient"], owner.first_names()
+        ambient = None if draws_here else self.content["ambient"]
+        return saved, self.counters["seed"], ambient, owner.first_names()
 
 
 def check_builds(owner: Owner, config: TrainConfig) -> Optimizer:

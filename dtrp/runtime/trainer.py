@@ -30,12 +30,12 @@ from .arguments import (
     what_step_takes,
 )
 from .batch import Feed
-from .checkpoint import as_folder, read_checkpoint, write_checkpoint
+from .checkpoint import as_folder
 from .compensation import WARMUP, Joiner, Mini
 from .config import TrainConfig, check_launch
 from .evaluation import Measure, combine
 from .events import Event
-from .fitting import Callbacks, fit
+from .fitting import Callbacks, Loop, fit
 from .handback import Owner, loss_with_tensors
 from .history import History
 from .inline import Inline
@@ -172,6 +172,7 @@ class Trainer:
         self._events: list[Event] = []
         self._stats: list[StageStats] = []
         self._run: Executor | None = None
+        self._loop: Loop | None = None  # of the `fit` that runs
         self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
         self._seed: int | None = None
         self._in_flight = self._stale = (
@@ -257,7 +258,7 @@ class Trainer:
             loss = self._collect()
         if self._rebalancer.after_step(self):
             loss = self.losses[-1]
-        if self._autosave is not None and time.monotonic() - self._saved >= self._autosave[1]:
+        if self._autosave is not None and self._world.due(self._history.fed, self._saved + self._autosave[1]):
             self.save(self._autosave[0])
         return loss
 
@@ -321,6 +322,7 @@ class Trainer:
         *,
         metric: Any = None,
         callbacks: Sequence[Any] = (),
+        resume: str | os.PathLike[str] | None = None,
     ) -> list[dict[str, Any]]:
         """Train ``epochs`` times over ``loader``, with a progress bar if the trainer was given one.
 
@@ -342,6 +344,12 @@ class Trainer:
             epoch) and ``on_save(trainer, path)``. One that returns True ends the run. `dtrp.callbacks` has
             some.
 
+        resume : path, optional
+            Of a file or folder of `save`. If there is one, its run is taken over first, and goes on at the
+            batch after the last one that it had trained; epochs that are over count. It is saved there at the
+            end of every epoch (and within, by ``autosave`` with the same path). So a script that a launcher
+            starts again goes on by itself.
+
         Returns
         -------
         list of dict
@@ -354,8 +362,9 @@ class Trainer:
         """
         self._callbacks = Callbacks(callbacks)
         try:
-            return fit(self, loader, epochs, val_loader, metric)
+            return fit(self, loader, epochs, val_loader, metric, resume)
         finally:
+            self._loop = None
             self._callbacks = Callbacks()
 
     def end_epoch(self, *metrics: float) -> None:
@@ -516,8 +525,7 @@ class Trainer:
         folder = as_folder(path, format)
         if self._closed:
             raise RuntimeError("this trainer is closed; save before leaving it")
-        content = self._content()
-        self._world.first("saving", lambda: write_checkpoint(path, content, folder=folder))
+        self._world.write(path, self, folder=folder)
         self._saved = time.monotonic()
         self._callbacks.call("on_save", self, path)
 
@@ -542,14 +550,20 @@ class Trainer:
         """
         if self._closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        self._adopt(RunState.read(read_checkpoint(path), os.fspath(path)))
+        self._take_over(path)
+
+    def _take_over(self, path: str | os.PathLike[str]) -> Mapping[str, Any]:
+        """See `load`; how far that run was."""
+        state = RunState.read(self._world.read(path), os.fspath(path))
+        self._adopt(state)
+        return state.counters
 
     def _adopt(self, state: RunState) -> None:
         """Go on from this state."""
         state.check(self._owner, self.config)
         self.flush()
         with interrupts.held(), self._rescued:
-            state.restore(self._owner)
+            state.restore(self._owner, draws_here=self._draws_here)
             self._history.restore(state.counters)
             self._joiner.updates = state.counters["updates"]
             if self._run is None:
@@ -658,7 +672,7 @@ class Trainer:
         programs = self._compiled.programs(self._owner.loss)
         self._owner.begin()
         resume, self._resume = self._resume, None
-        self._seed = self._base_seed(len(programs), resumes=resume is not None)
+        self._seed = self._base_seed(len(programs), resume)
         run = self._launch(programs)
         try:
             if resume is not None:
@@ -692,22 +706,29 @@ class Trainer:
         if self._exact:
             self._follow(self._run, exact=True)
 
-    def _base_seed(self, n_stages: int, *, resumes: bool) -> int | None:
+    def _base_seed(self, n_stages: int, resume: RunState | None) -> int | None:
         """The passes' base seed; one stage draws from the ambient generators, as the plain loop does."""
         seed = self.config.seed
         if n_stages > 1:
+            if resume is not None and resume.counters["seed"] is not None:
+                return int(resume.counters["seed"])  # and nothing is drawn that was drawn before
             drawn = int(torch.randint(2**62, ())) if seed is None else seed  # by all, lest generators differ
             return int(self._world.first("the seed", lambda: drawn))
-        if seed is not None and not resumes:
+        if seed is not None and resume is None:
             torch.manual_seed(seed)
         return None
+
+    @property
+    def _draws_here(self) -> bool:
+        """Whether a lone stage draws from this process's generators, as the plain loop does."""
+        return self._compiled.n_stages == 1 and self._world.executor != "workers"
 
     def _hand_over(self, run: Executor, state: RunState) -> None:
         """Bring the stages to a loaded state."""
         if self._seed is not None and state.counters["seed"] is not None:
             self._seed = state.counters["seed"]
         run.call("load_state", *state.modules())
-        run.call("load_training_state", *state.training(self._owner))
+        run.call("load_training_state", *state.training(self._owner, draws_here=self._draws_here))
 
     def _collect(self, *, wait: bool = False) -> float | None:
         if self._run is not None:
@@ -719,9 +740,9 @@ class Trainer:
 
     def _counters(self) -> dict[str, Any]:
         order = {} if self.config.is_open else {name: getattr(self.config, name) for name in _ORDER}
-        return {
-            **self._history.export(), "updates": self._joiner.updates, "seed": self._seed, "order": order
-        }  # fmt: skip
+        done = {"updates": self._joiner.updates, "seed": self._seed, "order": order}
+        loop = {} if self._loop is None else {"loop": self._loop.export()}
+        return {**self._history.export(), **done, **loop}
 
 
 class _Rescued:

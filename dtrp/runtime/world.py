@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from . import launched
+from .checkpoint import read_checkpoint, write_checkpoint, write_together
 from .config import TrainConfig
-from .handback import Owner
+from .folder import existing
+from .handback import Owner, only
 from .inline import Inline
 from .program import StageProgram
+from .random import random_state, set_random_state
+from .run_state import RunState
+from .training_state import SECTIONS
 
 if TYPE_CHECKING:
     from .ranks import Ranks
+    from .trainer import Trainer
     from .workers import Workers
+
+LOOKS = 16  # batches between two looks at the clock that all share
 
 log = logging.getLogger("dtrp")
 
@@ -76,6 +86,18 @@ class Alone:
     def same_weights(self, owner: Owner) -> None:
         """Begin with the same tensors everywhere."""
 
+    def due(self, batch: int, moment: float) -> bool:
+        """Whether this moment (`time.monotonic`) is over, after so many batches."""
+        return time.monotonic() >= moment
+
+    def write(self, path: Any, trainer: Trainer, *, folder: bool) -> None:
+        """Write a run to disk."""
+        write_checkpoint(path, trainer._content(), folder=folder)
+
+    def read(self, path: Any) -> dict[str, Any]:
+        """What a run on disk holds."""
+        return read_checkpoint(path)
+
     def leave(self, error: BaseException | None) -> None:
         """The script is done with its trainer."""
 
@@ -91,6 +113,8 @@ class Together(Alone):
         self.mesh = Mesh(n_stages)
         self.peers = Peers(self.mesh, watchdog)
         self.rank = self.mesh.rank
+        # Loaders shuffle by these, and every process of torch starts with a seed of its own.
+        set_random_state(self.first("the generators", random_state))
         self.stages: Ranks | None = None
         if self.rank == 0:
             replicas = f", {self.mesh.replicas} times" if self.mesh.replicas > 1 else ""
@@ -138,6 +162,35 @@ class Together(Alone):
         with self.peers.at("handing the first weights round"):
             tensors = [t for _, t in (*owner.named_parameters(), *owner.named_buffers())]
             self.mesh.spread([t for t in tensors if isinstance(t, torch.Tensor)])
+
+    def due(self, batch: int, moment: float) -> bool:
+        """Rank 0's clock counts; all ask at the same batches, now and then, since asking holds them up."""
+        return batch % LOOKS == 0 and bool(self.first("autosave", lambda: time.monotonic() >= moment))
+
+    def write(self, path: Any, trainer: Trainer, *, folder: bool) -> None:
+        """A folder by all ranks at once; a file by rank 0, for which all is gathered."""
+        if not folder or self.stages is None:
+            content = trainer._content()
+            self.first("saving", lambda: write_checkpoint(path, content, folder=folder))
+            return
+        trainer.flush()
+        owner = trainer._owner
+        parts = self.stages.parts(owner.first_names())
+        content = RunState.gather(owner, trainer.config, parts, trainer._counters()).to_write(owner)
+        holders = self.stages.holders()
+        content |= only(content, lambda name: holders.get(name, 0) == self.mesh.stage)
+        if self.rank != 0:  # what is nobody's in particular is rank 0's to write
+            ours = {"model", "extra", "loss", *SECTIONS}
+            content = {section: v for section, v in content.items() if section in ours}
+        with self.peers.at("saving"):
+            write_together(path, content, self.mesh)
+
+    def read(self, path: Any) -> dict[str, Any]:
+        """Of a folder each rank reads what it needs; a file is rank 0's to read."""
+        if self.first("loading", lambda: existing(Path(path)).is_dir()):
+            return read_checkpoint(path)
+        content: dict[str, Any] = self.first("loading", lambda: read_checkpoint(path))
+        return content
 
     def leave(self, error: BaseException | None) -> None:
         if error is not None and self.stages is not None:

@@ -39,7 +39,7 @@ class Ranks:
             place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             self.processes.append(started([sys.executable, str(file)], folder, place))
 
-    def end(self, seconds: float = 60.0) -> list[tuple[int, str]]:
+    def end(self, seconds: float = 200.0) -> list[tuple[int, str]]:
         """Each one's exit code, and all that it printed."""
         return [ended(process, seconds) for process in self.processes]
 
@@ -70,7 +70,7 @@ class Launch:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
         self.process = started([*launcher, *options, str(written(folder, script))], folder, {})
 
-    def end(self, seconds: float = 120.0) -> tuple[int, str]:
+    def end(self, seconds: float = 280.0) -> tuple[int, str]:
         """The exit code, and all that was printed."""
         return ended(self.process, seconds)
 

@@ -1,0 +1,67 @@
+"""``fit(resume=path)``: a run that was broken off and started again trains what it would have trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from .toys import batches, compiled, mlp, same, trainer
+
+X, Y = (torch.cat(parts) for parts in zip(*batches(10), strict=True))
+
+
+class SaveAt:
+    """Saves after these batches, and breaks the run off after the last of them that ``ends``."""
+
+    def __init__(self, path: Path, moments: tuple[int, ...], ends: int | None) -> None:
+        self.path, self.moments, self.ends, self.steps = path, moments, ends, 0
+
+    def on_step(self, run: Any, loss: float | None) -> None:
+        if run._history.fed in self.moments:
+            run.save(self.path)
+        if run._history.fed == self.ends:
+            raise InterruptedError
+
+
+def fitted(
+    path: Path, n_stages: int, own: bool, ends: int | None = None
+) -> tuple[dict[str, Tensor], list[float], list[dict[str, Any]]]:
+    """Three epochs of ten shuffled batches, saved after each, and after batches 14 and 17."""
+    torch.manual_seed(5)
+    model = mlp()
+    loader = DataLoader(
+        TensorDataset(X, Y), 4, shuffle=True, generator=torch.Generator().manual_seed(3) if own else None
+    )
+    run = trainer(compiled(model, n_stages), seed=None)
+    with run:
+        rows = run.fit(loader, 3, [(X, Y)], resume=path, callbacks=[SaveAt(path, (14, 17), ends)])
+    return model.state_dict(), run.losses, rows
+
+
+@pytest.mark.parametrize(
+    ("n_stages", "own"),
+    [(1, False), (2, True), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, True), (2, False)))],
+)
+def test_a_run_goes_on_where_it_was_saved(n_stages: int, own: bool, tmp_path: Path) -> None:
+    """Within an epoch and at the end of one, with the loader's generator or the global one, with dropout: if
+    this fails, batches are trained twice or left out, or other ones come."""
+    expected = fitted(tmp_path / "whole", n_stages, own)
+    for ends in (12, 16):
+        with pytest.raises(InterruptedError):
+            fitted(tmp_path / "broken", n_stages, own, ends)
+    weights, losses, rows = fitted(tmp_path / "broken", n_stages, own)
+    assert losses == expected[1]
+    assert same(weights, expected[0])
+    assert rows == expected[2]
+
+
+def test_a_run_that_was_over_is_over(tmp_path: Path) -> None:
+    first = fitted(tmp_path / "run", 2, True)
+    again = fitted(tmp_path / "run", 2, True)
+    assert same(first[0], again[0])
+    assert first[1:] == again[1:]
