@@ -149,6 +149,8 @@ class CSVLog:
         self.path = Path(path)
 
     def on_epoch(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        if trainer._world.rank != 0:  # one of several processes: the first one writes
+            return
         numbers = {"epoch": trainer.epochs, "updates": trainer.updates, "lr": trainer.lr, **row}
         new = not self.path.exists() or self.path.stat().st_size == 0
         with self.path.open("a", newline="", encoding="utf-8") as file:

@@ -158,6 +158,14 @@ def n_samples(tensors: Sequence[Tensor]) -> int:
     return next((t.shape[0] for t in tensors if t.dim() > 0), 1)
 
 
+def n_counted(tensors: Sequence[Tensor], target: Any, ignored: int = -100) -> int:
+    """What a mean over a batch is taken over: class targets that are not ``ignored``, or else samples."""
+    target = target.target if isinstance(target, WithExtra) else target
+    if isinstance(target, Tensor) and target.dtype == torch.int64 and target.dim() > 0:
+        return int((target != ignored).sum())
+    return n_samples(tensors)
+
+
 def what_step_takes(args: tuple[Any, ...], has_target: bool) -> str:
     """What to do about arguments of `Trainer.step` that do not fit the model."""
     if any(type(value).__module__ == "numpy" for value in args):

@@ -8,6 +8,7 @@ together, so one may be a few batches ahead of another.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,9 +31,13 @@ from .news import News
 from .peers import Failure, Peers
 from .processes import talking
 from .program import StageProgram
+from .random import pass_seed
+from .replicas import Replicas
 from .stage import Stage
 from .stats import StageStats
 from .training_state import SECTIONS
+
+log = logging.getLogger("dtrp")
 
 QUESTIONS = ("stats", "take_events", "last_squared_norm", "learning_rates", "training_state")
 """Methods of `Stage` whose answers every rank gets; others are called here alone, on each rank."""
@@ -66,11 +71,14 @@ class Ranks:
         self._draws = seed is not None and any(p.draws for p in programs)
         self._held: deque[Feed] = deque()  # whose rounds are not due yet
         self._digest = 0  # of all batches so far
+        self._warned = False
         mine = programs[mesh.stage]
         mine = private(replace(mine, device=place(mine.device)))
         with self._told("starting"):
             self.links = GroupLinks(mesh.stage, talking(mine, config), mesh.down, mesh.up)
-            self.stage = Stage(mine, config, self.links, seed=seed, record=record)
+            self.replicas = Replicas(mesh.peers) if mesh.replicas > 1 else None
+            seed = self._own_seed(seed)
+            self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)
         self.news_of = self.links.news = News(mesh.stage, self.stage.news)
         peers.meter = self.stage.meter
 
@@ -94,6 +102,17 @@ class Ranks:
             self._round()
         with self._told("draining", draws=True):
             finish(self.stage.drain(close_group=close_group))
+            if self.replicas is not None:
+                self.replicas.first(self.stage.module.buffers())
+
+    def weight(self, count: int) -> float:
+        """This replica's share in a mini-batch, of which it has so many."""
+        with self._told("comparing batches"):
+            return 1.0 if self.replicas is None else self.replicas.share(count)
+
+    def _own_seed(self, seed: int | None) -> int | None:
+        """Replicas draw different numbers for their different samples."""
+        return seed if seed is None or self.mesh.replica == 0 else pass_seed(seed, self.mesh.replica, 0)
 
     def throttle(self) -> None:
         """Stages here wait for each other by themselves."""
@@ -103,9 +122,12 @@ class Ranks:
         with self._told("gathering losses"):
             if wait:
                 self.news_of.add(self.stage.news(wait=True))
-                rests = self.mesh.gather("flush", (self.news_of.rest(), self._digest))
-                self.news_of.learn([rest for rest, _ in rests])
-                self._compare([digest for _, digest in rests])
+                given = self.mesh.gather("flush", (self.news_of.rest(), self._digest), all_replicas=True)
+                first = self.mesh.rank - self.mesh.stage
+                ours = given[first : first + self.mesh.n_stages]
+                self.news_of.learn([rest for rest, _ in ours])
+                self._compare([digest for _, digest in ours])
+                self._look_for_copies([digest for _, digest in given[:: self.mesh.n_stages]])
             return self.news_of.take()
 
     def _compare(self, digests: Sequence[int]) -> None:
@@ -118,6 +140,15 @@ class Ranks:
                     f"one pipeline: shuffle alike on every rank (DataLoader(..., generator="
                     f"torch.Generator().manual_seed(0))), or give the loader sampler=trainer.sampler(dataset)"
                 )
+
+    def _look_for_copies(self, digests: Sequence[int]) -> None:
+        """Replicas that train on the same batches are a waste, and surely not meant."""
+        if len(set(digests)) < len(digests) and self.mesh.rank == 0 and not self._warned and any(digests):
+            self._warned = True
+            log.warning(
+                "replicas were given the same batches: give the loader sampler=trainer.sampler(dataset), "
+                "so that each gets samples of its own"
+            )
 
     # ---- questions -----------------------------------------------------------------------------------------
 
@@ -149,6 +180,9 @@ class Ranks:
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """A method of every `Stage`, after the rounds that are due by now; answers in stage order."""
+        if method == "load_training_state":
+            saved, seed, *rest = arguments
+            arguments = (saved, self._own_seed(seed), *rest)
         with self._told(method):
             answer = getattr(self.stage, method)(*arguments)
             return self.mesh.gather(method, answer) if method in QUESTIONS else [answer]

@@ -132,8 +132,8 @@ class RunState:
         return tensors, self.content["attributes"]
 
     def training(self, owner: Owner, *, draws_here: bool) -> tuple[Any, ...]:
-        """Arguments of `Stage.load_training_state`. The caller's generators, if a stage draws from them, are set
-        already, and may have gone on: a loader draws before the first batch."""
+        """Arguments of `Stage.load_training_state`. The caller's generators are set already, if a stage draws
+        from them, and may have gone on: a loader draws before the first batch."""
         saved = {key: self.content[key] for key in (*SECTIONS, "training")}
         ambient = None if draws_here else self.content["ambient"]
         return saved, self.counters["seed"], ambient, owner.first_names()

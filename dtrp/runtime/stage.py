@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ from .training_state import export_set, import_set
 from .twins import Snapshot, Twin, attributes_of, set_attributes
 from .weights import Weights
 
+if TYPE_CHECKING:
+    from .replicas import Replicas
+
 Steps = Generator[None, None, None]
 
 
@@ -71,11 +74,21 @@ class Stage:
         Base seed of the passes' random numbers; ``None``: the ambient generators (one stage only).
     record : bool
         Whether to note what was done when (`take_events`).
+    replicas : Replicas, optional
+        The same stage in other pipelines.
     """
 
     def __init__(
-        self, program: StageProgram, config: TrainConfig, links: Links, *, seed: int | None, record: bool
+        self,
+        program: StageProgram,
+        config: TrainConfig,
+        links: Links,
+        *,
+        seed: int | None,
+        record: bool,
+        replicas: Replicas | None = None,
     ) -> None:
+        self.replicas = replicas
         self.program, self.config, self.links, self.seed = program, config, links, seed
         self.stage, self.n_stages = program.stage, program.n_stages
         self.schedule = config.schedule(self.n_stages)
@@ -227,10 +240,11 @@ class Stage:
             check_finite(float(value), f"the loss of batch {feed.batch}")
         self.in_flight[slot] = flight
         self.tied.forwarded(slot, feed.update)
-        part = value if feed.parts == 1 else value * feed.share
+        part = value if feed.share == 1.0 else value * feed.share
         total = part if feed.part == 0 else self._total + part
         if feed.closes:
-            self.reports.append(Report.of(feed.batch, total))
+            joint = total if self.replicas is None else self.replicas.sum(total)
+            self.reports.append(Report.of(feed.batch, joint))
         self._total = total
 
     def _recompute(self, slot: int) -> Steps:
@@ -319,6 +333,8 @@ class Stage:
         config, own, limit = self.config, self.weights.own, self.config.max_grad_norm
         mini, self._minis_stepped = self._minis_stepped, self._minis_stepped + 1
         bad, self._bad = self._bad, False
+        if self.replicas is not None and config.gives_up:
+            bad = self.replicas.any(bad)
         gathered = 0 if own is None else own.waiting + 1
         steps = own is not None and not bad and gathered >= config.accumulate
         skips = config.gives_up
@@ -326,6 +342,8 @@ class Stage:
             if scale:
                 unscale(self.weights.own_parameters, scale)
             self._gather()
+        if self.replicas is not None and steps and own is not None:
+            self.replicas.add_gradients(own.names.values())
         looks = self.ports.on_host or limit is not None or skips  # else a device would be waited for
         squared = squared_norm(own.names.values()) if own is not None and steps and looks else 0.0
         if steps and not skips:
@@ -373,6 +391,8 @@ class Stage:
         if own is not None and steps:
             gradients = [p.grad for p in own.names.values() if p.grad is not None]
             torch._foreach_mul_(gradients, self.config.accumulate / own.waiting)
+            if self.replicas is not None:
+                self.replicas.add_gradients(own.names.values())
             squared = squared_norm(own.names.values())
         if limit is not None:
             total = yield from self.norms.everyone(squared)

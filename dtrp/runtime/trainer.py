@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from ..errors import WorkerError
 from . import interrupts
@@ -284,11 +285,11 @@ class Trainer:
 
     def _enter(self, run: Executor, mini: Mini) -> None:
         """A mini-batch goes into the pipeline."""
-        parts = list(self._parts(mini))
+        parts, weight = list(self._parts(mini)), self._world.weight(mini, self.config)
         for i, (tensors, target, share) in enumerate(parts):
             slot = feeds(self._wiring, self._history.entered, tensors, target, mini.update)
-            if len(parts) > 1:
-                slot = [feed._replace(part=i, parts=len(parts), share=share) for feed in slot]
+            if len(parts) > 1 or weight != 1.0:
+                slot = [feed._replace(part=i, parts=len(parts), share=share * weight) for feed in slot]
             run.feed(slot)
         self._history.enter(mini.update.batches, self.config.accumulate)
         self._in_flight = self._stale = True
@@ -445,6 +446,26 @@ class Trainer:
 
         with self._rescued, closing(run.evaluate(fed(), None)) as outputs:
             yield from outputs
+
+    def sampler(
+        self, dataset: Any, *, shuffle: bool = True, seed: int = 0, drop_last: bool = False
+    ) -> DistributedSampler[Any]:
+        """Shares a data set out among replicas: ``DataLoader(data, 64, sampler=trainer.sampler(data))``.
+
+        All stages of a replica get the same samples. With one replica those are all samples. `fit` tells it
+        each epoch (``set_epoch``); in a loop of one's own, call that before each.
+
+        Parameters
+        ----------
+        dataset
+            With a length.
+        shuffle, seed, drop_last
+            As of ``torch.utils.data.DistributedSampler``.
+        """
+        replicas, replica = self._world.replicas
+        return DistributedSampler(
+            dataset, num_replicas=replicas, rank=replica, shuffle=shuffle, seed=seed, drop_last=drop_last
+        )
 
     # ---- seeing it run ---------------------------------------------------------------------------------
 

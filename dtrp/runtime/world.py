@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from . import launched
+from .arguments import n_counted
 from .checkpoint import read_checkpoint, write_checkpoint, write_together
+from .compensation import Mini
 from .config import TrainConfig
 from .folder import existing
 from .handback import Owner, only
 from .inline import Inline
+from .loss import ignored_target
 from .program import StageProgram
 from .random import random_state, set_random_state
 from .run_state import RunState
@@ -50,7 +53,7 @@ class Alone:
     """This process runs the script by itself."""
 
     rank = 0
-    run: Inline | Workers | None = None
+    replicas = (1, 0)  # how many, and which
 
     def __init__(self, executor: str, watchdog: float) -> None:
         self.executor, self.watchdog = executor, watchdog
@@ -86,6 +89,10 @@ class Alone:
     def same_weights(self, owner: Owner) -> None:
         """Begin with the same tensors everywhere."""
 
+    def weight(self, mini: Mini, config: TrainConfig) -> float:
+        """The share of this process's mini-batch in that of all replicas."""
+        return 1.0
+
     def due(self, batch: int, moment: float) -> bool:
         """Whether this moment (`time.monotonic`) is over, after so many batches."""
         return time.monotonic() >= moment
@@ -113,6 +120,7 @@ class Together(Alone):
         self.mesh = Mesh(n_stages)
         self.peers = Peers(self.mesh, watchdog)
         self.rank = self.mesh.rank
+        self.replicas = self.mesh.replicas, self.mesh.replica
         # Loaders shuffle by these, and every process of torch starts with a seed of its own.
         set_random_state(self.first("the generators", random_state))
         self.stages: Ranks | None = None
@@ -156,6 +164,13 @@ class Together(Alone):
                 )
         self.stages = Ranks(programs, config, self.peers, seed=seed, record=record)
         return self.stages
+
+    def weight(self, mini: Mini, config: TrainConfig) -> float:
+        """Only the last stage needs to know it: all gradients come from its loss."""
+        assert self.stages is not None
+        if self.mesh.replicas == 1 or self.mesh.stage < self.mesh.n_stages - 1:
+            return 1.0
+        return self.stages.weight(n_counted(mini.tensors, mini.target, ignored_target(config.loss_fn)))
 
     def same_weights(self, owner: Owner) -> None:
         """Those of rank 0, as DistributedDataParallel has it."""
