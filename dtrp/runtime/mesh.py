@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import secrets
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from . import launched
 from .transfer import dumps, loads
+
+_c10d: Any = dist  # what it exports, but does not say so
 
 FOREVER = timedelta(days=365)
 NOBODY = 2**20  # a tag that nobody sends with
@@ -50,6 +53,8 @@ class Mesh:
     everyone : ProcessGroup
     addresses : list of str
         Of the host of each rank.
+    by_agent : bool
+        Whether the launcher's own process has the key-value store, rather than rank 0.
 
     Raises
     ------
@@ -61,7 +66,9 @@ class Mesh:
         check(n_stages)
         self.address = _address()
         if not dist.is_initialized():
-            dist.init_process_group(_backend())
+            rank, size = launched.rank(), launched.world_size()
+            dist.init_process_group(_backend(), store=_store(rank, size), rank=rank, world_size=size)
+        self.by_agent = _by_agent()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.n_stages, self.replicas = n_stages, self.size // n_stages
         self.replica, self.stage = divmod(self.rank, n_stages)
@@ -83,11 +90,6 @@ class Mesh:
 
     def _groups(self) -> Iterator[dist.ProcessGroup]:
         yield from (self.pipeline, self.peers, self.down, self.up, self.everyone)
-
-    @property
-    def by_agent(self) -> bool:
-        """Whether the launcher's own process has the store, rather than rank 0."""
-        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     @property
     def store_address(self) -> str:
@@ -227,6 +229,35 @@ def _group(ranks: list[int]) -> dist.ProcessGroup:
     group = dist.new_group(ranks, backend="gloo", timeout=FOREVER, use_local_synchronization=True)
     assert not isinstance(group, int)
     return group
+
+
+def _by_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(rank: int, size: int) -> Any:
+    """The launcher's key-value store, as if it were empty.
+
+    torchrun keeps one over all its restarts, in which processes that are gone have left their addresses. So
+    rank 0 makes a new name for this start, under which everybody else reports with a name of its own, and
+    is answered by it: who has read an older start's name is not answered, and reads again.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and not _by_agent()
+    store = _c10d.TCPStore(host, port, size, serves, wait_for_workers=False, multi_tenant=True)
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("dtrp", mine)
+        for other in range(1, size):
+            name = store.get(f"dtrp/{mine}/{other}").decode()
+            store.set(f"dtrp/{mine}/{other}/{name}", "")
+        return _c10d.PrefixStore(f"dtrp/{mine}", store)
+    while True:
+        start = store.get("dtrp").decode()
+        store.set(f"dtrp/{start}/{rank}", mine)
+        with contextlib.suppress(_c10d.DistStoreError):
+            store.wait([f"dtrp/{start}/{rank}/{mine}"], timedelta(seconds=1))
+            return _c10d.PrefixStore(f"dtrp/{start}", store)
 
 
 def _backend() -> str:
