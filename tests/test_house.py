@@ -47,7 +47,7 @@ def test_compiler_and_runtime_do_not_know_each_other(half: str, other: str) -> N
 
 HOMES = {  # in the runtime
     "from torch.distributed": {"folder.py", "mesh.py"},
-    "import torch.distributed": {"mesh.py", "group_links.py"},
+    "import torch.distributed": {"mesh.py", "group_links.py", "replicas.py"},
     "os.replace(": {"checkpoint.py", "folder.py", "timeline.py"},
     "getsignal": {"interrupts.py"},
     "random.seed(": {"random.py"},
