@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,6 +85,8 @@ class Laid(nn.Module):
         self.layout = layout
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and x.is_leaf:  # as a stage receives it: the gradient goes back through gloo
+            x.register_hook(Tensor.contiguous)
         return x.contiguous(memory_format=self.layout)
 
 
@@ -312,18 +314,27 @@ class Processes:
     def _ask(self, *message: Any) -> list[float]:
         for connection in self.connections:
             connection.send(message)
-        answers = [connection.recv() for connection in self.connections]
-        for answer in answers:
-            if isinstance(answer, str):
-                raise RuntimeError(f"{self.name}: {answer}")
+        answers = []
+        while len(answers) < len(self.connections):  # one that failed leaves the others waiting for it
+            for ready in wait(self.connections):
+                assert isinstance(ready, Connection)
+                answers.append(ready.recv())
+                if isinstance(answers[-1], str):
+                    self.kill()
+                    raise RuntimeError(f"{self.name}: {answers[-1]}")
         return answers
+
+    def kill(self) -> None:
+        """End all of its processes now."""
+        for process in self.processes:
+            process.kill()
 
     def close(self) -> None:
         for connection in self.connections:
             connection.send(None)
         for process in self.processes:
             process.join(10)
-            process.kill()
+        self.kill()
 
 
 def best_of(schedule: str, case: Case, cuts: Sequence[int], parts: Sequence[int], tries: int) -> Processes:
