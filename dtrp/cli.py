@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         "--costs", choices=("auto", "analytic", "measured"), default="auto", help="(default: auto)"
     )
     plan.add_argument("--dtype", help="the autocast dtype that training will use, such as bfloat16")
-    plan.add_argument("--compare-k", metavar="K,K,...", help="also predict other numbers of stages: 1,2,4,8")
+    plan.add_argument(
+        "--compare-k",
+        metavar="K,K,...",
+        help="also predict other numbers of stages (1,2,4,8), under other orders and micro-batches",
+    )
     cli_simulate.add_arguments(plan)
     plan.add_argument("--html", metavar="FILE", help="write the report as a page")
     plan.add_argument("--json", metavar="FILE", help="write the report as JSON; - for standard output, alone")
@@ -120,7 +125,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
 def _plan(args: argparse.Namespace) -> int:
     import torch
 
+    from dtrp import loop_cost
     from dtrp.partitioner.capture import capture
+    from dtrp.partitioner.compiler import threads_per_stage
     from dtrp.partitioner.costs import cost_graph
     from dtrp.partitioner.devices import device_spec, parse_bytes
     from dtrp.partitioner.hazards import find_hazards
@@ -144,7 +151,9 @@ def _plan(args: argparse.Namespace) -> int:
         )
     limit = limits[0] if limits is not None and len(limits) == 1 else limits
     here = "cuda:0" if torch.cuda.is_available() else "cpu"
-    spec = device_spec(args.device or here)
+    spec = device_spec(args.device or here, threads=threads_per_stage(args.n_gpus))
+    if args.n_gpus > 1 and spec.kind == "cpu":
+        spec = spec.with_loop(loop_cost.loop_cost())
     if args.device is None and here == "cpu":
         print("dtrp: planning for this machine's CPU; for a GPU name it: --device A100-80GB", file=sys.stderr)
     model = _build(args.model, args.kwargs, on_meta=args.costs != "measured")
@@ -189,11 +198,11 @@ def _print(
 ) -> None:
     from dtrp.partitioner.report_text import comparison
 
-    points = report.compare(ks)
+    points = report.compare(ks, orders=True)
     if json_path is not None:
         data = report.to_dict()
         if ks:
-            data["compare_k"] = [vars(point) for point in points]
+            data["compare_k"] = [asdict(point) for point in points]
         if simulated is not None:
             data["simulation"] = simulated.to_dict()
         text = json.dumps(data, indent=2)

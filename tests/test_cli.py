@@ -66,6 +66,7 @@ def test_files(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "speed-up" in out
     assert "9   impossible" in out
+    assert "2 stages: order, micro-batches" in out
     assert (tmp_path / "a.html").read_text().startswith("<!DOCTYPE html>")
     assert json.loads((tmp_path / "a.json").read_text())["model"] == "Sequential"
     assert Plan.load(tmp_path / "plan.json").n_stages == 2

@@ -23,6 +23,7 @@ from dtrp.partitioner.plan import Plan
 from dtrp.partitioner.planner import cost_digest, default_limits, device_indices, memory_limits, solve
 from dtrp.partitioner.report_parts import (
     CutTensor,
+    OrderPrice,
     Outline,
     Scaling,
     StageReport,
@@ -31,12 +32,15 @@ from dtrp.partitioner.report_parts import (
     stage_report,
     why_not_faster,
 )
-from dtrp.partitioner.stage_cost import stage_costs
-from dtrp.partitioner.training import ASSUMED, Training
+from dtrp.partitioner.stage_cost import RECOMPUTE, stage_costs
+from dtrp.partitioner.training import ASSUMED, EXACT, Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
+
+ORDERS = (("fig1", 1), ("lean", 1), ("lean", 4), ("1f1b", 4), ("1f1b", 8), ("gpipe", 8))
+"""Orders and numbers of micro-batches that `PartitionReport.compare` prices."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class PartitionReport:
             raise TypeError("this report was made of a plan alone: take pipe.report, which knows the model")
         return self._at(sizes)
 
-    def compare(self, ks: Iterable[int], *, time_limit: float = 1.0) -> list[Scaling]:
+    def compare(self, ks: Iterable[int], *, time_limit: float = 1.0, orders: bool = False) -> list[Scaling]:
         """What other numbers of stages would give, on the first device's kind and link.
 
         Where all stages of this plan recompute, so do all of those; else each does if that is faster.
@@ -224,13 +228,16 @@ class PartitionReport:
             Numbers of stages; those that the model cannot be cut into, or that do not fit, are left out.
         time_limit
             Seconds of planning for each.
+        orders
+            Whether to price each under other orders and numbers of micro-batches, too (`Scaling.orders`).
         """
         points = []
         before_last = self._plan.recompute[:-1]
         recompute: bool | str = True if before_last and all(before_last) else "auto"
         for k in ks:
             if k == self.n_stages:
-                points.append(Scaling(k, self.tick_time, self.speedup, self.balance))
+                prices = self._prices(self._plan.stage_of, self._plan.recompute) if orders else ()
+                points.append(Scaling(k, self.tick_time, self.speedup, self.balance, prices))
                 continue
             try:
                 result = solve(
@@ -246,8 +253,24 @@ class PartitionReport:
                 continue
             seconds = self._training.batch_time(result.loads, self._graph.graph["specs"][0].shared(k))
             mean = sum(result.loads) / k
-            points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load))
+            stage_of = {str(node): stage for node, stage in result.stage_of.items()}
+            again = [option == RECOMPUTE for option in result.options]
+            prices = self._prices(stage_of, again) if orders else ()
+            points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load, prices))
         return points
+
+    def _prices(self, stage_of: Mapping[str, int], recompute: Sequence[bool]) -> tuple[OrderPrice, ...]:
+        """The same stages under other orders and numbers of micro-batches."""
+        k, found = len(recompute), []
+        cores = self._graph.graph["specs"][0].shared(k)
+        for order, parts in ORDERS if k > 1 else ORDERS[:1]:
+            predicts = self._training.predicts and order not in EXACT
+            training = replace(self._training, order=order, micro_batches=parts, predicts=predicts)
+            costs = stage_costs(self._graph, stage_of, recompute, training=training)
+            seconds = training.batch_time([cost.tick for cost in costs], cores)
+            peak = int(max(cost.peak for cost in costs))
+            found.append(OrderPrice(order, parts, seconds, peak, training.staleness(0, k)))
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; with ``gap`` and ``n_stages``."""

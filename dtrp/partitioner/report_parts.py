@@ -59,6 +59,18 @@ class CutTensor:
 
 
 @dataclass(frozen=True)
+class OrderPrice:
+    """What an order with so many micro-batches would give: seconds per batch, bytes of the fullest stage, and
+    updates between the two passes of a batch in the first stage."""
+
+    order: str
+    micro_batches: int
+    seconds: float
+    peak_bytes: int
+    staleness: int
+
+
+@dataclass(frozen=True)
 class Scaling:
     """What a number of stages would give."""
 
@@ -66,6 +78,7 @@ class Scaling:
     tick_time: float
     speedup: float
     balance: float
+    orders: tuple[OrderPrice, ...] = ()
 
 
 class Outline:

@@ -91,5 +91,15 @@ def comparison(points: Sequence[Scaling], impossible: Collection[int]) -> str:
     lines += [
         f"{p.n_stages:6d} {duration(p.tick_time):>17} {p.speedup:10.2f} {p.balance:9.3f}" for p in points
     ]
+    for p in points:
+        if len(p.orders) > 1:
+            lines.append(
+                f"\n{p.n_stages} stages: order, micro-batches   one batch per   stale by   fullest stage"
+            )
+            lines += [
+                f"{o.order:>22} {o.micro_batches:>10d} {duration(o.seconds):>17} {o.staleness:10d} "
+                f"{size(o.peak_bytes):>15}"
+                for o in p.orders
+            ]
     lines += [f"{k:6d}   impossible: too few nodes, or too little memory" for k in sorted(impossible)]
     return "\n".join(lines)

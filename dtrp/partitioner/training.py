@@ -50,6 +50,11 @@ class Training:
         depths = {"fig1": 2 * above, "gpipe": self.micro_batches, "bp": 1}
         return depths.get(self.order, above + 1) / self.micro_batches
 
+    def staleness(self, k: int, n_stages: int) -> int:
+        """Updates between the two passes of a batch in stage ``k``, at most."""
+        depth = round(self.in_flight(k, n_stages) * self.micro_batches)
+        return 0 if self.order in EXACT else -(-max(0, depth - 1) // self.micro_batches)
+
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
         """Versions of its weights that stage ``k`` holds on to: one for each graph that it keeps."""
         if recompute or self.order in EXACT:

@@ -201,6 +201,19 @@ def test_compare(report):
     assert points[1].tick_time <= points[0].tick_time
 
 
+def test_compare_prices_orders_too(report):
+    """The plan's own order costs what the report says; exact ones wait, and hold nothing stale."""
+    (here,) = report.compare([3], orders=True)
+    prices = {(o.order, o.micro_batches): o for o in here.orders}
+    assert prices["fig1", 1].seconds == pytest.approx(report.tick_time)
+    assert prices["fig1", 1].staleness == 3
+    assert prices["lean", 1].peak_bytes <= prices["fig1", 1].peak_bytes
+    assert prices["1f1b", 8].staleness == 0
+    assert prices["1f1b", 8].seconds > prices["lean", 1].seconds
+    assert prices["gpipe", 8].peak_bytes >= prices["1f1b", 8].peak_bytes
+    assert not report.compare([3])[0].orders
+
+
 def test_compare_recomputes_where_the_plan_does(device):
     """Otherwise the curve has a kink at the plan's own number of stages."""
     recomputing, keeping = (reported(3, device, recompute=r).compare([2])[0] for r in (True, False))
