@@ -73,7 +73,21 @@ def padded(m, x):
     return m.b(m.a(y))[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("function", [masks_by_factories, positions, heads, gathered, padded])
+def rows(m, x):
+    q, k = torch.stack([m.a(x), m.b(x)])  # a tensor, taken apart
+    return torch.cat([row * k.mean() for row in q.unbind(0)])
+
+
+def asked_for_gradients(m, x):
+    y = x[:, :, None]
+    y.requires_grad = True  # as models of transformers do it before they checkpoint
+    return m.b(m.a(y.flatten(2)))
+
+
+OPEN = [masks_by_factories, positions, heads, gathered, padded, asked_for_gradients]
+
+
+@pytest.mark.parametrize("function", OPEN)
 @pytest.mark.parametrize("training", [True, False])
 def test_all_sizes_that_the_code_leaves_open_are_open(function, training, monkeypatch):
     pipe = compiled(function, torch.randn(2, 5, 4))
@@ -81,6 +95,15 @@ def test_all_sizes_that_the_code_leaves_open_are_open(function, training, monkey
     monkeypatch.setattr("dtrp.partitioner.capture.fits.capture", None)
     for shape in [(2, 5, 4), (3, 9, 4), (4, 1, 4), (1, 30, 4)]:
         x = torch.randn(shape)
+        assert torch.equal(pipe(x), pipe.model(x))
+
+
+def test_a_tensor_is_taken_apart_as_torch_does_it():
+    """As unbind, not row by row: else the check by operators gave the model to the recorder."""
+    pipe = compiled(rows, torch.randn(2, 5, 4))
+    assert pipe.report.method == "fx"
+    for t in (5, 9):
+        x = torch.randn(2, t, 4)
         assert torch.equal(pipe(x), pipe.model(x))
 
 

@@ -72,6 +72,9 @@ class Valued(Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad" and isinstance(self.value, torch.Tensor):
+            self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})
+            return
         if name not in ("node", "tracer", "value"):
             raise TraceError(f"assigns to the attribute {name!r} of a tensor")
         object.__setattr__(self, name, value)
