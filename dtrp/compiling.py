@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -39,6 +40,7 @@ def compile(
     costs: Literal["auto", "analytic", "measured"] = "auto",
     bandwidth: float | str | Mapping[str, Any] | None = None,
     plan: str | os.PathLike[str] | Plan | None = None,
+    speed: Sequence[float] | None = None,
 ) -> Pipeline:
     """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
 
@@ -68,6 +70,11 @@ def compile(
         node is part of the plan.
     plan : path or Plan, optional
         A plan to reuse; refused if it does not belong to this graph and these shapes.
+    speed : sequence of float, optional
+        How fast each device is, relative to what dtrp takes it for: 0.5 for one that others use half of the
+        time. Where devices are unequal, by this or by kind, their order is part of the plan
+        (``plan.placement``), and memory limits that are given one by one go with the devices. Under a
+        launcher rank k has stage k.
 
     Returns
     -------
@@ -99,9 +106,21 @@ def compile(
     if costs not in COSTS:
         raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
     links = parse_links(bandwidth, len(places))
+    speeds = _speeds(speed, len(places))
+    ranked = launched.world_size() > 1
     pipeline = Pipeline(
         model,
-        Request(places, memory_limit, recompute, costs, links, plan, loop=_loop(places)),
+        Request(
+            places,
+            memory_limit,
+            recompute,
+            costs,
+            links,
+            plan,
+            loop=_loop(places),
+            speed=speeds,
+            arranged=ranked,
+        ),
     )
     if costs != "measured" and not any(p.is_meta for p in model.parameters()):
         _warm(pipeline, places)
@@ -122,6 +141,17 @@ def _warm(pipeline: Pipeline, places: Sequence[torch.device]) -> None:
     if len(places) > 1 and launched.world_size() == 1:
         device_specs(places, pipeline._request.loop)  # if they are to be measured, then before that
         warm(workers_environment(threads_per_stage(len(places))))
+
+
+def _speeds(speed: Any, n_stages: int) -> tuple[float, ...]:
+    if speed is None:
+        return ()
+    if isinstance(speed, (str, int, float)) or len(speed) != n_stages:
+        raise ValueError(f"speed={speed!r}: expected one number > 0 for each of the {n_stages} devices")
+    for value in speed:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"speed={speed!r}: expected numbers > 0, one for each device; got {value!r}")
+    return tuple(map(float, speed))
 
 
 def _loop(places: Sequence[torch.device]) -> LoopCost | None:

@@ -570,8 +570,10 @@ class Pipeline:
                 if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
                     raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
             base = compile_model(self.model, self._request, args, kwargs)
+            self._request = self._request.in_order(base.plan.placement)
             on_host = all(device.type == "cpu" for device in self._request.devices)
-            if self._request.costs == "measured" and on_host and self.n_stages > 1:
+            measured = self._request.costs == "measured" and not self._request.speed
+            if measured and on_host and self.n_stages > 1:
                 tensors = base.captured.signature.flatten(args, kwargs)
                 base = tried(base, self._request, self.model, tensors)
             self._variants[base.captured.flags, True] = base

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import networkx as nx
 
-from .partitioner.compiler import Compiled, Request, device_specs, reprice
+from .partitioner.compiler import Compiled, Request, reprice
 from .partitioner.feedback import StageTimes, corrected
 from .partitioner.plan import Plan
 from .partitioner.planner import device_indices, make_plan
@@ -29,7 +29,7 @@ def better_cut(made: Compiled, request: Request, stats: Sequence[StageStats]) ->
 
     Which stages recompute stays as it is.
     """
-    specs = [s.with_link(request.links.node) for s in device_specs(request.devices, request.loop)]
+    specs = request.specs()
     index, cores, plan = device_indices(made.graph, specs, len(specs)), shared(specs), made.plan
     times = [stage_times(one, request.training.micro_batches, on_cpu=bool(cores)) for one in stats]
     graph, training = corrected(made.graph, plan, times, request.training, index)
@@ -73,6 +73,7 @@ def recut_model(made: Compiled, request: Request, move: Move) -> tuple[Compiled,
     """The model in the move's stages, and the request that they answer."""
     graph: nx.DiGraph
     graph, plan, training = move.cut
+    plan = replace(plan, placement=made.plan.placement)
     request = replace(request, training=training)
     made = replace(made, graph=graph, plan=plan, split=split(made.captured, plan, made.hazards))
     return replace(made, report=reprice(made, request)), request

@@ -48,7 +48,7 @@ def tried(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[T
     Where stages cannot be tried (a model that cannot be sent to a process), costs stay those of single nodes,
     and the log says so.
     """
-    specs = [s.with_link(request.links.node) for s in device_specs(request.devices, request.loop)]
+    specs = request.specs()
     index = device_indices(made.graph, specs, len(specs))
     for _ in range(ROUNDS):
         try:

@@ -21,7 +21,7 @@ from .hazards import Hazards, find_hazards
 from .links import Links
 from .other_sizes import graph_at
 from .plan import Plan, fingerprint
-from .planner import device_indices, make_plan, nodes_of
+from .planner import arrange, device_indices, make_plan, nodes_of
 from .profile import make_profile
 from .report import PartitionReport
 from .split import Split, split
@@ -42,7 +42,29 @@ class Request:
     plan: Plan | None
     training: Training = ASSUMED
     loop: LoopCost | None = None
+    speed: tuple[float, ...] = ()  # of each device; empty: as they are
+    arranged: bool = False  # the order of devices is that of the stages
     opened: tuple[str, ...] = ()  # modules that were not kept whole when ``plan`` was made
+
+    def specs(self) -> list[DeviceSpec]:
+        """What the devices can do, with their links, one entry per stage."""
+        specs = [s.with_link(self.links.node) for s in device_specs(self.devices, self.loop)]
+        if not self.speed:
+            return specs
+        return [spec.with_speed(speed) for spec, speed in zip(specs, self.speed, strict=True)]
+
+    def in_order(self, placement: Sequence[int]) -> Request:
+        """The same with the devices in the stages' order, and what goes with each; for good."""
+        if self.arranged or not placement:
+            return replace(self, arranged=True)
+        limit = self.memory_limit
+        return replace(
+            self,
+            devices=tuple(self.devices[i] for i in placement),
+            speed=tuple(self.speed[i] for i in placement) if self.speed else (),
+            memory_limit=[limit[i] for i in placement] if isinstance(limit, list | tuple) else limit,
+            arranged=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,7 @@ def compile_model(
     captured = capture(model, args, kwargs, opened=list(request.opened))
     if request.plan is not None:
         request.plan.check(captured, len(request.devices))
+        request = request.in_order(request.plan.placement)
     compiled = _cut(captured, request)
     heavy = _heavy_leaves(compiled) if request.plan is None else []
     if heavy:
@@ -101,11 +124,17 @@ def _cut(captured: Captured, request: Request) -> Compiled:
     """The pipe behind capturing."""
     n_stages = len(request.devices)
     hazards = find_hazards(captured)
-    specs = device_specs(request.devices, request.loop)
-    graph = cost_graph(captured, device=specs, bandwidth=request.links, mode=request.costs)
-    devices = [s.with_link(request.links.node) for s in specs]
+    devices = request.specs()
+    graph = cost_graph(captured, device=devices, bandwidth=request.links, mode=request.costs)
     plan = request.plan
+    placement: tuple[int, ...] = ()
     if plan is None:
+        if not request.arranged:
+            placement = arrange(
+                graph, hazards, devices, request.memory_limit, request.recompute, request.training
+            )
+            request = request.in_order(placement)
+            devices = request.specs()
         plan = make_plan(
             captured,
             graph,
@@ -116,6 +145,7 @@ def _cut(captured: Captured, request: Request) -> Compiled:
             recompute=request.recompute,
             training=request.training,
         )
+        plan = replace(plan, placement=placement)
     else:
         nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
         index = device_indices(graph, devices, n_stages)
@@ -132,13 +162,13 @@ def reprice(compiled: Compiled, request: Request) -> PartitionReport:
 
 
 def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request) -> PartitionReport:
-    specs = device_specs(request.devices, request.loop)
+    request = request.in_order(plan.placement)
     report = PartitionReport.of(
         captured,
         graph,
         plan,
         devices=request.devices,
-        specs=[s.with_link(request.links.node) for s in specs],
+        specs=request.specs(),
         memory_limit=request.memory_limit,
         training=request.training,
     )

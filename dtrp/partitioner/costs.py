@@ -111,11 +111,16 @@ def cost_graph(
             data["net_transfer_time"] = max(spec.transfer_time(size) for spec in far)
             data["net_exchange_time"] = max(spec.exchange_time(size, returns=returns) for spec in far)
     if mode == "measured":
-        if len(specs) > 1:
+        bare = {spec.with_speed(1 / spec.speed).name: spec.with_speed(1 / spec.speed) for spec in specs}
+        if len(bare) > 1:
             raise ValueError(
                 f"costs='measured' needs stages on one kind of device; got {', '.join(s.name for s in specs)}"
             )
-        measure_nodes(captured, graph, specs[0], dtype)
+        measure_nodes(captured, graph, next(iter(bare.values())), dtype)
+        for data in graph.nodes.values():
+            for name in ("backward_time", "forward_time"):
+                seconds = data[name]
+                data |= {f"{name}@{i}" if i else name: seconds / spec.speed for i, spec in enumerate(specs)}
     return graph
 
 

@@ -51,6 +51,8 @@ class DeviceSpec:
         ``"cpu"`` or ``"cuda"``; see `overlaps`.
     threads : int
         CPU threads that a stage has (0: as many as torch uses, or no CPU).
+    speed : float
+        What the figures were multiplied with: relative to the device as it was measured or published.
     tick_overhead : float
         Seconds that a stage's loop takes in every tick, besides the operators.
     cores : int
@@ -67,6 +69,7 @@ class DeviceSpec:
     kind: str = "cuda"
     threads: int = 0
     tick_overhead: float = 0.0
+    speed: float = 1.0
     cores: int = 0
 
     def __post_init__(self) -> None:
@@ -107,6 +110,18 @@ class DeviceSpec:
     def with_link(self, bandwidth: float | None) -> DeviceSpec:
         """The same device behind another link (bytes per second); ``None`` changes nothing."""
         return self if bandwidth is None else replace(self, link_bandwidth=float(bandwidth))
+
+    def with_speed(self, speed: float) -> DeviceSpec:
+        """The same device, so many times as fast as it was."""
+        return replace(
+            self,
+            name=self.name.partition(" at ")[0]
+            + (f" at {self.speed * speed:g}" if self.speed * speed != 1 else ""),
+            flops={dtype: rate * speed for dtype, rate in self.flops.items()},
+            memory_bandwidth=self.memory_bandwidth * speed,
+            launch_overhead=self.launch_overhead / speed,
+            speed=self.speed * speed,
+        )
 
     def shared(self, n_stages: int) -> float:
         """How many of ``n_stages`` stages compute at a time where they share cores; 0: all do."""

@@ -19,6 +19,7 @@ from .solvers.bounds import Bound
 from .solvers.checks import (
     check_acyclic,
     check_arguments,
+    check_classes,
     check_enough,
     check_models,
     check_nodes,
@@ -27,6 +28,7 @@ from .solvers.checks import (
     memory_limits,
 )
 from .solvers.clock import Clock
+from .solvers.devices import assign, in_order
 from .solvers.engine import Solution, solve
 from .solvers.explain import infeasible, reason
 from .solvers.loads import evaluate
@@ -68,6 +70,14 @@ class StageModel:
 
 
 @dataclass(frozen=True)
+class DeviceClass:
+    """Devices that are alike: how many there are, and what each of the K stages offers on one of them."""
+
+    count: int
+    stages: tuple[StageModel, ...]
+
+
+@dataclass(frozen=True)
 class Partition:
     """A partition into stages, what it costs, and how far from the best it can be at most.
 
@@ -96,6 +106,8 @@ class Partition:
         Why it is not faster, in a sentence.
     node_of : tuple of int
         Per stage, its node, where there are several.
+    class_of : tuple of int
+        Per stage, the class of its device, where there are several.
     """
 
     stage_of: Mapping[Hashable, int] = field(repr=False)
@@ -113,6 +125,7 @@ class Partition:
     bottleneck: int
     reason: str
     node_of: tuple[int, ...] = ()
+    class_of: tuple[int, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -136,6 +149,7 @@ def partition(
     transfer: str = "transfer",
     size: str = "bytes",
     stage_models: Sequence[StageModel] | None = None,
+    classes: Sequence[DeviceClass] | None = None,
     overlap: bool = True,
     memory_limit: float | Sequence[float | None] | None = None,
     colocate: Iterable[Collection[Hashable]] = (),
@@ -166,6 +180,9 @@ def partition(
         and once to every receiving one, however many consumers it has there.
     stage_models : sequence of StageModel, optional
         What each stage offers. Default: one option for all, ``{time: 1}`` and ``{memory: 1}``.
+    classes : sequence of DeviceClass, optional
+        In place of ``stage_models``, where devices are unequal: which stage runs on a device of which class
+        is part of the search.
     overlap : bool
         Whether a stage computes while it communicates: load = max(compute, time in, time out). If not,
         load = compute + time in + time out.
@@ -237,33 +254,52 @@ def partition(
     fixed = dict(fixed or {})
     colocate = [list(alike) for alike in colocate]
     order = list(order)
-    given = stage_models is not None
+    given = stage_models is not None or classes is not None
+    if stage_models is not None and classes is not None:
+        raise ValueError("give stage_models, or classes with stage models of their own, not both")
     if stage_models is None:
         stage_models = [StageModel((StageOption("default", {time: 1.0}, {memory: 1.0}),))] * n_stages
-    check_models(n_stages, stage_models)
+    offers = [stage_models] if classes is None else [c.stages for c in classes]
+    check_classes(n_stages, classes)
+    for offer in offers:
+        check_models(n_stages, offer)
     check_nodes(graph, n_stages, colocate, order, fixed)
-    used = {a for m in stage_models for o in m.options for weights in (o.time, o.memory) for a in weights}
+    all_options = [o for offer in offers for m in offer for o in m.options]
+    used = {a for o in all_options for weights in (o.time, o.memory) for a in weights}
     needed = used if given else used - {memory} if memory_limit is None else used
     check_nodes_of_stages(n_stages, nodes, per_node)
     sent = {transfer, size, far}
     check_numbers(graph, used | sent, sent, needed)
     check_acyclic(graph, order)
-    problem = compile_problem(
-        graph,
-        n_stages,
-        stage_models,
-        limits=memory_limits(n_stages, stage_models, memory_limit),
-        transfer=transfer,
-        size=size,
-        far=far,
-        kind="overlap" if overlap else "sum",
-        colocate=colocate,
-        order=order,
-        fixed=fixed,
-        allow_empty=allow_empty,
-    )
+    problems = [
+        compile_problem(
+            graph,
+            n_stages,
+            offer,
+            limits=memory_limits(n_stages, offer, memory_limit),
+            transfer=transfer,
+            size=size,
+            far=far,
+            kind="overlap" if overlap else "sum",
+            colocate=colocate,
+            order=order,
+            fixed=fixed,
+            allow_empty=allow_empty,
+        )
+        for offer in offers
+    ]
+    problem = problems[0]
+    class_of: tuple[int, ...] = ()
     check_enough(problem, len(graph))
-    solution = solve(problem, engine=engine, clock=clock if nodes == 1 else clock.within(0.5), seed=seed)
+    first = clock if nodes == 1 else clock.within(0.5)
+    if classes is not None and len(classes) > 1:
+        assigned = assign(problems, [c.count for c in classes], first, seed)
+        problem, class_of = in_order(problems, assigned.class_of), assigned.class_of
+        solution = Solution(assigned.stage, assigned.load, Bound(assigned.bound, "devices"), "devices")
+        if assigned.stage is None:
+            solution = solve(problem, engine=engine, clock=clock, seed=seed)
+    else:
+        solution = solve(problem, engine=engine, clock=first, seed=seed)
     stage, node_of = solution.stage, None
     if stage is None:
         raise infeasible(problem, solution)
@@ -271,7 +307,8 @@ def partition(
         several, floor = Nodes(nodes, per_node or n_stages), solution.bound.value
         placed = place(problem, several, stage, clock, seed, floor=floor)
         stage, node_of = placed.stage, placed.node_of
-        bound = Bound(placed.load, "borders") if placed.proven else solution.bound
+        proven = placed.proven and not class_of  # else of this order of devices only
+        bound = Bound(placed.load, "borders") if proven else solution.bound
         solution = Solution(stage, placed.load, bound, "borders")
     loads = evaluate(problem, stage, node_of)
     bottleneck = int(np.argmax(loads.load))
@@ -292,4 +329,5 @@ def partition(
         bottleneck=bottleneck,
         reason=reason(problem, solution, loads),
         node_of=() if node_of is None else tuple(node_of.tolist()),
+        class_of=class_of,
     )

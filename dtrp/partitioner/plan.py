@@ -58,6 +58,8 @@ class Plan:
         Whether it was changed by hand since.
     node_of : tuple[int, ...]
         Per stage, its node, where links between nodes are slower; else empty.
+    placement : tuple[int, ...]
+        Per stage, which of the devices that were given it has, where they are unequal; else empty: in order.
     profile : Profile or None
         What its stages cost, for `dtrp.simulate`; not of plans that were edited by hand.
     """
@@ -75,6 +77,7 @@ class Plan:
     costs: str = field(default="", repr=False)
     edited: bool = False
     node_of: tuple[int, ...] = ()
+    placement: tuple[int, ...] = ()
     profile: Profile | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -194,6 +197,7 @@ class Plan:
             "costs": self.costs,
             "edited": self.edited,
             "node_of": list(self.node_of),
+            "placement": list(self.placement),
             "profile": None if self.profile is None else self.profile.to_dict(),
         }
 
@@ -245,6 +249,7 @@ class Plan:
             costs=data["costs"],
             edited=data["edited"],
             node_of=tuple(data.get("node_of", ())),
+            placement=tuple(data.get("placement", ())),
             profile=None if (profile := data.get("profile")) is None else Profile.from_dict(profile),
         )
 

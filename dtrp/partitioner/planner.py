@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import networkx as nx
 
@@ -14,7 +14,7 @@ from dtrp.errors import InfeasiblePlanError
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
 from dtrp.partitioner.links import Links
-from dtrp.partitioner.partition import Partition, partition
+from dtrp.partitioner.partition import DeviceClass, Partition, partition
 from dtrp.partitioner.plan import Plan, fingerprint
 from dtrp.partitioner.profile import make_profile
 from dtrp.partitioner.stage_cost import (
@@ -236,6 +236,69 @@ def nodes_of(graph: nx.DiGraph, plan: Plan, devices: Sequence[int]) -> tuple[int
     return solve(
         graph, plan.n_stages, groups=(), order=(), fixed=fixed, recompute=plan.recompute, devices=devices
     ).node_of
+
+
+def arrange(
+    graph: nx.DiGraph,
+    hazards: Rules,
+    devices: Sequence[DeviceSpec],
+    memory_limit: Any,
+    recompute: bool | str | Sequence[bool],
+    training: Training = ASSUMED,
+    *,
+    time_limit: float = 5.0,
+) -> tuple[int, ...]:
+    """Which device each stage should have, by its place in ``devices``; empty: they are all alike.
+
+    Memory limits that are given one by one go with the devices. Exact, for up to four kinds of devices, as
+    far as time allows (`dtrp.partitioner.solvers.devices`).
+    """
+    k = len(devices)
+    index = device_indices(graph, devices, k)
+    if len(set(index)) == 1:
+        return ()
+    limits = memory_limits(memory_limit, k) or default_limits(devices)
+    kinds = list(dict.fromkeys(zip(index, limits, strict=True)))
+    specs: Sequence[DeviceSpec] = graph.graph["specs"]
+    classes = [
+        DeviceClass(
+            sum(kind == mine for mine in zip(index, limits, strict=True)),
+            tuple(
+                stage_models(
+                    k,
+                    recompute=recompute,
+                    devices=[kind[0]] * k,
+                    memory_limit=[kind[1]] * k,
+                    training=training,
+                    overheads=[specs[kind[0]].tick_overhead] * k,
+                )
+            ),
+        )
+        for kind in kinds
+    ]
+    transfer = transfer_attribute(overlaps(graph, index))
+    try:
+        found = partition(
+            graph,
+            k,
+            transfer=transfer,
+            overlap=overlaps(graph, index),
+            size="transfer_bytes",
+            classes=classes,
+            colocate=_together(graph, hazards),
+            order=[(u, v) for u, v in hazards.order if u in graph and v in graph],
+            time_limit=time_limit,
+        )
+    except InfeasiblePlanError as e:
+        log.warning("no order of the devices has room for the model, they stay in the order given: %s", e)
+        return ()
+    places = [[i for i, mine in enumerate(zip(index, limits, strict=True)) if mine == kind] for kind in kinds]
+    return tuple(places[c].pop(0) for c in found.class_of)
+
+
+def _together(graph: nx.DiGraph, hazards: Rules) -> list[set[str]]:
+    groups = [set(group) & set(graph) for group in hazards.groups] + _parameters_with_their_users(graph)
+    return [group for group in groups if len(group) > 1]
 
 
 def cost_digest(graph: nx.DiGraph, training: Training = ASSUMED) -> str:

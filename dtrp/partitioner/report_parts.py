@@ -228,6 +228,9 @@ def notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan, training
                 f"Stage {stage.index} needs {stage.peak_bytes / 1e9:.2f} GB, more than the "
                 f"{stage.memory_limit / 1e9:.2f} GB that it may use."
             )
+    if plan.placement:
+        order = ", ".join(map(str, plan.placement))
+        found.append(f"Devices are unequal; stages have them in this order (of those given): {order}.")
     if plan.node_of:
         runs = [[s for s, at in enumerate(plan.node_of) if at == n] for n in sorted({*plan.node_of})]
         shown = "; ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -90,6 +90,20 @@ def check_nodes(
             )
 
 
+def check_classes(n_stages: int, classes: Sequence[Any] | None) -> None:
+    """As many devices as stages."""
+    if classes is None:
+        return
+    for c in classes:
+        if not _is_whole(c.count) or c.count < 1:
+            raise ValueError(f"a class needs a whole number of devices, at least 1; got {c.count!r}")
+    if sum(c.count for c in classes) != n_stages:
+        raise ValueError(
+            f"the classes have {' + '.join(str(c.count) for c in classes)} devices for {n_stages} stages; "
+            f"give one device per stage"
+        )
+
+
 def check_nodes_of_stages(n_stages: int, nodes: Any, per_node: Any) -> None:
     """As many nodes as can have a stage each, and room for all stages."""
     for name, value in (("nodes", nodes), ("per_node", per_node)):
