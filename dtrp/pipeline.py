@@ -166,6 +166,11 @@ class Pipeline:
             )
         return self._compiled
 
+    @property
+    def _first(self) -> Compiled:
+        """The variant that was planned, and whose nodes the costs are of; others are laid over it."""
+        return next(iter(self._variants.values()))
+
     # ---- training --------------------------------------------------------------------------------------
 
     def trainer(
@@ -480,7 +485,7 @@ class Pipeline:
         self._request = replace(self._request, training=training)
         if self._compiled is not None:
             with EXCLUSIVE:
-                report = reprice(self._compiled, self._request)
+                report = reprice(self._first, self._request)
                 self._compiled = replace(self._compiled, report=report)
                 self._variants = {key: replace(c, report=report) for key, c in self._variants.items()}
         return training
@@ -498,7 +503,7 @@ class Pipeline:
         report = (
             made.report
             if training == request.training
-            else reprice(made, replace(request, training=training))
+            else reprice(self._first, replace(request, training=training))
         )
         cores = shared(made.graph.graph["specs"] * self.n_stages)
         parts = training.micro_batches

@@ -42,8 +42,9 @@ def test_predicted_peaks_come_true(recompute: bool, horizon: str, allocations: M
     predicted = stage_costs(
         pipe.graph, pipe.plan.stage_of, pipe.plan.recompute, training=Training(1.0, horizon=horizon)
     )
+    paper = {"schedule": "fig1", "micro_batches": 1}
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    with pipe.trainer(F.cross_entropy, sgd, executor="inline", horizon=horizon) as trainer:
+    with pipe.trainer(F.cross_entropy, sgd, executor="inline", horizon=horizon, **paper) as trainer:
 
         def train() -> object:
             for _ in range(8):

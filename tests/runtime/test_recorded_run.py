@@ -53,6 +53,9 @@ def mean_loss(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).mean()
 
 
+PAPER: dict[str, Any] = {"schedule": "fig1", "micro_batches": 1}
+
+
 def batch(width: int = 1) -> tuple[Tensor, Tensor]:
     return torch.ones(2, width, dtype=torch.double), torch.zeros(2, width, dtype=torch.double)
 
@@ -60,7 +63,7 @@ def batch(width: int = 1) -> tuple[Tensor, Tensor]:
 def recorded(n_stages: int, n_batches: int, executor: str, **knobs: Any) -> list[Event]:
     """What was done when in a run."""
     pipe = dtrp.compile(chain(8), n_gpus=n_stages, example_inputs=batch()[0], recompute=True)
-    with pipe.trainer(mean_loss, CountUp, executor=executor, record=True, seed=0, **knobs) as trainer:
+    with pipe.trainer(mean_loss, CountUp, executor=executor, record=True, seed=0, **PAPER | knobs) as trainer:
         for _ in range(n_batches):
             trainer.step(*batch())
         trainer.flush()
@@ -121,7 +124,9 @@ def test_weights_used_have_had_the_updates_that_the_table_says(method: str, n_st
     seen: dict[str, list[int]] = defaultdict(list)
     for name, layer in model.named_children():
         layer.register_forward_hook(lambda m, _, __, at=seen[name]: at.append(int(m.weight.item())))
-    with pipe.trainer(mean_loss, CountUp, method=method, executor="inline", record=True, seed=0) as trainer:
+    with pipe.trainer(
+        mean_loss, CountUp, method=method, executor="inline", record=True, seed=0, **PAPER
+    ) as trainer:
         for _ in range(n_batches):
             trainer.step(*batch())
         trainer.flush()
@@ -208,7 +213,7 @@ def test_what_is_alive_seen_from_outside(n_stages: int, method: str) -> None:
     optimizer = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
     with (
         watch.saving(),
-        pipe.trainer(mean_loss, optimizer, method=method, executor="inline", seed=0) as trainer,
+        pipe.trainer(mean_loss, optimizer, method=method, executor="inline", seed=0, **PAPER) as trainer,
     ):
         for _ in range(20):
             trainer.step(*batch(4))
