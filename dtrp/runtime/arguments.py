@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -84,6 +84,14 @@ def check_loader(loader: Any, has_target: bool) -> None:
     else:
         return
     raise TypeError(f"got {got} as loader: expected an iterable of batches (x, y), such as a DataLoader")
+
+
+def length(loader: Iterable[Any]) -> int | None:
+    """How many batches, where the loader knows."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an iterable data set has the method, but no answer
+        return None
 
 
 def feeds(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .arguments import as_call, check_loader
+from .arguments import as_call, check_loader, length
 from .checkpoint import is_savable
 from .config import short
 from .folder import existing
@@ -173,9 +173,10 @@ def resumed(trainer: Trainer, path: str | os.PathLike[str]) -> Loop:
 
 def _share(trainer: Trainer, loader: Iterable[Any], epochs: int) -> float:
     """The exact start in updates, given as a share."""
-    if not isinstance(loader, Sized):
+    batches = length(loader)
+    if batches is None:
         raise ValueError(
             f"exact_start={trainer.config.exact_start!r} is a share of the run, whose length a "
             f"{type(loader).__name__} does not tell; give a number of updates"
         )
-    return round(trainer._exact_updates * len(loader) * epochs / trainer.config.accumulate)
+    return round(trainer._exact_updates * batches * epochs / trainer.config.accumulate)

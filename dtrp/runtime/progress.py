@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .arguments import length
 from .stats import balance
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Bar:
         if trainer.progress:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=_length(loader), desc=title, unit="batch")
+            self.bar = tqdm(total=length(loader), desc=title, unit="batch")
         self.looked = time.monotonic()
         self.samples = trainer.samples
 
@@ -58,11 +59,3 @@ class Bar:
     def __exit__(self, *exc: object) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    """How many batches, where the loader knows."""
-    try:
-        return len(loader) if isinstance(loader, Sized) else None
-    except TypeError:  # a DataLoader over an iterable data set has the method, but no answer
-        return None

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import interrupts
+from .arguments import length
 from .config import short
 from .stats import StageStats
 
@@ -104,7 +104,8 @@ class Rebalancer:
 
     def expect(self, loader: Any, epochs: int, done: int) -> None:
         """So much is to come."""
-        self.total = done + len(loader) * epochs if isinstance(loader, Sized) else None
+        batches = length(loader)
+        self.total = None if batches is None else done + batches * epochs
 
     def after_step(self, trainer: Trainer) -> bool:
         """A batch went in; whether the cuts were moved."""
