@@ -162,7 +162,7 @@ def _plan(args: argparse.Namespace) -> int:
     graph = cost_graph(
         captured,
         device=spec,
-        bandwidth=parse_links(_bandwidth(args.bandwidth), args.n_gpus),
+        bandwidth=parse_links(_bandwidth(args.bandwidth) or cli_simulate.links(cluster), args.n_gpus),
         mode=args.costs,
         dtype=None if args.dtype is None else _dtype(args.dtype),
     )

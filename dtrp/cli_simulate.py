@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that simulate."""
     parser.add_argument(
-        "--cluster", metavar="FILE", help="simulate training on the devices and links of a JSON file"
+        "--cluster", metavar="FILE", help="plan for the links of a JSON file, and simulate training there"
     )
     parser.add_argument(
         "--schedule", choices=("fig1", "lean", "1f1b", "gpipe", "bp"), help="its order (default: fig1)"
@@ -45,6 +45,15 @@ def cluster(args: argparse.Namespace) -> Cluster | None:
         return Cluster.load(args.cluster)
     except OSError as e:
         raise ValueError(f"--cluster: {args.cluster} cannot be read: {e.strerror}") from None
+
+
+def links(on: Cluster | None) -> dict[str, float | int] | None:
+    """What to plan for where the command line says nothing of links: those of the cluster."""
+    if on is None or on.node is None:
+        return None
+    if on.net is None or on.per_node is None or on.net.bandwidth > on.node.bandwidth:
+        return {"node": on.node.bandwidth, "net": on.node.bandwidth, "nodes": 1}
+    return {"node": on.node.bandwidth, "net": on.net.bandwidth, "per_node": on.per_node}
 
 
 def run(report: PartitionReport, on: Cluster, args: argparse.Namespace, ks: Sequence[int]) -> Simulation:

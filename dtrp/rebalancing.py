@@ -73,7 +73,7 @@ def recut_model(made: Compiled, request: Request, move: Move) -> tuple[Compiled,
     """The model in the move's stages, and the request that they answer."""
     graph: nx.DiGraph
     graph, plan, training = move.cut
-    plan = replace(plan, placement=made.plan.placement)
+    plan = replace(plan, placement=request.placement)
     request = replace(request, training=training)
     made = replace(made, graph=graph, plan=plan, split=split(made.captured, plan, made.hazards))
     return replace(made, report=reprice(made, request)), request

@@ -70,6 +70,7 @@ def tried(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[T
                 recompute=request.recompute,
                 training=request.training,
             )
+            plan = replace(plan, placement=request.placement)
             same = plan.stage_of == made.plan.stage_of and plan.recompute == made.plan.recompute
             before, after = (reprice(replace(made, plan=p), request).tick_time for p in (made.plan, plan))
             if same or after < before * (1 - GAIN):

@@ -44,6 +44,7 @@ class Request:
     loop: LoopCost | None = None
     speed: tuple[float, ...] = ()  # of each device; empty: as they are
     arranged: bool = False  # the order of devices is that of the stages
+    placement: tuple[int, ...] = ()  # which of the devices that the user gave each stage then has
     opened: tuple[str, ...] = ()  # modules that were not kept whole when ``plan`` was made
 
     def specs(self) -> list[DeviceSpec]:
@@ -64,6 +65,7 @@ class Request:
             speed=tuple(self.speed[i] for i in placement) if self.speed else (),
             memory_limit=[limit[i] for i in placement] if isinstance(limit, list | tuple) else limit,
             arranged=True,
+            placement=tuple(placement),
         )
 
 
@@ -127,13 +129,10 @@ def _cut(captured: Captured, request: Request) -> Compiled:
     devices = request.specs()
     graph = cost_graph(captured, device=devices, bandwidth=request.links, mode=request.costs)
     plan = request.plan
-    placement: tuple[int, ...] = ()
     if plan is None:
         if not request.arranged:
-            placement = arrange(
-                graph, hazards, devices, request.memory_limit, request.recompute, request.training
-            )
-            request = request.in_order(placement)
+            how = request.memory_limit, request.recompute, request.training
+            request = request.in_order(arrange(graph, hazards, devices, *how))
             devices = request.specs()
         plan = make_plan(
             captured,
@@ -145,7 +144,7 @@ def _cut(captured: Captured, request: Request) -> Compiled:
             recompute=request.recompute,
             training=request.training,
         )
-        plan = replace(plan, placement=placement)
+        plan = replace(plan, placement=request.placement)
     else:
         nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
         index = device_indices(graph, devices, n_stages)

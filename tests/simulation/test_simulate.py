@@ -163,6 +163,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "2 stages, lean: one mini-batch per" in shown
     assert json.loads(out.read_text())["simulation"]["schedule"] == "lean"
     assert (tmp_path / "k.png").stat().st_size > 1000
+    two = tmp_path / "nodes.json"
+    two.write_text('{"per_node": 1, "node": {"bandwidth": "10GB"}, "net": {"bandwidth": "1MB"}}')
+    assert main([*command[:-1], str(two), "--json", str(out)]) == 0  # is planned for, as if said in words
+    planned = json.loads(out.read_text())
+    words = ["--bandwidth", "node=10GB,net=1MB,per_node=1", "--json", str(out)]
+    assert main([*command[:-2], *words]) == 0
+    assert json.loads(out.read_text())["tick_time"] == planned["tick_time"] > 1e-1
     assert main([*command[:-1], str(tmp_path / "none.json")]) == 2
     assert "none.json cannot be read: No such file" in capsys.readouterr().err
     assert main([*command[:-2], "--schedule", "lean"]) == 2
