@@ -13,6 +13,8 @@ from .capture.graph import Captured
 from .costs import cost_graph
 from .example import call_arguments
 
+_SCALED = ("forward_time", "backward_time", "transfer_time", "exchange_time")
+
 
 def graph_at(captured: Captured, graph: nx.DiGraph, sizes: Any) -> nx.DiGraph:
     """The cost graph for other sizes; nothing is computed.
@@ -29,14 +31,17 @@ def graph_at(captured: Captured, graph: nx.DiGraph, sizes: Any) -> nx.DiGraph:
     Fits(captured).check(tensors, args, kwargs, training=True, run=True)
     specs = graph.graph["specs"]
     found = cost_graph(captured, device=specs, bandwidth=graph.graph["links"], inputs=tensors)
-    if graph.graph["mode"] == "measured":
-        known = cost_graph(captured, device=specs)
+    if graph.graph["mode"] != "analytic":
+        known = cost_graph(captured, device=specs, bandwidth=graph.graph["links"])
         for node, data in found.nodes(data=True):
-            for name in ("forward_time", "backward_time"):
-                before = known.nodes[node][name]
-                data[name] = graph.nodes[node][name] * (data[name] / before if before else 1.0)
-            data["sweep_time"] = graph.nodes[node]["sweep_time"]
-        found.graph["mode"] = "measured"
+            for name in data:
+                kind = name.partition("@")[0]
+                if kind in _SCALED:
+                    before = known.nodes[node][name]
+                    data[name] = graph.nodes[node][name] * (data[name] / before if before else 1.0)
+                elif kind == "sweep_time":
+                    data[name] = graph.nodes[node][name]
+        found.graph["mode"] = graph.graph["mode"]
     nx.set_node_attributes(found, dict(graph.nodes(data="stage")), "stage")
     return found
 
