@@ -247,6 +247,8 @@ INTERRUPTED = """
     """
 
 
+# torch remembers sparse tensors that other tests unpickled, and tells so whoever loads next.
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_ctrl_c(tmp_path: Path) -> None:
     """Workers end; the model has the weights after the last tick that was begun, as an inline run shows."""
     with script(INTERRUPTED, tmp_path) as process:
