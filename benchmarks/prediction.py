@@ -6,6 +6,12 @@ Each model is planned with measured costs, then trained for a few batches, stage
 with one thread (so that the stages do not disturb each other), and each stage's time per tick is compared
 with the prediction for the optimizer that is used.
 
+    python benchmarks/prediction.py --workers [--models resnet20 ...] [--stages 1 2 4]
+
+With worker processes: the time per batch of the whole pipeline, predicted when the model was planned,
+against the clock; and each stage's tick against the processor time that it took, which other work on the
+machine hardly touches. The models are those of peers.py, and those above.
+
 Times are the thread's own, which stop while others have the core; a loaded machine still disturbs them
 through its caches. Peak memory is that of every allocation the profiler sees (see allocations.py).
 """
@@ -25,6 +31,8 @@ from unittest import mock
 import torch
 from allocations import peaks
 from decoder import GPT
+from peers import CASES
+from peers import loss as of_tokens
 from torch import nn
 from torch.nn import functional as F
 
@@ -115,18 +123,84 @@ def run(name: str, n_stages: int, costs: str, recompute: bool | str) -> list[Mea
     return [Measured(*of_stage) for of_stage in zip(predicted, seconds, peak, strict=True)]
 
 
+def throughput(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    criterion: Callable[..., torch.Tensor],
+    n_stages: int,
+    costs: str,
+) -> tuple[dtrp.TrainingReport, list[float], float]:
+    """Of a run on worker processes: its report, its stages' processor time and its own, seconds per batch."""
+    pipe = dtrp.compile(model, n_stages, example_inputs=x, devices=["cpu"] * n_stages, costs=costs)
+    optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
+    with pipe.trainer(criterion, optimizer, executor="workers", seed=0, rebalance=False) as trainer:
+        for _ in range(2 * n_stages + 2):
+            trainer.step(x, y)
+        trainer.flush()
+        before, start, done = trainer.stats, time.perf_counter(), 0
+        while done < 12 or (time.perf_counter() - start < 5 and done < 300):
+            trainer.step(x, y)
+            done += 1
+        trainer.flush()
+        seconds = (time.perf_counter() - start) / done
+        window = [now.since(then) for now, then in zip(trainer.stats, before, strict=True)]
+        parts = trainer.config.micro_batches
+        assert isinstance(parts, int)
+        spent = [s.cpu_time / s.counts["forward"] * parts for s in window]
+        return trainer.report, spent, seconds
+
+
+def print_throughput(models: Sequence[str], stages: Sequence[int], costs: str) -> None:
+    """A row for each model and number of stages, then the errors."""
+    print(
+        "| model | K | ms per batch, predicted | by the clock | error | ticks, predicted | processor time |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    clock, ticks = [], []
+    for name in models:
+        for n_stages in stages:
+            torch.manual_seed(0)
+            if name in CASES:
+                case = CASES[name]
+                model, (x, y), criterion = case.model(), case.batches()[0], of_tokens
+            else:
+                model, x, y = MODELS[name]()
+                criterion = loss
+            report, spent, seconds = throughput(model, x, y, criterion, n_stages, costs)
+            predicted = [s.predicted_tick for s in report.stages]
+            clock.append(abs(report.predicted_time / seconds - 1))
+            ticks += [abs(p / s - 1) for p, s in zip(predicted, spent, strict=True)]
+            cells = (
+                name,
+                str(n_stages),
+                f"{report.predicted_time * 1e3:.1f}",
+                f"{seconds * 1e3:.1f}",
+                f"{clock[-1]:.1%}",
+                " ".join(f"{p * 1e3:.1f}" for p in predicted),
+                " ".join(f"{s * 1e3:.1f}" for s in spent),
+            )
+            print(f"| {' | '.join(cells)} |", flush=True)
+    for what, values in (("time per batch", clock), ("processor time of a stage", ticks)):
+        print(f"\n{what}: median error {statistics.median(values):.1%}, most {max(values):.1%}")
+
+
 def main() -> None:
     """Prints a table and the medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *CASES], default=list(MODELS))
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--workers", action="store_true", help="throughput on worker processes")
     parser.add_argument("--costs", choices=("analytic", "measured"), default="measured")
     parser.add_argument("--recompute", choices=("auto", "yes", "no"), default="auto")
     args = parser.parse_args()
     recompute = "auto" if args.recompute == "auto" else args.recompute == "yes"
     torch.set_num_threads(1)
+    if args.workers:
+        print_throughput(args.models, args.stages, args.costs)
+        return
     heads = ("ms, predicted", "ms, measured", "error", "balance", "MB, predicted", "MB, measured", "error")
     print("| model | K | " + " | ".join(heads) + " |\n|---|--:|" + "--:|" * len(heads))
     errors: dict[str, list[float]] = {"time": [], "memory": []}
