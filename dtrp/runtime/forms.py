@@ -58,16 +58,15 @@ class Parcel(NamedTuple):
     pickled: list[bytes]
 
 
-def take_apart(values: Sequence[Any], *, on_host: bool = True) -> Parcel:
-    """Tensors become rows of bytes (in host memory, or where they are), numbers eight bytes, everything else
-    a pickle."""
+def take_apart(values: Sequence[Any], device: torch.device | str = "cpu") -> Parcel:
+    """Tensors become rows of bytes on ``device``, numbers eight bytes, everything else a pickle."""
     form: list[Spec] = []
     payload: list[Tensor] = []
     numbers = bytearray()
     pickled: list[bytes] = []
     for value in values:
         if isinstance(value, Tensor):
-            plain = canonical(value.cpu() if on_host else value)
+            plain = canonical(value.to(device))
             order = dense_order(plain)
             if order is not None:
                 form.append(("t", plain.dtype, tuple(plain.shape), order))
@@ -106,9 +105,11 @@ class Writer:
     def __init__(self) -> None:
         self.forms: dict[Form, int] = {}
 
-    def write(self, message: Message, most_behind: int, *, on_host: bool = True) -> Written:
-        """``most_behind``: bytes of a payload that may travel with the note."""
-        parcel = take_apart(message.values, on_host=on_host)
+    def write(
+        self, message: Message, most_behind: int, device: torch.device | str = "cpu", *, apart: bool = False
+    ) -> Written:
+        """``most_behind``: bytes of a payload that may come with the note, unless all are to go ``apart``."""
+        parcel = take_apart(message.values, device)
         *starts, size = places(parcel.payload)
         form, behind = self.forms.get(parcel.form), small_part(parcel)
         flags = SKIP if message.skip else 0
@@ -117,7 +118,7 @@ class Writer:
             described = pack_form(parcel.form)
             behind = struct.pack("<I", len(described)) + described + behind
             flags |= NEW_FORM
-        if size > most_behind or not on_host:
+        if size > most_behind or apart:
             return Written(flags, form, behind, parcel.payload, size)
         packed = bytearray(size)
         for start, row in zip(starts, parcel.payload, strict=True):

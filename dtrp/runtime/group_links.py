@@ -64,9 +64,9 @@ class GroupLinks:
         payload: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.stage, self.device, self.on_host = stage, device, payload is None
+        self.stage, self.on_host = stage, payload is None
+        device = "cpu" if self.on_host else device
         self.news: News | None = None
-        self.wakes = 0  # things that have come, for whoever wants to know whether it goes on
         groups, payloads = (down, up), payload or (down, up)
         self._senders: dict[int, _Sender] = {}
         self._receivers: dict[int, _Receiver] = {}
@@ -74,9 +74,9 @@ class GroupLinks:
             way = int(source > target)
             end = (groups[way], payloads[way], abs(source - target) + 2)
             if source == stage:
-                self._senders[target] = _Sender(target, *end, on_host=self.on_host)
+                self._senders[target] = _Sender(target, *end, device, on_host=self.on_host)
             elif target == stage:
-                self._receivers[source] = _Receiver(source, *end, device=None if self.on_host else device)
+                self._receivers[source] = _Receiver(source, *end, device, on_host=self.on_host)
         self._inboxes: dict[Channel, deque[tuple[Message, list[Work]]]] = defaultdict(deque)
 
     def send(self, channel: Channel, message: Message) -> None:
@@ -111,15 +111,23 @@ class _Sender:
     """The end that messages go in at."""
 
     def __init__(
-        self, peer: int, notes: dist.ProcessGroup, payload: dist.ProcessGroup, most: int, *, on_host: bool
+        self,
+        peer: int,
+        notes: dist.ProcessGroup,
+        payload: dist.ProcessGroup,
+        most: int,
+        device: torch.device | str,
+        *,
+        on_host: bool,
     ) -> None:
-        self.peer, self.notes, self.payload, self.most, self.on_host = peer, notes, payload, most, on_host
+        self.peer, self.notes, self.payload, self.most = peer, notes, payload, most
+        self.device, self.on_host = device, on_host
         self.writer = Writer()
         self.held: deque[list[tuple[Work, Tensor]]] = deque()  # per message, until it has been received
 
     def send(self, kind: int, message: Message, news: bytes) -> None:
         self.make_room(self.most)
-        written = self.writer.write(message, ROOM // 2, on_host=self.on_host)
+        written = self.writer.write(message, ROOM // 2, self.device, apart=not self.on_host)
         place = 0 if written.payload else BEHIND
         fixed = (kind, written.flags, written.form, message.slot, place, written.size, len(written.behind))
         whole = NOTE.pack(*fixed, message.scale) + _NEWS.pack(len(news)) + news + written.behind
@@ -132,9 +140,7 @@ class _Sender:
             held.append(self._post(self.notes, rest, REST))
         for row in written.payload:
             if row.numel():
-                sent = self._post(self.payload, row, PAYLOAD + written.form)
-                if self.on_host:  # a device's communicator keeps what it needs itself
-                    held.append(sent)
+                held.append(self._post(self.payload, row, PAYLOAD + written.form))
         self.held.append(held)
 
     def _post(self, group: dist.ProcessGroup, tensor: Tensor, tag: int) -> tuple[Work, Tensor]:
@@ -159,11 +165,12 @@ class _Receiver:
         notes: dist.ProcessGroup,
         payload: dist.ProcessGroup,
         ahead: int,
+        device: torch.device | str,
         *,
-        device: torch.device | str | None,
+        on_host: bool,
     ) -> None:
         self.peer, self.notes, self.payload = peer, notes, payload
-        self.device, self.tagged = "cpu" if device is None else device, device is None
+        self.device, self.tagged = device, on_host
         self.reader = Reader()
         self.posted: deque[tuple[Work, Tensor]] = deque(self._post_note() for _ in range(ahead))
         self.ahead: dict[int, tuple[list[Tensor], list[Work]]] = {}  # by form, for its next message

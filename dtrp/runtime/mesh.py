@@ -82,6 +82,7 @@ class Mesh:
         ranks = [self.replica * n_stages + k for k in range(n_stages)]
         self.down, self.up = (_group(ranks) for _ in range(2))
         self.everyone = _group(list(range(self.size)))
+        self.on_devices: tuple[dist.ProcessGroup, ...] = ()
         for group in self._groups():
             group.set_timeout(FOREVER)
         found: list[Any] = [None] * self.size
@@ -108,6 +109,19 @@ class Mesh:
 
     def names(self) -> list[str]:
         return [self.name(rank) for rank in range(self.size)]
+
+    def payload(self, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+        """Communicators for values that stay on the stages' devices, for both directions; ``None`` where they
+        go through host memory: on CPUs, on devices of several kinds, and where stages share a device."""
+        places = self.gather("devices", (self.address, str(device), device.type))
+        alike = len({kind for *_, kind in places}) == 1 and len(set(places)) == len(places)
+        if device.type == "cpu" or not alike:
+            return None
+        backend = dist.get_default_backend_for_device(device.type)
+        ranks = [self.replica * self.n_stages + k for k in range(self.n_stages)]
+        groups = _group(ranks, backend), _group(ranks, backend)
+        self.on_devices += groups
+        return groups
 
     # ---- what several say or do together -------------------------------------------------------------------
 
@@ -188,6 +202,9 @@ class Mesh:
     def poison(self) -> None:
         """Have every operation that waits in these groups fail, from another thread: gloo fails all of a
         group's operations when one has run out of time, here one that nobody answers."""
+        for group in self.on_devices:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
         for group in self._groups():
             if group.size() > 1:
                 other = (group.rank() + 1) % group.size()
@@ -197,7 +214,7 @@ class Mesh:
 
     def close(self) -> None:
         """Let go of the groups that this run made."""
-        for group in (self.down, self.up, self.everyone):
+        for group in (self.down, self.up, self.everyone, *self.on_devices):
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group(group)
 
@@ -225,8 +242,8 @@ def check(n_stages: int) -> None:
         )
 
 
-def _group(ranks: list[int]) -> dist.ProcessGroup:
-    group = dist.new_group(ranks, backend="gloo", timeout=FOREVER, use_local_synchronization=True)
+def _group(ranks: list[int], backend: str = "gloo") -> dist.ProcessGroup:
+    group = dist.new_group(ranks, backend=backend, timeout=FOREVER, use_local_synchronization=True)
     assert not isinstance(group, int)
     return group
 

@@ -75,7 +75,12 @@ class Ranks:
         mine = programs[mesh.stage]
         mine = private(replace(mine, device=place(mine.device)))
         with self._told("starting"):
-            self.links = GroupLinks(mesh.stage, talking(mine, config), mesh.down, mesh.up)
+            if mine.device.type != "cpu":
+                torch.accelerator.set_device_index(mine.device)
+            pairs, payload = talking(mine, config), mesh.payload(mine.device)
+            self.links = GroupLinks(
+                mesh.stage, pairs, mesh.down, mesh.up, payload=payload, device=mine.device
+            )
             self.replicas = Replicas(mesh.peers) if mesh.replicas > 1 else None
             seed = self._own_seed(seed)
             self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)

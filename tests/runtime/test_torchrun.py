@@ -86,6 +86,27 @@ def test_ranks_train_to_the_bits_of_inline_in_all_orders(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_payloads_that_stay_on_their_devices(tmp_path: Path) -> None:
+    """The way of values on accelerators, whose communicators know no tags: apart from their notes, in their
+    order. gloo stands in NCCL's place. If this fails, devices get other values, or wait for ever."""
+    script = (
+        SAME
+        + """
+    from dtrp.runtime import mesh
+
+    def payload(self, device):
+        return mesh._group(list(range(K))), mesh._group(list(range(K)))
+
+    mesh.Mesh.payload = payload
+    K = 3
+    compare(schedule="lean", micro_batches=3, tied=True, optimizer=ADAMW)
+    compare(max_grad_norm=0.1)
+    """
+    )
+    assert run(tmp_path, 3, script).count("SAME") == 6
+
+
+@pytest.mark.slow
 def test_the_quickstart_runs_on_ranks(tmp_path: Path) -> None:
     """The example as it is, on four ranks, gives the workers' weights."""
     root = Path(dtrp.__file__).parents[1]
