@@ -5,8 +5,8 @@
     [2] what the note had no room for  --- tag 1 --->   received when the note says so
     [3] each tensor's bytes  -------- tag 2 + form -->  posted ahead, where the last message had this form
 
-A send is over when the receiver has what it needs; until then the sender keeps the memory, for at most
-j - i + 2 messages from stage i to j, as the rings of shared.py do. gloo matches messages by tag, so that a
+A send is over when the receiver has what it needs; until then the sender keeps the memory, for as many
+messages as the rings of shared.py have places. gloo matches messages by tag, so that a
 receive posted for a form that does not come next waits for the next message of that form. A communicator
 without tags (NCCL) matches by order: there nothing is posted before the note has come, which is early, since
 notes wait for no device.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -78,6 +78,11 @@ class GroupLinks:
             elif target == stage:
                 self._receivers[source] = _Receiver(source, *end, device, on_host=self.on_host)
         self._inboxes: dict[Channel, deque[tuple[Message, list[Work]]]] = defaultdict(deque)
+
+    def allow(self, places: Callable[[int], int]) -> None:
+        """How many messages may be on their way to each stage."""
+        for target, sender in self._senders.items():
+            sender.most = places(target)
 
     def send(self, channel: Channel, message: Message) -> None:
         news = b"" if self.news is None else self.news.pack(channel.target)

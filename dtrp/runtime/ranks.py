@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class Ranks:
             self.replicas = Replicas(mesh.peers) if mesh.replicas > 1 else None
             seed = self._own_seed(seed)
             self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)
+        self.links.allow(partial(self.stage.schedule.places, mesh.stage))
         self.news_of = self.links.news = News(mesh.stage, self.stage.news)
         peers.meter = self.stage.meter
 

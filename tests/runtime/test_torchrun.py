@@ -107,6 +107,24 @@ def test_payloads_that_stay_on_their_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_gpipe_has_room_for_all_its_parts(tmp_path: Path) -> None:
+    """The last stage sends gradients of parts while the first still sends others: with room for three
+    messages each way, larger than a note, both waited for ever."""
+    script = """
+    from torch import nn
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    x, y = torch.randn(192, 256), torch.randint(0, 256, (192,))
+    pipe = dtrp.compile(model, 2, example_inputs=x)
+    with trainer(pipe, "torchrun", method="gpipe", micro_batches=12, watchdog=10.0) as t:
+        t.step(x, y)
+        t.flush()
+        print("TRAINED", len(t.losses))
+    """
+    assert run(tmp_path, 2, script).count("TRAINED 1") == 2
+
+
+@pytest.mark.slow
 def test_the_quickstart_runs_on_ranks(tmp_path: Path) -> None:
     """The example as it is, on four ranks, gives the workers' weights."""
     root = Path(dtrp.__file__).parents[1]
