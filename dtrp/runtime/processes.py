@@ -74,6 +74,7 @@ class Processes:
                     "lines": [line for line in lines if k in (line.source, line.target)],
                     "replies": theirs.detach(),
                     "page": board.memory,
+                    "caller": os.getpid(),
                 }
                 self.processes.append(start(boot, sorted(ends), environment))
         except OSError as e:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import struct
 import threading
 import time
@@ -59,10 +60,11 @@ class Page:
 
 
 def show_life(
-    page: Page, k: int, look: Callable[[], tuple[int, bool, str]], gone: Callable[[], None]
+    page: Page, k: int, look: Callable[[], tuple[int, bool, str]], gone: Callable[[], None], caller: int
 ) -> None:
-    """Start the thread; ``look`` says what to show, ``gone`` is called when the caller is no more."""
-    parent = os.getppid()
+    """Start the thread; ``look`` says what to show, ``gone`` is called when the process ``caller`` is no
+    more."""
+    ended = _watching(caller)
 
     def live() -> None:
         beats = 0
@@ -70,11 +72,24 @@ def show_life(
             beats += 1
             done, waits, phase = look()
             page.write(k, Sign(beats, done, time.process_time() - time.thread_time(), waits, phase))
-            if os.getppid() != parent:
+            if ended():
                 gone()
             time.sleep(PACE)
 
     threading.Thread(target=live, name="dtrp-vitals", daemon=True).start()
+
+
+def _watching(caller: int) -> Callable[[], bool]:
+    """Whether a process has ended, which need not be the parent (starting.py)."""
+    if not hasattr(os, "pidfd_open"):
+        parent = os.getppid()
+        return lambda: os.getppid() != parent
+    try:
+        look = select.poll()
+        look.register(os.pidfd_open(caller), select.POLLIN)
+        return lambda: bool(look.poll(0))
+    except ProcessLookupError:
+        return lambda: True
 
 
 class Watch:

@@ -111,7 +111,8 @@ def main(boot: str) -> None:
     try:
         from .worker import Worker
 
-        Worker(told["stage"], told["n_stages"], told["lines"], voice, told["page"]).run()
+        place = told["stage"], told["n_stages"], told["lines"]
+        Worker(*place, voice, told["page"], told["caller"]).run()
         voice.finish()
         code = 0
     except OSError:

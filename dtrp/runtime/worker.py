@@ -48,7 +48,9 @@ class Setup:
 class Worker:
     """Obeys what comes over the line from the caller."""
 
-    def __init__(self, stage: int, n_stages: int, lines: list[Any], voice: Voice, page: int) -> None:
+    def __init__(
+        self, stage: int, n_stages: int, lines: list[Any], voice: Voice, page: int, caller: int
+    ) -> None:
         self.links = SharedLinks(stage, [Line(*line) for line in lines])
         self.voice = voice
         self.stage: Stage | None = None
@@ -57,7 +59,7 @@ class Worker:
         self.failed = False
         self.unsaid: list[Loss | Skip] = []
         self.said = 0.0  # when, by the clock
-        show_life(Page(page, n_stages), stage, self._look, lambda: os._exit(1))
+        show_life(Page(page, n_stages), stage, self._look, lambda: os._exit(1), caller)
 
     def _look(self) -> tuple[int, bool, str]:
         if self.stage is None:

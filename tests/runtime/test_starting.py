@@ -1,0 +1,90 @@
+"""The warm parent that workers are forked off: one for all runs, as the script is now, and dispensable."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrp.runtime import starting
+from dtrp.runtime.processes import workers_environment
+
+from .inside import processes
+from .toys import batches, compiled, mlp, trainer
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are fresh interpreters")
+
+
+def parent() -> starting.WarmParent:
+    found = starting.warm(workers_environment(1))
+    assert found is not None
+    return found
+
+
+def test_workers_are_as_the_script_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables, working directory and session, although the parent was begun with others; one parent serves
+    all runs."""
+    first = parent()
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        told = os.environ.get("DTRP_TEST_TOLD") == "now" and os.getcwd() == str(tmp_path)
+        return float(told and os.getsid(0) == os.getpid() and torch.get_num_threads() == 2)
+
+    monkeypatch.setenv("DTRP_TEST_TOLD", "now")
+    monkeypatch.chdir(tmp_path)
+    with trainer(compiled(mlp(2)), "workers", threads=2) as t:
+        assert t.evaluate(batches(1), metric=metric)["metric"] == 1.0
+        assert all(process.parent is first for process in t._run.crew.processes)
+    assert parent() is first
+
+
+def test_variables_that_libraries_read_at_loading_want_a_new_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads them again in a fork."""
+    first = parent()
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    second = parent()
+    assert second is not first
+    assert first.ended
+    assert first.process.poll() is not None
+
+
+@pytest.mark.slow
+def test_without_its_parent_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent may be killed at any time: workers live on and are ended as ever, the next run has a new
+    one; where none can be, workers are fresh interpreters."""
+    first = parent()
+    with trainer(compiled(mlp(2)), "workers") as t:
+        t.step(*batches(1)[0])
+        pids = processes(t)
+        os.kill(first.process.pid, signal.SIGKILL)
+        first.process.wait()
+        t.fit(batches(4), 1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    monkeypatch.setattr(starting, "warm", lambda environment: None)
+    with trainer(compiled(mlp(2)), "workers") as t:
+        t.fit(batches(2), 1)
+        assert all(isinstance(p, subprocess.Popen) for p in t._run.crew.processes)
+
+
+def test_how_a_forked_worker_ended_is_known() -> None:
+    """Exit code or signal, which the parent tells."""
+    import dtrp
+
+    caller = os.getpid()
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        if os.getpid() != caller:
+            os._exit(3)
+        return output.sum()
+
+    with (
+        trainer(compiled(mlp(2)), "workers", loss_fn=loss_fn) as t,
+        pytest.raises(dtrp.WorkerError, match="exit code 3"),
+    ):
+        t.fit(batches(4), 1)
