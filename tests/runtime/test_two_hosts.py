@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -44,7 +43,8 @@ SCRIPT = f"""
     try:
         there = fitted("auto", "run/", [Pace()])
     except dtrp.WorkerError as e:
-        print(f"TOLD {{rank}} {{time.monotonic()}} {{str(e).splitlines()[0]}}", flush=True)
+        with open(f"told.{{rank}}", "w") as file:
+            file.write(f"{{time.monotonic()}} {{str(e).splitlines()[0]}}")
         sys.exit(1)
     assert same(there, fitted("inline"))
     print("SAME", flush=True)
@@ -96,16 +96,20 @@ def test_a_link_that_is_cut_is_told_and_a_restart_goes_on(hosts: tuple[str, str]
         raise AssertionError([ended(process, 10.0) for process in runs])
     cut = time.monotonic()
     ip("-n", hosts[0], "link", "set", f"v{os.getpid()}a", "down")
+    while len(list(tmp_path.glob("told.*"))) < 4 and time.monotonic() < cut + WATCHDOG + 30.0:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    ip("-n", hosts[0], "link", "set", f"v{os.getpid()}a", "up")  # else the launchers wait for each other
     said = [ended(process, 200.0)[1] for process in runs]
     told = {}
-    for rank, moment, text in re.findall(r"TOLD (\d) ([\d.]+) (.*)", "\n".join(said)):
-        told[int(rank)] = float(moment) - cut, text
+    for file in tmp_path.glob("told.*"):
+        moment, _, text = file.read_text().partition(" ")
+        told[int(file.suffix[1:])] = float(moment) - cut, text
     assert sorted(told) == [0, 1, 2, 3], said
     for rank, (seconds, text) in told.items():
         beyond = (2, 3) if rank < 2 else (0, 1)
         assert any(f"stage {k} (rank {k} on {ADDRESSES[k // 2]})" in text for k in beyond), (rank, text)
         assert seconds < WATCHDOG + 5.0, (rank, seconds)
-    ip("-n", hosts[0], "link", "set", f"v{os.getpid()}a", "up")
     runs = [launch(host, address, tmp_path) for host, address in zip(hosts, ADDRESSES, strict=True)]
     ends = [ended(process, 300.0) for process in runs]
     assert [code for code, _ in ends] == [0, 0], ends
