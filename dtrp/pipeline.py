@@ -209,6 +209,7 @@ class Pipeline:
         exact_start: int | float = 0,
         rebalance: Literal["auto", False] | int = "auto",
         autosave: tuple[str | os.PathLike[str], float] | None = None,
+        init: Callable[[str, Tensor], Any] | str | os.PathLike[str] | None = None,
     ) -> Trainer:
         """Train the pipeline; use the result as a context manager.
 
@@ -302,6 +303,11 @@ class Pipeline:
         autosave : (path, seconds), optional
             Save the run to this file (`Trainer.save`) when so many seconds have passed since the last time.
 
+        init : callable or path, optional
+            Under a launcher, for a model on the meta device: each rank makes its own stage's tensors real,
+            with values that ``init(name, tensor)`` fills in, or that a folder has by name (of safetensors
+            files, or of `Trainer.save`). No rank holds the whole then.
+
         Returns
         -------
         Trainer
@@ -340,10 +346,12 @@ class Pipeline:
         if not trainable and not of_loss:
             raise ValueError("no parameter of the model requires gradient: there is nothing to train")
         for name, p in trainable.items():
-            if p.is_meta:
+            ranks = launched.world_size() > 1 and executor in ("auto", "torchrun")
+            if p.is_meta and not (ranks and init is not None):
                 raise ValueError(
                     f"the parameter {name!r} is on the meta device, without values, which is enough to plan "
-                    f"with; to train, use model.to_empty(device='cpu') and initialise it first"
+                    f"with; to train, use model.to_empty(device='cpu') and initialise it first (or give "
+                    f"init, under a launcher)"
                 )
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -364,6 +372,7 @@ class Pipeline:
             tensorboard=tensorboard,
             logger=logger,
             autosave=autosave,
+            init=init,
             rebalance=False if rebalance == "auto" and self._request.plan is not None else rebalance,
         )
 

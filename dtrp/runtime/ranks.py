@@ -73,6 +73,8 @@ class Ranks:
         self._held: deque[Feed] = deque()  # whose rounds are not due yet
         self._digest = 0  # of all batches so far
         self._warned = False
+        # Of a model on the meta device each rank holds its own stage alone.
+        self.partial = any(t.is_meta for p in programs for t in p.module.parameters())
         mine = programs[mesh.stage]
         mine = private(replace(mine, device=place(mine.device)))
         with self._told("starting"):
@@ -209,7 +211,10 @@ class Ranks:
         return {name: k for k in reversed(range(len(given))) for name in given[k]}
 
     def states(self) -> Iterator[dict[str, Any]]:
-        """Every stage's `Stage.state`, one after the other: each rank hears all of the model once."""
+        """Every stage's `Stage.state`, one after the other: each rank hears all of the model once (or none of
+        it, where it has no place for that; its own stage is trained in place)."""
+        if self.partial:
+            return
         with self._told("handing weights round"):
             yield from self.mesh.in_turn(self.stage.state)
 

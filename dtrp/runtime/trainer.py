@@ -146,6 +146,7 @@ class Trainer:
         tensorboard: str | os.PathLike[str] | None = None,
         logger: Any = None,
         autosave: tuple[str | os.PathLike[str], float] | None = None,
+        init: Any = None,
         rebalance: Literal["auto", False] | int = False,
     ) -> None:
         check_rebalance(rebalance)
@@ -155,6 +156,7 @@ class Trainer:
         self._record = record or timeline is not None
         self._timeline = timeline
         self._autosave = autosave
+        self._init = init
         self._saved = time.monotonic()
         self._owner = Owner(compiled.model, loss_with_tensors(config.loss_fn))
         # A loss with tensors is a module of the last stage.
@@ -691,6 +693,8 @@ class Trainer:
         self._world.same_weights(self._owner)
         self._modes = [(m, m.training) for m in self._compiled.model.modules()]
         programs = self._compiled.programs(self._owner.loss)
+        if self._init is not None and self._world.materialise(self._owner, programs, self._init):
+            programs = self._compiled.programs(self._owner.loss)
         self._owner.begin()
         resume, self._resume = self._resume, None
         self._seed = self._base_seed(len(programs), resume)

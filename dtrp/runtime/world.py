@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..errors import CheckpointError
 from . import launched
 from .arguments import n_counted
 from .checkpoint import read_checkpoint, write_checkpoint, write_together
@@ -24,6 +25,7 @@ from .folder import existing
 from .handback import Owner, only
 from .inline import Inline
 from .loss import ignored_target
+from .materialise import materialise
 from .program import StageProgram
 from .random import random_state, set_random_state
 from .run_state import RunState
@@ -88,6 +90,10 @@ class Alone:
 
     def same_weights(self, owner: Owner) -> None:
         """Begin with the same tensors everywhere."""
+
+    def materialise(self, owner: Owner, programs: Sequence[StageProgram], init: Any) -> bool:
+        """Make real what this process needs of a model on the meta device; whether anything was."""
+        return False
 
     def weight(self, mini: Mini, config: TrainConfig) -> float:
         """The share of this process's mini-batch in that of all replicas."""
@@ -165,6 +171,15 @@ class Together(Alone):
         self.stages = Ranks(programs, config, self.peers, seed=seed, record=record)
         return self.stages
 
+    def materialise(self, owner: Owner, programs: Sequence[StageProgram], init: Any) -> bool:
+        module = programs[self.mesh.stage].module
+        held = [*module.parameters(), *module.buffers()]
+        if not any(t.is_meta for t in held):
+            return False
+        with self.peers.at("reading weights", waits=False):
+            materialise(owner.model, held, init)
+        return True
+
     def weight(self, mini: Mini, config: TrainConfig) -> float:
         """Only the last stage needs to know it: all gradients come from its loss."""
         assert self.stages is not None
@@ -184,6 +199,11 @@ class Together(Alone):
 
     def write(self, path: Any, trainer: Trainer, *, folder: bool) -> None:
         """A folder by all ranks at once; a file by rank 0, for which all is gathered."""
+        if not folder and self.stages is not None and self.stages.partial:
+            raise CheckpointError(
+                f"{path}: no rank holds the whole of a model on the meta device, so that it is saved as a "
+                f"folder; let the path end in '/', or pass format='dcp'"
+            )
         if not folder or self.stages is None:
             content = trainer._content()
             self.first("saving", lambda: write_checkpoint(path, content, folder=folder))

@@ -82,3 +82,53 @@ def test_a_restarted_run_trains_what_it_would_have_trained(tmp_path: Path) -> No
     said = run(tmp_path, 2, script, "--max-restarts=2")
     assert said.count("SAME") == 2
     assert {p.name for p in tmp_path.glob("*.[01]")} == {"14.1", "27.0"}
+
+
+def test_a_model_on_meta_is_made_real_stage_by_stage(tmp_path: Path) -> None:
+    """From safetensors files and by a function: each rank's own parameters alone, which then train to the
+    bits of a model that was real from the start; what ranks save together loads into it."""
+    script = (
+        SAVED
+        + """
+    import safetensors.torch
+    from dtrp.runtime.folder import read_folder
+
+    real = mlp(dropout=0.0)
+    if rank == 0:
+        os.mkdir("weights")
+        state = real.state_dict()
+        half = dict(list(state.items())[::2])
+        safetensors.torch.save_file(half, "weights/1.safetensors")
+        rest = {n: t for n, t in state.items() if n not in half}
+        safetensors.torch.save_file(rest, "weights/2.safetensors")
+
+    def fill(name, tensor):
+        tensor.copy_(real.get_parameter(name) if "running" not in name and "num" not in name
+                     else real.get_buffer(name))
+
+    made = []
+    for init in ("weights", fill):
+        with torch.device("meta"):
+            model = mlp(dropout=0.0)
+        made.append(model)
+        pipe = compiled(model, 2)
+        with trainer(pipe, "auto", init=init) as t:
+            for x, y in DATA:
+                t.step(x, y)
+            t.save(f"saved.{callable(init)}/")
+        here = {n for n, p in model.named_parameters() if not p.is_meta}
+        assert here and len(here) < len(list(model.parameters())), here
+    whole = mlp(seed=3, dropout=0.0)
+    plain = dtrp.compile(real, n_gpus=2, example_inputs=DATA[0][0], plan=pipe.plan)
+    with trainer(plain, "inline") as t:
+        for x, y in DATA:
+            t.step(x, y)
+    dtrp.load_weights(whole, "saved.True/")
+    assert same(whole.state_dict(), real.state_dict())
+    for model in made:
+        for name, p in model.named_parameters():
+            assert p.is_meta or torch.equal(p, real.get_parameter(name))
+    print("SAME")
+    """
+    )
+    assert run(tmp_path, 2, script).count("SAME") == 2
