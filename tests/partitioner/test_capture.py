@@ -208,6 +208,22 @@ def test_pytrees_in_and_out():
     assert captured.signature.tensor_names == ("batch['x']", "mask")
 
 
+@pytest.mark.parametrize("name", ["graph", "code"])
+def test_a_part_with_a_name_that_stages_need(name):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module(name, nn.Linear(3, 2))
+
+        def forward(self, x):
+            return getattr(self, name)(x)
+
+    x = torch.randn(4, 3)
+    with pytest.raises(CaptureError, match=rf"'{name}', .* another name, or compile a module that holds"):
+        capture(Model(), (x,))
+    assert_faithful(nn.Sequential(Model(), nn.Linear(2, 2)), (x,))
+
+
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         capture(3, (torch.randn(2),))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from dtrp.errors import CaptureError
@@ -104,6 +105,14 @@ def _refuse_unsuitable(model: nn.Module) -> None:
         raise CaptureError(
             f"{type(model).__name__} has tensors without a shape yet, such as {lazy[0]!r} (lazy layers). "
             "Call the model once on an example, model(*args, **kwargs), then compile it."
+        )
+    own = [*model._modules, *model._parameters, *model._buffers]
+    taken = [name for name in own if hasattr(GraphModule, name) and not hasattr(nn.Module, name)]
+    if taken:
+        raise CaptureError(
+            f"{type(model).__name__} has a part that is called {taken[0]!r}, which torch.fx.GraphModule, of "
+            "which stages are made, means something else by. Give it another name, or compile a module that "
+            "holds this one (self.model = model): deeper down the name is free."
         )
     if has_backward_hooks(model):
         raise CaptureError(
