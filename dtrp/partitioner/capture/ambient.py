@@ -6,6 +6,7 @@ functorch or of forward-mode differentiation that nobody exits poisons every lat
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,17 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _DEVICES = ("cpu", "cuda")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, nothing is logged: failed attempts are expected, and torch would print each with its stack."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

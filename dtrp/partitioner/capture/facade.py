@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -14,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from dtrp.errors import CaptureError
 
-from .ambient import ambient_state
+from .ambient import ambient_state, quiet
 from .explain import Failure, capture_error
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
@@ -87,7 +85,7 @@ def capture(
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
-            with untouched(model), ambient_state(), _quiet():
+            with untouched(model), ambient_state(), quiet():
                 both = WAYS[name](task)
                 walks = _check(task, both, run)
         except Exception as error:
@@ -163,14 +161,3 @@ def _closed(model: nn.Module, both: BothModes) -> Iterator[KeptWhole]:
             reason = why_whole(traced.module(model, str(node.target)))
             if reason:
                 yield KeptWhole(str(node.target), reason)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Failed attempts are expected here; torch would print each with its whole stack."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -15,6 +15,7 @@ from torch import nn
 
 from dtrp.errors import CaptureError
 
+from .ambient import quiet
 from .custom import OtherSizes, same_size
 from .facade import capture
 from .fakes import FakeWorld, fake_inputs
@@ -96,7 +97,7 @@ class Fits:
             world.compares = False
             model = self._captured.model
             try:
-                with in_mode(model, self._captured.flags if training else None):
+                with quiet(), in_mode(model, self._captured.flags if training else None):
                     inputs = fake_inputs(world, [t.detach() for t in tensors])
                     propagate(graph.module, graph.module.graph, world, inputs)
             except OtherSizes as error:

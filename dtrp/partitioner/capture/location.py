@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterator
 from types import FrameType
 
 import torch
@@ -60,10 +58,3 @@ def is_users(file: str) -> bool:
     """Whether a file is none of torch's or this package's."""
     # Generated code ("<string>", "<eval_with_key>.3") has no file that a user could open.
     return not (file.startswith((_TORCH, _HERE, "<")) or file.endswith(("contextlib.py", "functools.py")))
-
-
-def frames_in_text(trace: str) -> Iterator[str]:
-    """``"file.py:123"`` of the user's lines in the text of a stack trace, innermost first."""
-    for file, line in reversed(re.findall(r'File "([^"]+)", line (\d+)', trace)):
-        if is_users(file):
-            yield f"{short_path(file)}:{line}"

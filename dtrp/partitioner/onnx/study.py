@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import ExportError
 from ...wiring import CALLER, Source
+from ..capture.ambient import quiet
 from ..capture.fakes import FakeWorld
 from ..capture.graph import Signature
 from ..capture.sizes import batch_of
@@ -126,7 +127,8 @@ def study(
     if dynamic:
         names = [identifier(name) for name in signature.tensor_names]
         shapes = [tuple(t.shape) for t in inputs]
-        axes, reason = find_axes(names, shapes, batched, probe.attempt, others=others)
+        with quiet():
+            axes, reason = find_axes(names, shapes, batched, probe.attempt, others=others)
     while True:
         try:
             return _study(probe, size, batched, axes, reason if axes or reason else "dynamic_batch=False")
