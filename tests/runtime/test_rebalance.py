@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ AT = 7  # batches before the move
 KNOBS: dict[str, Any] = {"lr_scheduler": partial(ExponentialLR, gamma=0.9)}
 
 
+@cache
 def two_plans(n_stages: int = 2) -> tuple[dtrp.Plan, dtrp.Plan]:
     """What the planner says, and the same with one block more in stage 0."""
     plan = compiled(n_stages=n_stages).plan
