@@ -70,7 +70,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rebalance.A_MOVE = 0.0
     print(
-        f"load average {os.getloadavg()[0]:.1f}; a neighbour in parts {SECTIONS // 3 + 1} to {2 * SECTIONS // 3}"
+        f"load average {os.getloadavg()[0]:.1f}, a neighbour in parts {SECTIONS // 3 + 1} to "
+        f"{2 * SECTIONS // 3} of {SECTIONS}"
     )
     for name, look in (("fixed", False), ("moved", args.look)):
         seconds, report = run(CASES[args.model], args.batches, look)
