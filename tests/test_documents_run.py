@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dtrp
 from dtrp.pipeline import Pipeline
@@ -22,6 +23,8 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 ELSEWHERE = {  # pages whose blocks need what is not here, and the test that has them
     ("running.md", "init_device_mesh"): "tests of to_pipelining",
+    ("simulator.md", "cluster.json"): "tests of the simulator",
+    ("api.md", "simulate("): "tests of the simulator",
 }
 
 
@@ -51,17 +54,17 @@ def names(monkeypatch, tmp_path):
     loader = [(x, y)] * 2
     optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     pipe = dtrp.compile(model, n_gpus=2, example_inputs=x)
-    cluster = {"devices": ["A100-SXM4-80GB"] * 16}
     return {
         "dtrp": dtrp, "torch": torch, "nn": nn, "F": F, "partial": partial, "model": model, "x": x, "y": y,
         "loader": loader, "train_loader": loader, "val_loader": loader, "optimizer": optimizer,
-        "loss_fn": F.cross_entropy, "pipe": pipe, "images": x.numpy(), "cluster": cluster,
+        "dataset": TensorDataset(x, y), "DataLoader": DataLoader,
+        "loss_fn": F.cross_entropy, "pipe": pipe, "images": x.numpy(),
     }  # fmt: skip
 
 
 def run(block, names):
     """A block as it stands, but for how long it trains."""
-    block = re.sub(r"epochs=\d\d", "epochs=1", block)
+    block = re.sub(r"epochs=\d\d", "epochs=1", block).replace("trainer(...,", "trainer(loss_fn, optimizer,")
     exec(compile(ast.parse(block), "a document's block", "exec"), names)
 
 
