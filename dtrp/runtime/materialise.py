@@ -78,9 +78,20 @@ def _safetensors(files: Collection[Path]) -> Callable[[str], Tensor | None]:
         raise ImportError(
             "reading *.safetensors needs the package safetensors: pip install safetensors"
         ) from e
-    opened: list[Any] = [safe_open(file, framework="pt") for file in files]
-    where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-    return lambda name: where[name].get_tensor(name) if name in where else None
+    where: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+
+    def read(name: str) -> Tensor | None:
+        """Opened for one tensor at a time: what was read of a mapped file counts as memory."""
+        if name not in where:
+            return None
+        with safe_open(where[name], framework="pt") as opened:
+            value: Tensor = opened.get_tensor(name)
+            return value
+
+    return read
 
 
 def _saved(folder: Path, names: Collection[str]) -> Callable[[str], Tensor | None]:
