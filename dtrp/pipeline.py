@@ -587,7 +587,8 @@ class Pipeline:
             self._request = self._request.in_order(base.plan.placement)
             on_host = all(device.type == "cpu" for device in self._request.devices)
             measured = self._request.costs == "measured" and not self._request.speed
-            if measured and on_host and self.n_stages > 1:
+            alone = launched.world_size() == 1  # ranks would all try at once, each with all stages
+            if measured and on_host and alone and self.n_stages > 1:
                 tensors = base.captured.signature.flatten(args, kwargs)
                 base = tried(base, self._request, self.model, tensors)
             self._variants[base.captured.flags, True] = base
