@@ -139,7 +139,10 @@ def compile(
 def _warm(pipeline: Pipeline, places: Sequence[torch.device]) -> None:
     """While the model is captured, something else may load torch for its workers."""
     if len(places) > 1 and launched.world_size() == 1:
-        device_specs(places, pipeline._request.loop)  # if they are to be measured, then before that
+        try:
+            device_specs(places, pipeline._request.loop)  # if they are to be measured, then before that
+        except ValueError:
+            return  # a device is not here: planning says so
         warm(workers_environment(threads_per_stage(len(places))))
 
 

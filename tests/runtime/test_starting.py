@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dtrp
 from dtrp.runtime import starting
 from dtrp.runtime.processes import workers_environment
 
@@ -74,7 +75,6 @@ def test_without_its_parent_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_how_a_forked_worker_ended_is_known() -> None:
     """Exit code or signal, which the parent tells."""
-    import dtrp
 
     caller = os.getpid()
 
@@ -88,3 +88,11 @@ def test_how_a_forked_worker_ended_is_known() -> None:
         pytest.raises(dtrp.WorkerError, match="exit code 3"),
     ):
         t.fit(batches(4), 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the devices are there")
+def test_devices_that_are_not_here_are_told_when_planning() -> None:
+    """Not when compile begins a parent for workers."""
+    pipe = dtrp.compile(mlp(2), devices=["cuda:0", "cuda:1"])
+    with pytest.raises(ValueError, match="device 'cuda:0' is not available here"):
+        pipe(torch.randn(4, 8))
