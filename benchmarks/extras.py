@@ -42,13 +42,13 @@ USES = {
     "a = TrainingArguments('o', max_steps=2, report_to='none', use_cpu=True, save_strategy='no')\n"
     "d = [{'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}] * 8\n"
     "PipelineTrainer(m, a, train_dataset=d, pipeline={'n_gpus': 2}).train()",
-    "lightning": "import lightning as L\nfrom dtrp.integrations.lightning import PipelineStrategy\n"
+    "lightning": "import lightning as L; from torch.utils import data\nfrom dtrp.integrations.lightning import PipelineStrategy\n"
     "class M(L.LightningModule):\n"
     "    def __init__(self): super().__init__(); self.net = model\n"
     "    def training_step(self, b, i): return nn.functional.cross_entropy(self.net(b[0]), b[1])\n"
     "    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1)\n"
     "L.Trainer(strategy=PipelineStrategy({'n_gpus': 2}), max_epochs=1, accelerator='cpu', logger=False,\n"
-    "    enable_checkpointing=False).fit(M(), [(x, y)] * 3)",
+    "    enable_checkpointing=False).fit(M(), data.DataLoader(data.TensorDataset(x, y), 4))",
 }
 """What each extra is for; those left out are for work on dtrp itself."""
 
