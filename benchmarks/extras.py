@@ -42,7 +42,8 @@ USES = {
     "a = TrainingArguments('o', max_steps=2, report_to='none', use_cpu=True, save_strategy='no')\n"
     "d = [{'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}] * 8\n"
     "PipelineTrainer(m, a, train_dataset=d, pipeline={'n_gpus': 2}).train()",
-    "lightning": "import lightning as L; from torch.utils import data\nfrom dtrp.integrations.lightning import PipelineStrategy\n"
+    "lightning": "import lightning as L; from torch.utils import data\n"
+    "from dtrp.integrations.lightning import PipelineStrategy\n"
     "class M(L.LightningModule):\n"
     "    def __init__(self): super().__init__(); self.net = model\n"
     "    def training_step(self, b, i): return nn.functional.cross_entropy(self.net(b[0]), b[1])\n"
