@@ -77,7 +77,9 @@ def test_the_first_page(names):
 
 @pytest.mark.parametrize("page", ["recipe.md", "cluster.md"])
 def test_pages_that_train(page, names):
-    for block in blocks(ROOT / "docs" / page):
+    """Of the cluster page the first block: the others need a launcher (tests/runtime/test_torchrun.py)."""
+    found = blocks(ROOT / "docs" / page)
+    for block in found[:1] if page == "cluster.md" else found:
         run(block, names)
 
 
