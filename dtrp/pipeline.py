@@ -474,7 +474,7 @@ class Pipeline:
         programs = self.programs()
         return pipeline_stages(self._planned, programs, mesh)
 
-    # ---- what the trainer asks for (runtime/trainer.py, Compiled) ----------------------------------------
+    # ---- what the trainer asks for (runtime/compiled.py) ----------------------------------------
 
     def expect(self, config: TrainConfig, optimizer_bytes: float) -> Training:
         """How training will go: what is planned from now on is planned for that, and the report says it.
