@@ -1,4 +1,4 @@
-"""Injects faults into running trainers at random ticks: how soon is it told, what is left, what is lost.
+"""Injects faults into running trainers at random ticks: how soon is it told, and what is left.
 
     python benchmarks/faults.py --count 200 [--kinds kill,stop] [--markdown docs/faults.md]
 
@@ -51,7 +51,6 @@ class Outcome(NamedTuple):
     tick: int
     seconds: float
     left: list[str]
-    lost: str
     expected: bool
 
 
@@ -124,7 +123,7 @@ def start(**knobs: Any) -> tuple[nn.Module, Any]:
     return model, made
 
 
-# --- The faults: each gives (seconds until it was told, whether it was told as expected, what was lost) ----
+# --- The faults: each gives (seconds until it was told, whether it was told as expected) ----
 
 
 def told(trainer: Any, fault: Callable[[], Any], text: str) -> tuple[float, bool]:
@@ -139,13 +138,13 @@ def told(trainer: Any, fault: Callable[[], Any], text: str) -> tuple[float, bool
     return time.perf_counter() - begun, False
 
 
-def in_a_stage(fault: Callable[[Any], Any], text: str, tick: int, **knobs: Any) -> tuple[float, bool, str]:
+def in_a_stage(fault: Callable[[Any], Any], text: str, tick: int, **knobs: Any) -> tuple[float, bool]:
     _, trainer = start(**knobs)
     with trainer:
         for _ in range(tick):
             trainer.step(*batch())
         seconds, expected = told(trainer, lambda: fault(trainer), text)
-    return seconds, expected, "weights since the last save or sync"
+    return seconds, expected
 
 
 def send_signal(trainer: Any, number: int) -> None:
@@ -156,7 +155,7 @@ def feed(trainer: Any, *shape: int) -> None:
     trainer.step(*batch(*shape))
 
 
-def loader_fails(tick: int) -> tuple[float, bool, str]:
+def loader_fails(tick: int) -> tuple[float, bool]:
     def loader() -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(tick):
             yield batch()
@@ -174,10 +173,10 @@ def loader_fails(tick: int) -> tuple[float, bool, str]:
             trainer.flush()
             expected = len(trainer.losses) == tick + 1
         seconds = time.perf_counter() - begun
-    return seconds, expected, "nothing, the run goes on"
+    return seconds, expected
 
 
-def skipped(tick: int) -> tuple[float, bool, str]:
+def skipped(tick: int) -> tuple[float, bool]:
     _, trainer = start(on_nonfinite="skip")
     with trainer:
         for _ in range(tick):
@@ -187,7 +186,7 @@ def skipped(tick: int) -> tuple[float, bool, str]:
         trainer.flush()
         seconds = time.perf_counter() - begun
         expected = trainer.skipped == 1 and len(trainer.losses) == tick + 1
-    return seconds, expected, "that batch, the run goes on"
+    return seconds, expected
 
 
 SCRIPT = """
@@ -208,7 +207,7 @@ except KeyboardInterrupt:
 """
 
 
-def caller(number: int, tick: int) -> tuple[float, bool, str]:
+def caller(number: int, tick: int) -> tuple[float, bool]:
     """A signal to the process that trains: SIGKILL, or SIGINT as Ctrl-C sends it."""
     here = Path(__file__).resolve().parent
     text = SCRIPT.format(path=[str(here), str(here.parent)], tick=tick)
@@ -225,8 +224,8 @@ def caller(number: int, tick: int) -> tuple[float, bool, str]:
             time.sleep(0.01)
     seconds = time.perf_counter() - begun
     if number == signal.SIGINT:
-        return seconds, said == "interrupted\n", "nothing: the model has the last finished tick's weights"
-    return seconds, not any(running(p) for p in workers), "weights since the last save"
+        return seconds, said == "interrupted\n"
+    return seconds, not any(running(p) for p in workers)
 
 
 def running(pid: int) -> bool:
@@ -236,7 +235,7 @@ def running(pid: int) -> bool:
         return False
 
 
-KINDS: dict[str, tuple[str, Callable[[int], tuple[float, bool, str]]]] = {
+KINDS: dict[str, tuple[str, Callable[[int], tuple[float, bool]]]] = {
     "kill": (
         "worker killed (SIGKILL)",
         partial(in_a_stage, lambda t: send_signal(t, signal.SIGKILL), "killed by SIGKILL"),
@@ -301,14 +300,14 @@ def own_segments() -> bool:
 
 def inject(kind: str, tick: int) -> Outcome:
     before = held()
-    seconds, expected, lost = KINDS[kind][1](tick)
-    return Outcome(kind, tick, seconds, sorted(held() - before), lost, expected)
+    seconds, expected = KINDS[kind][1](tick)
+    return Outcome(kind, tick, seconds, sorted(held() - before), expected)
 
 
 def table(outcomes: list[Outcome]) -> str:
     rows = [
-        "| fault | injected | told as expected | seconds, median | seconds, worst | left behind | lost |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        "| fault | injected | told as expected | seconds, median | seconds, worst | left behind |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for kind, (title, _) in KINDS.items():
         mine = [o for o in outcomes if o.kind == kind]
@@ -316,10 +315,10 @@ def table(outcomes: list[Outcome]) -> str:
             times = [o.seconds for o in mine]
             rows.append(
                 f"| {title} | {len(mine)} | {sum(o.expected for o in mine)} | {statistics.median(times):.2f} "
-                f"| {max(times):.2f} | {sum(len(o.left) for o in mine)} | {mine[0].lost} |"
+                f"| {max(times):.2f} | {sum(len(o.left) for o in mine)} |"
             )
     told_ones = sum(o.expected for o in outcomes)
-    rows.append(f"| all | {len(outcomes)} | {told_ones} | | | {sum(len(o.left) for o in outcomes)} | |")
+    rows.append(f"| all | {len(outcomes)} | {told_ones} | | | {sum(len(o.left) for o in outcomes)} |")
     return "\n".join(rows)
 
 
