@@ -89,8 +89,8 @@ def _warn(config: TrainConfig, n_stages: int) -> None:
     defaults = config.optimizer([nn.Parameter(torch.zeros(1))]).defaults
     if defaults.get("betas", (0.0, 0.0))[1] >= 0.999 and defaults["betas"][0] < 0.99:
         log.warning(
-            "betas=%s and weights that are %d updates old in stage 0: Adam's prediction is poor in the "
-            "first thousand updates; consider betas=(0.9, 0.95), micro_batches=%d or exact_start=1000",
+            "betas=%s with weights that are %d updates old in stage 0 are known to lag behind; "
+            "consider betas=(0.9, 0.95), micro_batches=%d or an exact_start",
             defaults["betas"],
             behind,
             n_stages - 1,
