@@ -53,9 +53,11 @@ PAPER = {"schedule": "fig1", "micro_batches": 1}
 
 WAYS: dict[str, dict[str, Any]] = {
     "bp": {"method": "bp"},
+    "bp, 2 parts": {"method": "1f1b", "micro_batches": 2},
     "bp, 4 parts": {"method": "1f1b", "micro_batches": 4},
     "default": {},
     "lean, 4 parts": {"schedule": "lean", "micro_batches": 4},
+    "lean, 2 parts": {"schedule": "lean", "micro_batches": 2},
     "lean": {"schedule": "lean", "micro_batches": 1},
     "fig1": PAPER,
     "dtr": {"method": "dtr", **PAPER},

@@ -63,9 +63,10 @@ class Result:
         return [float(row["train_loss"]) for row in self.rows]
 
     @property
-    def key(self) -> tuple[bool, int]:
-        """Of back-propagation that this is compared with: in parts or not, and the seed."""
-        return int(self.rows[-1]["parts"]) > 1, self.run["seed"]
+    def key(self) -> tuple[int, int]:
+        """Of back-propagation that this is compared with: its parts, and the seed."""
+        statistics = self.run["model"] in ("resnet-8", "resnet-14")  # parts train otherwise there
+        return int(self.rows[-1]["parts"]) if statistics else 1, self.run["seed"]
 
     def last(self, column: str) -> float:
         return float(self.rows[-1][column])
@@ -97,7 +98,7 @@ def table(results: Sequence[Result]) -> list[str]:
     for result in results:
         ways[result.run["label"]].append(result)
     exact = {
-        (int(r.rows[-1]["parts"]) > 1, r.run["seed"]): r for r in results if r.run["label"].startswith("bp")
+        (int(r.rows[-1]["parts"]), r.run["seed"]): r for r in results if r.run["label"].startswith("bp")
     }
     with_accuracy = results[0].rows[-1]["accuracy"] != "nan"
     lines = [
