@@ -26,8 +26,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import optimizers
 import torch
 import torch.nn.functional as F
 from runs import RUNS, Run
@@ -36,6 +37,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import dtrp
+
+if TYPE_CHECKING:
+    from why import Watch
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -76,13 +80,6 @@ def model_of(run: Run) -> nn.Module:
         return CutText()
     net = cifar10.CifarResNet(int(run.model.split("-")[1]))
     return with_group_norm(net) if run.model.endswith("-gn") else net
-
-
-def optimizer_of(run: Run) -> Callable[[Any], torch.optim.Optimizer]:
-    """As the literature has it for these models."""
-    if run.optimizer == "sgd":
-        return partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
-    return partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
 
 
 @cache
@@ -126,7 +123,7 @@ def data_of(run: Run, folder: str | None) -> tuple[Callable[[int], Iterable[Batc
     return epoch_of, tests, F.cross_entropy
 
 
-def train(run: Run, folder: str | None) -> Iterator[dict[str, float]]:
+def train(run: Run, folder: str | None, watch: Watch | None = None) -> Iterator[dict[str, float]]:
     """A row per epoch."""
     batches_of, tests, loss_fn = data_of(run, folder)
     total = run.epochs * run.batches
@@ -140,9 +137,11 @@ def train(run: Run, folder: str | None) -> Iterator[dict[str, float]]:
         model, devices=["cpu"] * run.stages, example_inputs=example, recompute=True, costs="analytic"
     )
     options: dict[str, Any] = {"rebalance": False, **run.trainer}
+    if watch is not None:
+        options |= watch.options(model, pipe, loss_fn)
     with pipe.trainer(
         loss_fn,
-        optimizer_of(run),
+        optimizers.BY_NAME[run.optimizer],
         lr_scheduler=partial(LambdaLR, lr_lambda=factor),
         executor="inline",
         threads=1,
@@ -153,6 +152,8 @@ def train(run: Run, folder: str | None) -> Iterator[dict[str, float]]:
         for epoch in range(run.epochs):
             before = len(trainer.losses)
             for batch in batches_of(epoch):
+                if watch is not None:
+                    watch.before(batch, trainer)
                 trainer.step(*batch)
             trainer.flush()
             losses = trainer.losses[before:]

@@ -6,6 +6,7 @@ its fields.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ class Run:
     model : str
         ``"resnet-8"``, ``"resnet-14"``, ``"resnet-8-gn"`` (GroupNorm), ``"gpt-6"``.
     optimizer : str
-        ``"sgd"`` or ``"adamw"``.
+        A name of optimizers.py.
     epochs, batches, batch_size : int
         The budget: so many batches in each epoch.
     """
@@ -63,35 +64,61 @@ WAYS: dict[str, dict[str, Any]] = {
     "dtr": {"method": "dtr", **PAPER},
     "fdg": {"method": "fdg", **PAPER},
     "adl": {"method": "adl", "accumulate": 4, **PAPER},
+    "lean, 4 parts, no prediction": {"schedule": "lean", "micro_batches": 4, "predictor": "none"},
 }
-MAIN = ("bp", "bp, 4 parts", "default", "lean, 4 parts")
+EXACT = ("bp", "bp, 2 parts", "bp, 4 parts")
 
 
-def group(first: Run, labels: tuple[str, ...] | None = None, seeds: int = 3) -> list[Run]:
-    """Each way of `WAYS` with the first seed, the main ones with the others too."""
-    runs = []
-    for seed in range(seeds):
-        for label, arguments in WAYS.items():
-            if label in (labels or WAYS) and (seed == 0 or label in MAIN):
-                runs.append(replace(first, label=label, trainer=arguments, seed=seed))
-    return runs
+def group(first: Run, labels: Iterable[str], seeds: int = 1) -> list[Run]:
+    """Those ways of `WAYS`, with so many seeds."""
+    return [
+        replace(first, label=label, trainer=arguments, seed=seed)
+        for seed in range(seeds)
+        for label, arguments in WAYS.items()
+        if label in labels
+    ]
 
 
 def images(model: str, stages: int) -> Run:
     return Run(f"{model}-k{stages}", "", model, stages)
 
 
-def text(optimizer: str, stages: int) -> Run:
-    return Run(
-        f"gpt-6-{optimizer}-k{stages}", "", "gpt-6", stages, optimizer, epochs=8, batches=150, batch_size=16
+def text(optimizer: str, stages: int, epochs: int = 8) -> Run:
+    name = f"gpt-6-{optimizer}-k{stages}" + (f"-{epochs}-epochs" if epochs != 8 else "")
+    return Run(name, "", "gpt-6", stages, optimizer, epochs=epochs, batches=150, batch_size=16)
+
+
+def feedback(first: Run) -> Run:
+    """Error feedback in place of prediction, where the delay is one update at most."""
+    return replace(
+        first,
+        label="lean, 4 parts, error feedback",
+        optimizer="sgd with error feedback",
+        trainer=WAYS["lean, 4 parts, no prediction"],
     )
 
 
+def nadam(first: Run, label: str) -> Run:
+    """With the betas that are recommended against delay; predicted by the last update."""
+    return replace(first, label=f"{label}, nadam", optimizer="nadam", trainer=WAYS[label])
+
+
+R8, R14, GPT = images("resnet-8", 4), images("resnet-14", 7), text("adamw", 4)
+EARLIER = ("lean", "fig1", "dtr", "fdg", "adl")
+
 RUNS: list[Run] = [
-    *group(images("resnet-8", 4), seeds=2),
-    *group(images("resnet-14", 7)),
-    *group(text("adamw", 4), seeds=2),
-    *group(images("resnet-8-gn", 4), MAIN),
-    *group(text("adamw", 2), MAIN, seeds=1),
-    *group(text("adamw", 6), MAIN, seeds=1),
+    *group(R8, (*EXACT, "default", "lean, 4 parts"), seeds=3),
+    *group(R8, (*EARLIER, "lean, 2 parts", "lean, 4 parts, no prediction")),
+    feedback(R8),
+    *group(R14, ("bp", "bp, 4 parts", "default", "lean, 4 parts"), seeds=3),
+    *group(R14, EARLIER),
+    *group(images("resnet-8-gn", 4), ("bp", "default", "lean")),
+    *group(GPT, ("bp", "default"), seeds=3),
+    *group(GPT, ("lean", "fig1")),
+    *(nadam(GPT, label) for label in ("bp", "lean", "default")),
+    *group(text("adamw", 4, epochs=4), ("bp", "default")),
+    *group(text("adamw", 2), ("bp", "default")),
+    *group(text("adamw", 6), ("bp", "default", "lean")),
+    *(r for k in (2, 4, 6) for r in group(text("muon", k), ("bp", "default"))),
+    *group(text("muon", 4), ("lean",)),
 ]

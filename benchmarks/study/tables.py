@@ -97,9 +97,7 @@ def table(results: Sequence[Result]) -> list[str]:
     ways: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         ways[result.run["label"]].append(result)
-    exact = {
-        (int(r.rows[-1]["parts"]), r.run["seed"]): r for r in results if r.run["label"].startswith("bp")
-    }
+    exact = {(int(r.rows[-1]["parts"]), r.run["seed"]): r for r in results if r.run["label"].startswith("bp")}
     with_accuracy = results[0].rows[-1]["accuracy"] != "nan"
     lines = [
         "| | order | parts | seeds | train loss | test loss | "
