@@ -289,7 +289,8 @@ class Pipeline:
         micro_batches : int or "auto"
             In how many parts each batch travels; one update per batch, with the mean over its samples. auto
             (ours): as many as train to the same loss soonest (delay against longer ticks, orders.py), more
-            where a tick gets at most 5 % longer; of 16 samples or more where there is BatchNorm; 1 where parts would train something else, as a try on a few samples of the first batch shows.
+            where a tick gets at most 5 % longer; of 16 samples or more where there is BatchNorm; 1 where
+            parts would train something else, as a try on a few samples of the first batch shows.
         exact_start : int or float
             Updates made with the exact order first: a number, or a share (below 1) of what `Trainer.fit` will
             do.

@@ -117,26 +117,82 @@ def table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def page() -> str:
-    """The whole document."""
+WHY = """\
+## Why
+
+Runs of the first seed, trained again and looked at every 50 updates (`python benchmarks/study/why.py --images
+FOLDER`, files in [results/why](results/why)); means over training, a column per stage. *Cosine*: between a
+stage's gradient of a batch and back-propagation's, at the weights that the batch's passes aim at; 1 is
+back-propagation. *Miss*: how far the weights that the first pass over a batch used are from those it aimed
+at, over how far the weights moved meanwhile; 1 is no prediction.
+"""
+
+
+def why(results: Sequence[Result]) -> list[str]:
+    """Of one model: how well gradients point, and how well weights are predicted."""
+    stages = results[0].run["stages"]
+    lines = [
+        "| | "
+        + " | ".join([f"cosine {k}" for k in range(stages)] + [f"miss {k}" for k in range(stages)])
+        + " |",
+        "|---|" + "--:|" * (2 * stages),
+    ]
+    for result in results:
+        cells = [result.run["label"]]
+        for column in ("cosine", "miss"):
+            for k in range(stages):
+                found = [float(row[column]) for row in result.rows if int(row["stage"]) == k]
+                found = [value for value in found if value == value]
+                cells.append(f"{mean(found):.2f}" if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def curves(results: Sequence[Result], path: Path) -> None:
+    """A figure of one group: training loss over epochs, first seed."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "dtrp"  # the same file for the same numbers
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for result in results:
+        if result.run["seed"] == 0:
+            axes.plot(range(1, len(result.curve) + 1), result.curve, label=result.run["label"], lw=1.2)
+    axes.set(xlabel="epoch", ylabel="training loss")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
+def grouped(folder: Path) -> dict[str, list[Result]]:
+    """The files of a folder by group, in the order of their declaration."""
     from runs import RUNS
 
     place = {r.name: i for i, r in enumerate(RUNS)}
     groups: dict[str, list[Result]] = defaultdict(list)
-    for path in sorted(CSVS.glob("*.csv"), key=lambda p: place.get(p.stem, len(place))):
+    for path in sorted(folder.glob("*.csv"), key=lambda p: place.get(p.stem, len(place))):
         result = Result.read(path)
         groups[result.run["group"]].append(result)
+    return groups
+
+
+def page() -> str:
+    """The whole document."""
     parts = [HEAD]
-    for results in groups.values():
+    for name, results in grouped(CSVS).items():
         run = results[0].run
-        seen = sorted({json.dumps(r.where, sort_keys=True) for r in results})
         budget = f"{run['epochs']} epochs of {run['batches']} batches of {run['batch_size']}"
         parts.append(f"## {run['model']}, {run['stages']} stages\n\n{budget}; {run['optimizer']}.\n")
         parts.append("\n".join(table(results)) + "\n")
-        for text in seen:
-            where = json.loads(text)
-            told = "Commit {commit}, torch {torch}, Python {python}, {machine}.\n"
-            parts.append(told.format(**where))
+        commits: dict[str, set[str]] = defaultdict(set)
+        for r in results:
+            commits["torch {torch}, Python {python}, {machine}".format(**r.where)].add(r.where["commit"])
+        parts += [f"{where}; commits {', '.join(sorted(of))}.\n" for where, of in sorted(commits.items())]
+        parts.append(f"![training loss over epochs](results/{name}.svg)\n")
+    watched = grouped(CSVS / "why")
+    parts += [WHY] if watched else []
+    for results in watched.values():
+        run = results[0].run
+        parts.append(f"{run['model']}, {run['stages']} stages:\n\n" + "\n".join(why(results)) + "\n")
     return "\n".join(parts)
 
 
@@ -149,6 +205,8 @@ def main() -> int:
         print("docs/results.md agrees with the CSVs" if agrees else "docs/results.md differs from the CSVs")
         return int(not agrees)
     PAGE.write_text(page(), encoding="utf-8")
+    for name, results in grouped(CSVS).items():
+        curves(results, CSVS / f"{name}.svg")
     return 0
 
 
