@@ -102,7 +102,7 @@ def cover(sample: Sample, max_params: float) -> Row:
     finally:
         row.compile_s = time.perf_counter() - began
     row.balance = pipe.report.balance
-    captured = pipe._planned.captured
+    captured = pipe._planning.made.captured
     row.method = captured.method
     row.nodes = len(captured.train.module.graph.nodes)
     row.kept_whole = len(captured.kept_whole)

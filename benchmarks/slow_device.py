@@ -43,7 +43,7 @@ def run(case: Case, batches: int, look: int | bool) -> tuple[list[float], dtrp.T
     with pipe.trainer(loss, OPTIMIZER, threads=1, **options) as trainer:
         trainer._rebalancer._cost = 0.0  # runs that matter are longer than this one
         trainer.step(*data[0])
-        crew: Any = trainer._run
+        crew: Any = trainer._run.executor
         for k, process in enumerate(crew.crew.processes):
             os.sched_setaffinity(process.pid, {sorted(os.sched_getaffinity(0))[k]})
         for part in range(SECTIONS):

@@ -149,7 +149,7 @@ class CSVLog:
         self.path = Path(path)
 
     def on_epoch(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
-        if trainer._world.rank != 0:  # one of several processes: the first one writes
+        if trainer._run.world.rank != 0:  # one of several processes: the first one writes
             return
         numbers = {"epoch": trainer.epochs, "updates": trainer.updates, "lr": trainer.lr, **row}
         new = not self.path.exists() or self.path.stat().st_size == 0

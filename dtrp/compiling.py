@@ -140,7 +140,8 @@ def _warm(pipeline: Pipeline, places: Sequence[torch.device]) -> None:
     """While the model is captured, something else may load torch for its workers."""
     if len(places) > 1 and launched.world_size() == 1:
         try:
-            device_specs(places, pipeline._request.loop)  # if they are to be measured, then before that
+            # If they are to be measured, then before that.
+            device_specs(places, pipeline._planning.request.loop)
         except ValueError:
             return  # a device is not here: planning says so
         warm(workers_environment(threads_per_stage(len(places))))

@@ -6,10 +6,8 @@ runtime (dtrp/runtime) never sees a graph.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,55 +15,34 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
-from .errors import DtrpError
-from .exclusive import EXCLUSIVE
-from .loss_check import check_loss
-from .orders import choose_order
-from .partitioner.capture import capture
-from .partitioner.capture.fits import Fits
-from .partitioner.capture.modes import Flags, flags_of, training_flags
-from .partitioner.capture.state import Watch
-from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice, threads_per_stage
+from .as_model import AsModel
+from .partitioner.compiler import Request, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
-from .partitioner.report import PartitionReport, shared
+from .partitioner.report import PartitionReport
 from .partitioner.split import split
-from .partitioner.training import Training
-from .programs import make_programs
-from .rebalancing import better_cut, recut_model
+from .planning import Planning
+from .programs import check_trainable
 from .runtime import launched
 from .runtime.config import TrainConfig
 from .runtime.predictors import Predictor
-from .runtime.program import StageProgram
-from .runtime.rebalance import Move
-from .runtime.stats import StageStats
 from .runtime.trainer import Trainer
 from .stages import Stage, submodules_of
-from .training_report import TrainingReport
-from .trial import tried
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.pipelining import PipelineStage
 
 
-class Pipeline:
+class Pipeline(AsModel):
     """A model cut into stages. Made by `compile`.
 
     Called like the model, it gives the same result, differentiable, in this process, stage after stage.
     """
 
     def __init__(self, model: nn.Module, request: Request) -> None:
-        self.model = model
-        self._request = request
-        self._compiled: Compiled | None = None  # the latest that was used
-        self._variants: dict[Any, Compiled] = {}  # by flags, and whether gradients are enabled
-        self._watch: Watch | None = None
-        self._call: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})  # the latest
-        self._fits: dict[int, Fits] = {}
-        self._example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
+        super().__init__(Planning(model, request))
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property failed: let it say why
@@ -75,79 +52,35 @@ class Pipeline:
             f"are chosen by dtrp.compile(devices=...)"
         )
 
-    # ---- the model's own interface ---------------------------------------------------------------------
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The same as ``model(*args, **kwargs)``; plans first if that has not been done.
-
-        Raises
-        ------
-        TypeError, ValueError
-            The arguments have another structure, or a shape that the graph is not for (with what to do).
-        """
-        self.prepare(args, kwargs)
-        tensors = self.bind(args, kwargs)
-        return self._planned.split.graph(any(flags_of(self.model)))(*tensors)
-
-    @property
-    def training(self) -> bool:
-        """Whether the model is in train mode."""
-        return self.model.training
-
-    def train(self, mode: bool = True) -> Pipeline:
-        """As on the model."""
-        self.model.train(mode)
-        return self
-
-    def eval(self) -> Pipeline:
-        """As on the model."""
-        return self.train(False)
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's parameters."""
-        return self.model.parameters(recurse)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters by their original names."""
-        return self.model.named_parameters(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's own state, original names."""
-        return self.model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
-        """As on the model."""
-        return self.model.load_state_dict(state_dict, strict=strict)
-
     # ---- what was decided ------------------------------------------------------------------------------
 
     @property
     def n_stages(self) -> int:
-        return len(self._request.devices)
+        return self._planning.n_stages
 
     @property
     def graph(self) -> nx.DiGraph:
         """The cost model: see `dtrp.partitioner.costs.cost_graph` for the attributes."""
-        return self._planned.graph
+        return self._planning.made.graph
 
     @property
     def plan(self) -> Plan:
         """Which node is in which stage; ``plan.save(path)`` to keep it."""
-        return self._planned.plan
+        return self._planning.made.plan
 
     @property
     def report(self) -> PartitionReport:
         """What was decided and why; print it."""
-        return self._planned.report
+        return self._planning.made.report
 
     @property
     def stages(self) -> list[Stage]:
         """The stages, first to last."""
-        made = self._planned.split
+        made = self._planning.made.split
         return [
             Stage(
                 index=k,
-                device=self._request.devices[k],
+                device=self._planning.request.devices[k],
                 inputs=tuple(n.name for n in made.train.modules[k].graph.find_nodes(op="placeholder")),
                 outputs=wires.outputs,
                 submodules=submodules_of(made.train.modules[k]),
@@ -156,20 +89,6 @@ class Pipeline:
             )
             for k, wires in enumerate(made.train.wiring.stages)
         ]
-
-    @property
-    def _planned(self) -> Compiled:
-        if self._compiled is None:
-            raise DtrpError(
-                "the pipeline has not been planned yet: pass example_inputs to dtrp.compile, or call the "
-                "pipeline (or train a batch) first"
-            )
-        return self._compiled
-
-    @property
-    def _first(self) -> Compiled:
-        """The variant that was planned, and whose nodes the costs are of; others are laid over it."""
-        return next(iter(self._variants.values()))
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -342,26 +261,10 @@ class Pipeline:
             micro_batches=micro_batches,
             exact_start=exact_start,
         )
-        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        of_loss = isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters())
-        if not trainable and not of_loss:
-            raise ValueError("no parameter of the model requires gradient: there is nothing to train")
-        for name, p in trainable.items():
-            ranks = launched.world_size() > 1 and executor in ("auto", "torchrun")
-            if p.is_meta and not (ranks and init is not None):
-                raise ValueError(
-                    f"the parameter {name!r} is on the meta device, without values, which is enough to plan "
-                    f"with; to train, use model.to_empty(device='cpu') and initialise it first (or give "
-                    f"init, under a launcher)"
-                )
-        for path, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(
-                    f"the module {path or 'itself'!r} is TorchScript, whose parameters cannot be handed to a "
-                    "stage's optimizer: train the module that it was made from, and script it afterwards"
-                )
+        ranks = launched.world_size() > 1 and executor in ("auto", "torchrun")
+        check_trainable(self.model, loss_fn, makes_real=ranks and init is not None)
         return Trainer(
-            self,
+            self._planning,
             config,
             executor=executor,
             progress=progress,
@@ -374,7 +277,7 @@ class Pipeline:
             logger=logger,
             autosave=autosave,
             init=init,
-            rebalance=False if rebalance == "auto" and self._request.plan is not None else rebalance,
+            rebalance=False if rebalance == "auto" and self._planning.request.plan is not None else rebalance,
         )
 
     # ---- deployment --------------------------------------------------------------------------------------
@@ -430,8 +333,10 @@ class Pipeline:
         """
         from .partitioner.onnx import export_chain
 
-        made = self._planned
-        example = self._example if inputs is None else keep_example(self.bind(*call_arguments(inputs)))
+        made = self._planning.made
+        example = (
+            self._planning.example if inputs is None else keep_example(self.bind(*call_arguments(inputs)))
+        )
         # Cut anew: parameters may have been replaced since the model was captured.
         cut = split(made.captured, made.plan, made.hazards)
         return export_chain(
@@ -472,177 +377,8 @@ class Pipeline:
         """
         from .pipelining import pipeline_stages
 
-        programs = self.programs()
-        return pipeline_stages(self._planned, programs, mesh)
-
-    # ---- what the trainer asks for (runtime/compiled.py) ----------------------------------------
-
-    def expect(self, config: TrainConfig, optimizer_bytes: float) -> Training:
-        """How training will go: what is planned from now on is planned for that, and the report says it.
-
-        What is still to be chosen counts as the paper's order and whole batches, which take most memory.
-        """
-        schedule = config.decided().schedule(self.n_stages)
-        training = Training(
-            optimizer_bytes=optimizer_bytes,
-            predicts=config.predicts,
-            horizon=config.horizon,
-            order=schedule.order,
-            micro_batches=schedule.parts,
-            recompute=config.recompute(True),
-            known=True,
-        )
-        self._request = replace(self._request, training=training)
-        if self._compiled is not None:
-            with EXCLUSIVE:
-                report = reprice(self._first, self._request)
-                self._compiled = replace(self._compiled, report=report)
-                self._variants = {key: replace(c, report=report) for key, c in self._variants.items()}
-        return training
-
-    def report_on(
-        self,
-        config: TrainConfig,
-        training: Training,
-        stats: Sequence[StageStats],
-        executor: str,
-        moves: Sequence[Move] = (),
-    ) -> TrainingReport:
-        """What was predicted of a run beside what it measured."""
-        made, request = self._planned, self._request
-        report = (
-            made.report
-            if training == request.training
-            else reprice(self._first, replace(request, training=training))
-        )
-        cores = shared(made.graph.graph["specs"] * self.n_stages)
-        parts = training.micro_batches
-        return TrainingReport.of(report, stats, config, parts, executor, cores, moves)
-
-    def better_cut(self, training: Training, stats: Sequence[StageStats]) -> Move | None:
-        """Other stages that would be faster, as far as these measurements tell."""
-        if training is not self._request.training:  # another trainer was made since: its stages are these
-            return None
-        with EXCLUSIVE:
-            return better_cut(next(iter(self._variants.values())), self._request, stats)
-
-    def recut(self, move: Move, loss: nn.Module | None) -> tuple[list[StageProgram], Training]:
-        """As `programs`, of the stages that a move makes; nothing has changed if that fails."""
-        with EXCLUSIVE:
-            before = self._compiled, self._variants, self._request
-            key, base = next(iter(self._variants.items()))
-            made, self._request = recut_model(base, self._request, move)
-            self._compiled, self._variants = made, {key: made}
-            try:
-                return self.programs(loss), self._request.training
-            except BaseException:
-                self._compiled, self._variants, self._request = before
-                raise
-
-    def planned(self) -> str:
-        """The plan as text, for `adopt`."""
-        made = self._planned
-        return json.dumps({"plan": made.plan.to_dict(), "opened": list(made.captured.opened)})
-
-    def adopt(self, text: str) -> None:
-        """Follow the plan that another process made for the same model."""
-        if self._compiled is not None and self.planned() == text:
-            return
-        told = json.loads(text)
-        plan, opened = Plan.of_dict(told["plan"]), tuple(told["opened"])
-        self._request = replace(self._request, plan=plan, opened=opened)
-        self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
-
-    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Plan for a call with these arguments, unless planned already; again if the model was changed.
-
-        Raises
-        ------
-        CaptureError, PlanMismatchError
-            The model was changed since, and could not be captured again or does not fit its plan any more.
-        """
-        with EXCLUSIVE:
-            self._call = args, kwargs
-            changed = self._watch.changed() if self._watch is not None else ""
-            if changed:
-                self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
-            try:
-                self._compiled = self._variant(flags_of(self.model), torch.is_grad_enabled())
-            except DtrpError as error:
-                if changed:
-                    raise type(error)(
-                        f"{changed} is not as it was when the pipeline was compiled, and the model could not "
-                        f"be compiled again: {error}"
-                    ) from error
-                raise
-
-    def _variant(self, flags: Flags, grad: bool) -> Compiled:
-        """The stages for these modes: those that are there, or others laid over them."""
-        base = next(iter(self._variants.values()), None)
-        if base is None:
-            args, kwargs = self._call
-            for value in (*args, *kwargs.values()):
-                if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
-                    raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
-            base = compile_model(self.model, self._request, args, kwargs)
-            self._request = self._request.in_order(base.plan.placement)
-            on_host = all(device.type == "cpu" for device in self._request.devices)
-            measured = self._request.costs == "measured" and not self._request.speed
-            alone = launched.world_size() == 1  # ranks would all try at once, each with all stages
-            if measured and on_host and alone and self.n_stages > 1:
-                tensors = base.captured.signature.flatten(args, kwargs)
-                base = tried(base, self._request, self.model, tensors)
-            self._variants[base.captured.flags, True] = base
-            whole = {kept.module for kept in base.captured.kept_whole}
-            called = {
-                str(node.target)
-                for mode in (base.captured.train, base.captured.eval)
-                for node in mode.module.graph.find_nodes(op="call_module")
-            }
-            self._watch = Watch(self.model, whole, base.captured.tensor_attributes, called)
-            self._compiled = base
-            self._example = keep_example(self.bind(*self._call))
-        grad = grad or not base.captured.asks_grad
-        if not any(flags):
-            flags = base.captured.flags  # its eval graph
-        if (flags, grad) not in self._variants:
-            captured = capture(self.model, *self._call, opened=base.captured.opened, flags=flags, grad=grad)
-            self._variants[flags, grad] = adapt(base, captured, self._request)
-        return self._variants[flags, grad]
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors of one call, in the order of the wiring's model inputs.
-
-        Raises
-        ------
-        TypeError, ValueError
-            They do not fit the example that was compiled for.
-        """
-        captured = self._planned.captured
-        tensors = captured.signature.flatten(args, kwargs)
-        with EXCLUSIVE:  # a call of another shape may be traced
-            fits = self._fits.get(id(captured))
-            if fits is None:
-                fits = self._fits[id(captured)] = Fits(captured)
-            fits.check(tensors, args, kwargs, self.model.training)
-        return tensors
-
-    def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
-        """Refuse a loss that surely cannot be trained with, before any worker starts."""
-        with EXCLUSIVE:
-            check_loss(self._planned.captured, config, inputs, target)
-
-    def choose_order(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> TrainConfig:
-        """The settings with order and micro-batches decided, where the user leaves them open."""
-        with EXCLUSIVE:
-            return choose_order(self._planned, config, inputs, target)
-
-    def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
-        """What each stage runs, with the model's present parameters and their ``requires_grad``."""
-        with EXCLUSIVE:
-            compiled = self._compiled = self._variant(training_flags(self.model), True)
-            evaluate = self._variant(compiled.captured.flags, False)  # which is done without gradients
-            return make_programs(compiled, evaluate, self.model, self._request.devices, loss)
+        programs = self._planning.programs()
+        return pipeline_stages(self._planning.made, programs, mesh)
 
 
 def _threads(executor: str, n_stages: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -146,3 +147,30 @@ def _ties(modules: Sequence[nn.Module], trained: Collection[int]) -> tuple[Tie, 
         for places in holders.values()
         if len(places) > 1
     )
+
+
+def check_trainable(model: nn.Module, loss_fn: Any, *, makes_real: bool) -> None:
+    """Whether there is something to train; ``makes_real``: also where it is still on the meta device.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Nothing requires gradient, a parameter has no values, or a module's cannot be handed to a stage.
+    """
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    of_loss = isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters())
+    if not trainable and not of_loss:
+        raise ValueError("no parameter of the model requires gradient: there is nothing to train")
+    for name, p in trainable.items():
+        if p.is_meta and not makes_real:
+            raise ValueError(
+                f"the parameter {name!r} is on the meta device, without values, which is enough to plan "
+                f"with; to train, use model.to_empty(device='cpu') and initialise it first (or give "
+                f"init, under a launcher)"
+            )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"the module {path or 'itself'!r} is TorchScript, whose parameters cannot be handed to a "
+                "stage's optimizer: train the module that it was made from, and script it afterwards"
+            )

@@ -52,7 +52,7 @@ HOMES = {  # in the runtime
     "getsignal": {"interrupts.py"},
     "random.seed(": {"random.py"},
     "__dict__": {"twins.py", "program.py"},
-    ".training = ": {"program.py", "stage.py"},
+    ".training = ": {"program.py", "answers.py"},
     "subprocess.Popen(": {"starting.py"},
 }
 
@@ -71,7 +71,8 @@ def surface() -> str:
     lines.append(f"dtrp.compile{_parameters(dtrp.compile)}")
     lines.append(f"dtrp.simulate{_parameters(dtrp.simulate)}")
     for kind in (dtrp.Pipeline, dtrp.Trainer, dtrp.Plan, dtrp.Stage, dtrp.Simulation, PartitionReport):
-        for name, member in sorted(vars(kind).items()):
+        members = {n: m for base in kind.__mro__[::-1] if base is not object for n, m in vars(base).items()}
+        for name, member in sorted(members.items()):
             if not name.startswith("_"):
                 shown = _parameters(member) if inspect.isfunction(member) else ""
                 lines.append(f"{kind.__name__}.{name}{shown}")

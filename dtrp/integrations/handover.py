@@ -113,9 +113,9 @@ def export_state(run: Trainer, optimizer: Optimizer, scheduler: Any = None) -> d
     dict
         What else the run is, as plain data for `import_state`.
     """
-    content = run._content()
+    content = run._run.content()
     options, state = unflattened(content["optimizer"])
-    names = {p: n for n, p in run._owner.named_parameters()}
+    names = {p: n for n, p in run._run.owner.named_parameters()}
     for group in optimizer.param_groups:
         held = [names[p] for p in group["params"] if names[p] in options]
         group.update(options[held[0]] if held else {})
@@ -139,8 +139,8 @@ def import_state(
     updates : int
         How many were made by then.
     """
-    content = run._content()
-    names = {p: n for n, p in run._owner.named_parameters()}
+    content = run._run.content()
+    names = {p: n for n, p in run._run.owner.named_parameters()}
     flat: dict[str, Any] = {}
     for group in optimizer.param_groups:
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -157,7 +157,7 @@ def import_state(
     else:
         content |= {key: rest[key] for key in REST}
         content["training"]["scale"] = rest["scale"]
-    run._adopt(RunState(content, "the checkpoint"))
+    run._run.adopt(RunState(content, "the checkpoint"))
     release(optimizer)
 
 

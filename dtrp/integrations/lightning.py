@@ -187,7 +187,7 @@ class PipelineStrategy(SingleDeviceStrategy):
         with step.tracing():
             run.step(batch, target=None, **({} if scale == 1.0 else {"extra": {"scale": scale}}))
         if trainer.is_last_batch:
-            run._drain(close_group=True)
+            run._run.drain(close_group=True)
             run.end_epoch()
         for loss in run.losses[self._told :]:
             self._newest = loss / self._scales.popleft()
@@ -242,7 +242,7 @@ class PipelineStrategy(SingleDeviceStrategy):
 
     @property
     def _running(self) -> bool:
-        return self._run is not None and not self._run._closed
+        return self._run is not None and not self._run._run.closed
 
 
 class TrainingStep(nn.Module):

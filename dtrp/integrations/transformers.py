@@ -208,7 +208,7 @@ class PipelineTrainer(_Trainer):
         """Called once per update, before it."""
         assert self._run is not None
         if self.current_gradient_accumulation_steps < self.args.gradient_accumulation_steps:
-            self._run._drain(close_group=True)  # the epoch's last update has fewer batches
+            self._run._run.drain(close_group=True)  # the epoch's last update has fewer batches
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As of the library; a loss is the mean over the updates whose batches have finished."""

@@ -131,9 +131,9 @@ def fit(
             f"epochs={epochs} with a {type(loader).__name__}, which can be gone through only once; give "
             f"fit a list or a DataLoader, or train with epochs=1"
         )
-    if 0 < trainer._exact_updates < 1:
-        trainer._exact_updates = _share(trainer, loader, epochs)
-    loop = trainer._loop = Loop() if resume is None else resumed(trainer, resume)
+    if 0 < trainer._run.exact_updates < 1:
+        trainer._run.exact_updates = _share(trainer, loader, epochs)
+    loop = trainer._run.loop = Loop() if resume is None else resumed(trainer, resume)
     trainer._rebalancer.expect(loader, epochs - len(loop.rows), trainer._history.fed - loop.fed)
     while len(loop.rows) < epochs and not loop.ended:
         epoch, before = len(loop.rows), trainer._history.fed - loop.fed
@@ -151,7 +151,7 @@ def fit(
                 f"through once per epoch and is not empty (with drop_last=True, batch_size must not "
                 f"exceed the data)"
             )
-        trainer._drain(close_group=True)
+        trainer._run.drain(close_group=True)
         losses = [loss for loss in trainer.losses[before:] if math.isfinite(loss)]
         row: dict[str, Any] = {"train_loss": math.fsum(losses) / len(losses) if losses else math.nan}
         if val_loader is not None:
@@ -166,9 +166,9 @@ def fit(
 
 def resumed(trainer: Trainer, path: str | os.PathLike[str]) -> Loop:
     """Where the run was that was saved there, and that the trainer has taken over; the start, without one."""
-    if not trainer._world.first("looking for a saved run", lambda: existing(Path(path)).exists()):
+    if not trainer._run.world.first("looking for a saved run", lambda: existing(Path(path)).exists()):
         return Loop()
-    return Loop(**trainer._take_over(path).get("loop", {}))
+    return Loop(**trainer._run.load(path).get("loop", {}))
 
 
 def _share(trainer: Trainer, loader: Iterable[Any], epochs: int) -> float:
@@ -179,4 +179,4 @@ def _share(trainer: Trainer, loader: Iterable[Any], epochs: int) -> float:
             f"exact_start={trainer.config.exact_start!r} is a share of the run, whose length a "
             f"{type(loader).__name__} does not tell; give a number of updates"
         )
-    return round(trainer._exact_updates * batches * epochs / trainer.config.accumulate)
+    return round(trainer._run.exact_updates * batches * epochs / trainer.config.accumulate)

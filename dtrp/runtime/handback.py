@@ -66,7 +66,7 @@ class Owner:
         return [name for name in now if now[name] != before[name]]
 
     def take(self, state: Mapping[str, Any]) -> None:
-        """Copy what a stage gave (`Stage.state`) into the tensors of the same names; constants of the graph
+        """Copy what a stage gave (`Answers.state`) into the tensors of the same names; constants of the graph
         are passed over."""
         with torch.no_grad():
             for name, value in state["tensors"].items():

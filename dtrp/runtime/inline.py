@@ -83,9 +83,9 @@ class Inline:
         """What the stages say of finished batches since the last call; ``wait``: of all that went in."""
         found: list[Loss | Skip] = []
         for stage in self.stages:
-            if stage.reports or stage.skips:
+            if stage.reports or stage.updates.skips:
                 with self._told_by(stage.stage):
-                    found += stage.news(wait=wait)
+                    found += stage.answers.news(wait=wait)
         return found
 
     def _sweep(self, lags: Sequence[int]) -> bool:
@@ -134,7 +134,7 @@ class Inline:
                 with self._as_in_workers():
                     for stage, feed in zip(self.stages, feeds, strict=True):
                         with self._told_by(stage.stage):
-                            result = finish(stage.evaluate(feed))
+                            result = finish(stage.answers.evaluate(feed))
                 yield result
             if measure is not None:
                 yield self.call("totals")[-1]
@@ -142,25 +142,25 @@ class Inline:
             self.call("end_evaluation")
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """A method of every `Stage`, after the rounds that are due by now, all with the same arguments; in
+        """A method of every stage's `Answers`, after the rounds due by now, with the same arguments; in
         stage order."""
         results = []
         for stage in self.stages:
             with self._told_by(stage.stage):
-                results.append(getattr(stage, method)(*arguments))
+                results.append(getattr(stage.answers, method)(*arguments))
         return results
 
     def states(self) -> Iterable[dict[str, Any]]:
-        """Every stage's `Stage.state`."""
+        """Every stage's `Answers.state`."""
         return self.call("state")
 
     def glance(self) -> list[StageStats] | None:
         """The stages' latest known measurements; does not wait."""
-        return [stage.stats() for stage in self.stages]
+        return [stage.answers.stats() for stage in self.stages]
 
     def rescued(self) -> list[dict[str, Any]]:
         """After a failure: the state of the stages, as far as it can be had."""
-        return [stage.state() for stage in self.stages]
+        return [stage.answers.state() for stage in self.stages]
 
     def close(self) -> None:
         """Let go of everything; may be called twice."""

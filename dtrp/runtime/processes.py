@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -194,3 +195,15 @@ def talking(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
     if config.max_grad_norm is not None or config.gives_up:
         pairs |= {(i, j) for i in range(n) for j in range(n) if i != j}
     return pairs
+
+
+def weak(method: Any) -> Any:
+    """A method that does not keep its object: else a trainer that is dropped would never end its workers."""
+    found = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        bound = found()
+        assert bound is not None
+        return bound(*arguments)
+
+    return call

@@ -41,7 +41,7 @@ from .training_state import SECTIONS
 log = logging.getLogger("dtrp")
 
 QUESTIONS = ("stats", "take_events", "last_squared_norm", "learning_rates", "training_state")
-"""Methods of `Stage` whose answers every rank gets; others are called here alone, on each rank."""
+"""Methods of `Answers` whose answers every rank gets; others are called here alone, on each rank."""
 
 
 class Ranks:
@@ -88,7 +88,7 @@ class Ranks:
             seed = self._own_seed(seed)
             self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)
         self.links.allow(partial(self.stage.schedule.places, mesh.stage))
-        self.news_of = self.links.news = News(mesh.stage, self.stage.news)
+        self.news_of = self.links.news = News(mesh.stage, self.stage.answers.news)
         peers.meter = self.stage.meter
 
     # ---- training ------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Ranks:
         """What is known here of finished batches since the last call; ``wait``: of all that went in."""
         with self._told("gathering losses"):
             if wait:
-                self.news_of.add(self.stage.news(wait=True))
+                self.news_of.add(self.stage.answers.news(wait=True))
                 given = self.mesh.gather("flush", (self.news_of.rest(), self._digest), all_replicas=True)
                 first = self.mesh.rank - self.mesh.stage
                 ours = given[first : first + self.mesh.n_stages]
@@ -166,11 +166,11 @@ class Ranks:
         this replica's outputs. ``batches`` gives lists of feeds, one per stage."""
         results: list[Any] = []
         with self._told("evaluating"):
-            self.stage.begin_evaluation(measure)
+            self.stage.answers.begin_evaluation(measure)
         try:
             for feeds in batches:
                 with self._told("evaluating", draws=True):
-                    result = finish(self.stage.evaluate(feeds[self.mesh.stage]))
+                    result = finish(self.stage.answers.evaluate(feeds[self.mesh.stage]))
                     if measure is None:
                         result = self.mesh.gather("predict", result)[-1]
                 if measure is None:
@@ -180,26 +180,26 @@ class Ranks:
             if measure is None:
                 return
             with self._told("evaluating"):
-                results.append(self.stage.totals())
+                results.append(self.stage.answers.totals())
                 results = results if self.stage.program.is_last else []
                 given = self.mesh.gather("evaluate", results, all_replicas=True)
         finally:
-            self.stage.end_evaluation()
+            self.stage.answers.end_evaluation()
         yield from (result for of_rank in given for result in of_rank)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """A method of every `Stage`, after the rounds that are due by now; answers in stage order."""
+        """A method of every stage's `Answers`, after the rounds due by now; in stage order."""
         if method == "load_training_state":
             saved, seed, *rest = arguments
             arguments = (saved, self._own_seed(seed), *rest)
         with self._told(method):
-            answer = getattr(self.stage, method)(*arguments)
+            answer = getattr(self.stage.answers, method)(*arguments)
             return self.mesh.gather(method, answer) if method in QUESTIONS else [answer]
 
     def parts(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Every stage's `Stage.training_state`, with others' tensors on the meta device."""
+        """Every stage's `Answers.training_state`, with others' tensors on the meta device."""
         with self._told("saving"):
-            mine = self.stage.training_state(names)
+            mine = self.stage.answers.training_state(names)
             given = self.mesh.gather("saving", _without_tensors(mine))
             given[self.mesh.stage] = mine
             return given
@@ -207,16 +207,16 @@ class Ranks:
     def holders(self) -> dict[str, int]:
         """Which stage has each tensor of the model: the first of those that do."""
         with self._told("saving"):
-            given = self.mesh.gather("saving", list(self.stage.state()["tensors"]))
+            given = self.mesh.gather("saving", list(self.stage.answers.state()["tensors"]))
         return {name: k for k in reversed(range(len(given))) for name in given[k]}
 
     def states(self) -> Iterator[dict[str, Any]]:
-        """Every stage's `Stage.state`, one after the other: each rank hears all of the model once (or none of
+        """Every stage's state, one after the other: each rank hears all of the model once (or none of
         it, where it has no place for that; its own stage is trained in place)."""
         if self.partial:
             return
         with self._told("handing weights round"):
-            yield from self.mesh.in_turn(self.stage.state)
+            yield from self.mesh.in_turn(self.stage.answers.state)
 
     def glance(self) -> list[StageStats] | None:
         """The stages' latest known measurements: none are, without asking."""
@@ -224,7 +224,7 @@ class Ranks:
 
     def rescued(self) -> list[dict[str, Any]]:
         """After a failure: what this rank's stage has trained is there; others' is not to be had."""
-        return [self.stage.state()]
+        return [self.stage.answers.state()]
 
     def abandon(self, error: BaseException) -> None:
         """The script leaves its trainer by an error: the others need not wait."""

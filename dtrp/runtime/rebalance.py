@@ -119,7 +119,7 @@ class Rebalancer:
         self._looks += 1
         window = [s.since(b) for s, b in zip(stats, before, strict=True)]
         try:
-            move = trainer._compiled.better_cut(trainer._expected, window)
+            move = trainer._run.compiled.better_cut(trainer._run.expected, window)
         except Exception as e:  # training goes on as it is
             log.warning("no other cut is looked for any more: %s", e)
             self.when = False
@@ -131,10 +131,10 @@ class Rebalancer:
         return True
 
     def _due(self, trainer: Trainer) -> bool:
-        kind = trainer._world.executor
-        if self.when is False or trainer._run is None or kind == "torchrun":
+        kind = trainer._run.world.executor
+        if self.when is False or trainer._run.executor is None or kind == "torchrun":
             return False
-        if trainer._wiring.n_stages < 2 or not trainer._compiled.model.training:
+        if trainer._run.wiring.n_stages < 2 or not trainer._run.compiled.model.training:
             return False
         done = trainer._history.fed - self._batch
         if self.when != "auto":
@@ -155,8 +155,8 @@ class Rebalancer:
         trainer.flush()
         _ = trainer.events
         log.info("the cuts are moved %s", move)
-        with interrupts.held(), trainer._rescued:
-            trainer._recut(move)
+        with interrupts.held(), trainer._run.rescued():
+            trainer._run.recut(move)
         self.moves.append(move)
         self._cost, self._agreed, self._since = time.monotonic() - start, 0, None
         self._batch, self._begun = trainer._history.fed, time.monotonic()

@@ -62,7 +62,7 @@ class RunState:
         stages: Sequence[Mapping[str, Any]],
         counters: Mapping[str, Any],
     ) -> Self:
-        """From what the stages gave (`Stage.training_state`); none before the first batch."""
+        """From what the stages gave (`Answers.training_state`); none before the first batch."""
         # A stage without gradients steps no scheduler: its state counts last.
         ordered = sorted(stages, key=lambda stage: not stage["takes_part"])
         sets = [stage["parameters"] for stage in ordered if stage["parameters"] is not None]
@@ -127,12 +127,12 @@ class RunState:
         set_random_state((draws_here and self.content["ambient"]) or self.content["random"])
 
     def modules(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """Arguments of `Stage.load_state`."""
+        """Arguments of `Answers.load_state`."""
         tensors = {n: t for n, t in by_name(self.content).items() if isinstance(t, Tensor)}
         return tensors, self.content["attributes"]
 
     def training(self, owner: Owner, *, draws_here: bool) -> tuple[Any, ...]:
-        """Arguments of `Stage.load_training_state`. The caller's generators are set already, if a stage draws
+        """Arguments of `Answers.load_training_state`. The caller's generators are set, if a stage draws
         from them, and may have gone on: a loader draws before the first batch."""
         saved = {key: self.content[key] for key in (*SECTIONS, "training")}
         ambient = None if draws_here else self.content["ambient"]

@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +23,11 @@ from .config import TrainConfig
 from .environment import Environment
 from .links import LostStage, Message
 from .program import StageProgram
-from .random import set_random_state
+from .random import random_state, set_random_state
 from .registered import Registered
 from .shared import CALLER, Line, SharedLinks
 from .stage import Stage
-from .transfer import dumps, loads
+from .transfer import dumps, loads, unsendable
 from .vitals import Page, show_life
 from .voice import Voice
 
@@ -43,6 +43,26 @@ class Setup:
     seed: int | None
     record: bool
     random: Any = None  # the caller's generators, where a single stage draws from them
+
+
+def pickled_setups(
+    programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
+) -> list[bytes]:
+    """Each stage's, to be sent to its process.
+
+    Raises
+    ------
+    TypeError
+        Something in them cannot be.
+    """
+    ambient = random_state() if seed is None else None
+    try:
+        return [dumps(Setup(p, config, seed, record, ambient)) for p in programs]
+    except Exception as e:
+        raise TypeError(
+            f"{unsendable(vars(config))} cannot be sent to a worker process: {e}. Avoid open "
+            f"files, locks and generators in them, or use executor='inline'"
+        ) from e
 
 
 class Worker:
@@ -110,7 +130,7 @@ class Worker:
             if len(self.held) > self.stage.schedule.lag(self.stage.stage):
                 self._round()
             return
-        result = _finish(self.stage.evaluate(feed))
+        result = _finish(self.stage.answers.evaluate(feed))
         if self.stage.program.is_last:
             self.tell("result", result)
 
@@ -159,7 +179,8 @@ class Worker:
 
     def do_ask(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         """Also after a failure."""
-        self.tell("reply", number, getattr(self.stage, method)(*arguments))
+        assert self.stage is not None
+        self.tell("reply", number, getattr(self.stage.answers, method)(*arguments))
 
     def _tell_news(self, *, wait: bool = False) -> None:
         """A loss is never waited for while rounds go on.
@@ -168,7 +189,7 @@ class Worker:
         short, several losses are said at once, when there is nothing else to do or `PATIENCE` is over.
         """
         assert self.stage is not None
-        self.unsaid += self.stage.news(wait=wait)
+        self.unsaid += self.stage.answers.news(wait=wait)
         if self.unsaid and (wait or time.monotonic() - self.said > PATIENCE):
             self._say_news()
 

@@ -30,15 +30,14 @@ from .evaluation import Measure
 from .forms import Pickled
 from .inline import Results
 from .links import Channel, LostStage, Message
-from .processes import Processes, talking
+from .processes import Processes, talking, weak
 from .program import StageProgram
-from .random import random_state
 from .registered import Registered
 from .shared import CALLER
 from .stats import StageStats
-from .transfer import dumps, unsendable
+from .transfer import dumps
 from .vitals import Watch
-from .worker import Setup
+from .worker import pickled_setups
 
 log = logging.getLogger("dtrp")
 
@@ -86,13 +85,13 @@ class Workers:
         began = time.monotonic()
         environment = Environment.capture()
         with interrupts.held():
-            self.crew = Processes(programs, config, _weak(self._wait))
+            self.crew = Processes(programs, config, weak(self._wait))
             self._kill = weakref.finalize(self, Processes.kill, self.crew)
         names = [f"stage {k}" for k in range(self.n_stages)]
         self._watch = Watch(self.crew.page.read, names, max(watchdog, STARTUP))
         try:
             # Pickled while the processes load torch.
-            setups = _pickled(programs, config, seed, record)
+            setups = pickled_setups(programs, config, seed, record)
             registered = Registered.capture(setups)
             for k, (program, setup) in enumerate(zip(programs, setups, strict=True)):
                 self._command(k, dumps(("start", environment, registered, program.device, setup)))
@@ -156,12 +155,12 @@ class Workers:
                 self.call("end_evaluation")
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """A method of every `Stage`, after all rounds so far; results in stage order."""
+        """A method of every stage's `Answers`, after all rounds so far; results in stage order."""
         self._check()
         return self._answers(self._ask("call", range(self.n_stages), method, arguments))
 
     def states(self) -> Iterable[dict[str, Any]]:
-        """Every stage's `Stage.state`."""
+        """Every stage's `Answers.state`."""
         return self.call("state")
 
     def glance(self) -> list[StageStats] | None:
@@ -186,7 +185,7 @@ class Workers:
         """With nothing in flight: the same processes go on with other stages, if their lines are enough."""
         if not talking(programs[0], config) <= self.crew.pairs:
             return False
-        for k, setup in enumerate(_pickled(programs, config, seed, record)):
+        for k, setup in enumerate(pickled_setups(programs, config, seed, record)):
             self._command(k, dumps(("renew", setup)))
         return True
 
@@ -386,31 +385,6 @@ class Workers:
     def _end(self) -> None:
         self._kill.detach()
         self.crew.kill()
-
-
-def _pickled(
-    programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
-) -> list[bytes]:
-    ambient = random_state() if seed is None else None
-    try:
-        return [dumps(Setup(p, config, seed, record, ambient)) for p in programs]
-    except Exception as e:
-        raise TypeError(
-            f"{unsendable(vars(config))} cannot be sent to a worker process: {e}. Avoid open "
-            f"files, locks and generators in them, or use executor='inline'"
-        ) from e
-
-
-def _weak(method: Any) -> Any:
-    """A method that does not keep its object: else a trainer that is dropped would never end its workers."""
-    found = weakref.WeakMethod(method)
-
-    def call(*arguments: Any) -> Any:
-        bound = found()
-        assert bound is not None
-        return bound(*arguments)
-
-    return call
 
 
 def _rank(message: tuple[Any, ...]) -> int:

@@ -28,12 +28,11 @@ from .loss import ignored_target
 from .materialise import materialise
 from .program import StageProgram
 from .random import random_state, set_random_state
-from .run_state import RunState
 from .training_state import SECTIONS
 
 if TYPE_CHECKING:
     from .ranks import Ranks
-    from .trainer import Trainer
+    from .run import Run
     from .workers import Workers
 
 LOOKS = 16  # batches between two looks at the clock that all share
@@ -103,9 +102,9 @@ class Alone:
         """Whether this moment (`time.monotonic`) is over, after so many batches."""
         return time.monotonic() >= moment
 
-    def write(self, path: Any, trainer: Trainer, *, folder: bool) -> None:
+    def write(self, path: Any, run: Run, *, folder: bool) -> None:
         """Write a run to disk."""
-        write_checkpoint(path, trainer._content(), folder=folder)
+        write_checkpoint(path, run.content(), folder=folder)
 
     def read(self, path: Any) -> dict[str, Any]:
         """What a run on disk holds."""
@@ -197,7 +196,7 @@ class Together(Alone):
         """Rank 0's clock counts; all ask at the same batches, now and then, since asking holds them up."""
         return batch % LOOKS == 0 and bool(self.first("autosave", lambda: time.monotonic() >= moment))
 
-    def write(self, path: Any, trainer: Trainer, *, folder: bool) -> None:
+    def write(self, path: Any, run: Run, *, folder: bool) -> None:
         """A folder by all ranks at once; a file by rank 0, for which all is gathered."""
         if not folder and self.stages is not None and self.stages.partial:
             raise CheckpointError(
@@ -205,13 +204,12 @@ class Together(Alone):
                 f"folder; let the path end in '/', or pass format='dcp'"
             )
         if not folder or self.stages is None:
-            content = trainer._content()
+            content = run.content()
             self.first("saving", lambda: write_checkpoint(path, content, folder=folder))
             return
-        trainer.flush()
-        owner = trainer._owner
-        parts = self.stages.parts(owner.first_names())
-        content = RunState.gather(owner, trainer.config, parts, trainer._counters()).to_write(owner)
+        run.drain()
+        parts = self.stages.parts(run.owner.first_names())
+        content = run.gather(parts).to_write(run.owner)
         holders = self.stages.holders()
         content |= only(content, lambda name: holders.get(name, 0) == self.mesh.stage)
         if self.rank != 0:  # what is nobody's in particular is rank 0's to write

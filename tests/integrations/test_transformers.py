@@ -171,7 +171,7 @@ def test_decoupled_training_equals_a_loop_by_hand(executor: str, tmp_path: Path)
                 for b in group:
                     extra = {"scale": float(len(group)), "rows": 2}
                     t.step(**b, num_items_in_batch=items, target=b["labels"], extra=extra)
-            t._drain(close_group=True)
+            t._run.drain(close_group=True)
     for name, p in model.state_dict().items():
         assert torch.equal(p, mine.model.state_dict()[name]), name
 

@@ -83,7 +83,7 @@ def test_graphs_are_made_once_for_each_mode(x, monkeypatch):
     pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
     model.backbone.eval()
     pipe(x)
-    monkeypatch.setattr("dtrp.pipeline.capture", None)
+    monkeypatch.setattr("dtrp.planning.capture", None)
     for module in (model, model.backbone, model.train(), model.backbone.eval()):
         module.train(module is model)
         pipe(x)

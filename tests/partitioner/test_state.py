@@ -308,7 +308,7 @@ def test_a_change_that_cannot_be_followed_is_told():
 def test_an_unchanged_model_is_not_captured_again(monkeypatch):
     model, x = Net(), batches(1)[0]
     pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
-    monkeypatch.setattr("dtrp.pipeline.compile_model", None)
+    monkeypatch.setattr("dtrp.planning.compile_model", None)
     with torch.no_grad():
         model.head.weight.mul_(2)
     model.load_state_dict(Net().state_dict())

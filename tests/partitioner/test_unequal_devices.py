@@ -129,7 +129,7 @@ def test_compile_finds_the_best_order_of_devices(tmp_path: Path) -> None:
     pipe = dtrp.compile(chain(), 3, example_inputs=X, speed=SPEED, memory_limit=limits)
     fixed = {}
     for order in itertools.permutations(range(3)):
-        request = replace(pipe._request, speed=tuple(SPEED[i] for i in order), arranged=True)
+        request = replace(pipe._planning.request, speed=tuple(SPEED[i] for i in order), arranged=True)
         fixed[order] = compile_model(chain(), request, (X,), {}).report.tick_time
     placement = pipe.plan.placement
     assert pipe.report.tick_time == pytest.approx(min(fixed.values()), rel=1e-9)

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 def stages(trainer: Any) -> list[Stage]:
     """The stages of a run in this process."""
-    assert isinstance(trainer._run, Inline)
-    return trainer._run.stages
+    assert isinstance(trainer._run.executor, Inline)
+    return trainer._run.executor.stages
 
 
 def processes(trainer: Any) -> list[int]:
     """The process of each stage of a run in worker processes."""
-    assert isinstance(trainer._run, Workers)
-    return [process.pid for process in trainer._run.crew.processes]
+    assert isinstance(trainer._run.executor, Workers)
+    return [process.pid for process in trainer._run.executor.crew.processes]
 
 
 def entered(trainer: Any) -> int:

@@ -685,7 +685,7 @@ def test_each_worker_killed_or_stopped(stage: int, number: signal.Signals, nothi
     for x, y in batches(4):
         t.step(x, y)
     t.flush()
-    os.kill(t._run.crew.processes[stage].pid, number)
+    os.kill(t._run.executor.crew.processes[stage].pid, number)
     start = time.monotonic()
     with pytest.raises(dtrp.WorkerError, match=what) as caught:
         run_all(t, batches(400))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR
 
 import dtrp
-from dtrp import pipeline
+from dtrp import planning
 from dtrp.partitioner.feedback import StageTimes, corrected
 from dtrp.partitioner.stage_cost import stage_costs
 from dtrp.partitioner.training import Training
@@ -47,7 +47,7 @@ def moved(executor: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str
             return None
         return Move((2.0, 1.0), (1.5, 1.5), 200.0, 150.0, 3, (made.graph, other, request.training))
 
-    monkeypatch.setattr(pipeline, "better_cut", decide)
+    monkeypatch.setattr(planning, "better_cut", decide)
     model = mlp()
     pipe = compiled(model, plan=plan)
     with trainer(pipe, executor, rebalance=AT, **KNOBS) as t:
@@ -171,7 +171,7 @@ def test_no_move_where_none_gains(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append([s.ticks for s in stats])
         return Move((2.0, 1.0), (1.5, 1.5), 0.2, 0.15, 3, None)  # 50 ms a batch: 100 batches pay for a move
 
-    monkeypatch.setattr(pipeline, "better_cut", decide)
+    monkeypatch.setattr(planning, "better_cut", decide)
     with trainer(compiled(), rebalance=4) as t:
         t.fit(batches(9), epochs=1)
         assert not t.report.moves
@@ -182,7 +182,7 @@ def test_no_move_where_none_gains(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_looks_late_and_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short runs, inline ones and those under a given plan keep their cuts, and so their bits."""
     looks = []
-    monkeypatch.setattr(pipeline, "better_cut", lambda *a: looks.append(a))
+    monkeypatch.setattr(planning, "better_cut", lambda *a: looks.append(a))
     for executor, plan in (("inline", None), ("workers", two_plans()[0])):
         with monkeypatch.context() as patch:
             for name in ("WARM_UP", "FIRST", "LATER"):
@@ -213,7 +213,7 @@ def test_a_plan_that_cannot_be_made_leaves_the_run_as_it_is(
     def fails(*_: Any) -> None:
         raise dtrp.InfeasiblePlanError("no")
 
-    monkeypatch.setattr(pipeline, "better_cut", fails)
+    monkeypatch.setattr(planning, "better_cut", fails)
     with trainer(compiled(), rebalance=4) as t:
         for x, y in batches(10):
             t.step(x, y)

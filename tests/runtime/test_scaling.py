@@ -55,7 +55,7 @@ def test_exact_orders_do_what_grad_scaler_does(n_stages: int) -> None:
         for x, y in data:
             t.step(x, y)
         t.flush()
-        assert t._run.stages[-1].scaling.scale == scale
+        assert t._run.executor.stages[-1].scaling.scale == scale
     assert t.losses == losses
     assert same(model.state_dict(), expected.state_dict())
     assert t.skipped == 11

@@ -41,7 +41,7 @@ def test_workers_are_as_the_script_is_now(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with trainer(compiled(mlp(2)), "workers", threads=2) as t:
         assert t.evaluate(batches(1), metric=metric)["metric"] == 1.0
-        assert all(process.parent is first for process in t._run.crew.processes)
+        assert all(process.parent is first for process in t._run.executor.crew.processes)
     assert parent() is first
 
 
@@ -70,7 +70,7 @@ def test_without_its_parent_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(starting, "warm", lambda environment: None)
     with trainer(compiled(mlp(2)), "workers") as t:
         t.fit(batches(2), 1)
-        assert all(isinstance(p, subprocess.Popen) for p in t._run.crew.processes)
+        assert all(isinstance(p, subprocess.Popen) for p in t._run.executor.crew.processes)
 
 
 def test_how_a_forked_worker_ended_is_known() -> None:

@@ -1,0 +1,238 @@
+"""A model and what was compiled of it: planned once, laid over for its other modes, again if it was changed.
+
+This is what a trainer asks the compiler for (runtime/compiled.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .errors import DtrpError
+from .exclusive import EXCLUSIVE
+from .loss_check import check_loss
+from .orders import choose_order
+from .partitioner.capture import capture
+from .partitioner.capture.fits import Fits
+from .partitioner.capture.modes import Flags, flags_of, training_flags
+from .partitioner.capture.state import Watch
+from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice
+from .partitioner.example import keep_example
+from .partitioner.plan import Plan
+from .partitioner.report import shared
+from .partitioner.training import Training
+from .programs import make_programs
+from .rebalancing import better_cut, recut_model
+from .runtime import launched
+from .runtime.config import TrainConfig
+from .runtime.program import StageProgram
+from .runtime.rebalance import Move
+from .runtime.stats import StageStats
+from .training_report import TrainingReport
+from .trial import tried
+
+
+class Planning:
+    """Of one model."""
+
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self.model, self.request = model, request
+        self._compiled: Compiled | None = None  # the latest that was used
+        self._variants: dict[Any, Compiled] = {}  # by flags, and whether gradients are enabled
+        self._watch: Watch | None = None
+        self._call: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})  # the latest
+        self._fits: dict[int, Fits] = {}
+        self.example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.request.devices)
+
+    @property
+    def made(self) -> Compiled:
+        if self._compiled is None:
+            raise DtrpError(
+                "the pipeline has not been planned yet: pass example_inputs to dtrp.compile, or call the "
+                "pipeline (or train a batch) first"
+            )
+        return self._compiled
+
+    @property
+    def _first(self) -> Compiled:
+        """The variant that was planned, and whose nodes the costs are of; others are laid over it."""
+        return next(iter(self._variants.values()))
+
+    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Plan for a call with these arguments, unless planned already; again if the model was changed.
+
+        Raises
+        ------
+        CaptureError, PlanMismatchError
+            The model was changed since, and could not be captured again or does not fit its plan any more.
+        """
+        with EXCLUSIVE:
+            self._call = args, kwargs
+            changed = self._watch.changed() if self._watch is not None else ""
+            if changed:
+                self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+            try:
+                self._compiled = self._variant(flags_of(self.model), torch.is_grad_enabled())
+            except DtrpError as error:
+                if changed:
+                    raise type(error)(
+                        f"{changed} is not as it was when the pipeline was compiled, and the model could not "
+                        f"be compiled again: {error}"
+                    ) from error
+                raise
+
+    def _variant(self, flags: Flags, grad: bool) -> Compiled:
+        """The stages for these modes: those that are there, or others laid over them."""
+        base = next(iter(self._variants.values()), None)
+        if base is None:
+            args, kwargs = self._call
+            for value in (*args, *kwargs.values()):
+                if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
+                    raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
+            base = compile_model(self.model, self.request, args, kwargs)
+            self.request = self.request.in_order(base.plan.placement)
+            on_host = all(device.type == "cpu" for device in self.request.devices)
+            measured = self.request.costs == "measured" and not self.request.speed
+            alone = launched.world_size() == 1  # ranks would all try at once, each with all stages
+            if measured and on_host and alone and self.n_stages > 1:
+                tensors = base.captured.signature.flatten(args, kwargs)
+                base = tried(base, self.request, self.model, tensors)
+            self._variants[base.captured.flags, True] = base
+            whole = {kept.module for kept in base.captured.kept_whole}
+            called = {
+                str(node.target)
+                for mode in (base.captured.train, base.captured.eval)
+                for node in mode.module.graph.find_nodes(op="call_module")
+            }
+            self._watch = Watch(self.model, whole, base.captured.tensor_attributes, called)
+            self._compiled = base
+            self.example = keep_example(self.bind(*self._call))
+        grad = grad or not base.captured.asks_grad
+        if not any(flags):
+            flags = base.captured.flags  # its eval graph
+        if (flags, grad) not in self._variants:
+            captured = capture(self.model, *self._call, opened=base.captured.opened, flags=flags, grad=grad)
+            self._variants[flags, grad] = adapt(base, captured, self.request)
+        return self._variants[flags, grad]
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of one call, in the order of the wiring's model inputs.
+
+        Raises
+        ------
+        TypeError, ValueError
+            They do not fit the example that was compiled for.
+        """
+        captured = self.made.captured
+        tensors = captured.signature.flatten(args, kwargs)
+        with EXCLUSIVE:  # a call of another shape may be traced
+            fits = self._fits.get(id(captured))
+            if fits is None:
+                fits = self._fits[id(captured)] = Fits(captured)
+            fits.check(tensors, args, kwargs, self.model.training)
+        return tensors
+
+    def planned(self) -> str:
+        """The plan as text, for `adopt`."""
+        made = self.made
+        return json.dumps({"plan": made.plan.to_dict(), "opened": list(made.captured.opened)})
+
+    def adopt(self, text: str) -> None:
+        """Follow the plan that another process made for the same model."""
+        if self._compiled is not None and self.planned() == text:
+            return
+        told = json.loads(text)
+        plan, opened = Plan.of_dict(told["plan"]), tuple(told["opened"])
+        self.request = replace(self.request, plan=plan, opened=opened)
+        self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+
+    # ---- for a trainer -----------------------------------------------------------------------------------
+
+    def expect(self, config: TrainConfig, optimizer_bytes: float) -> Training:
+        """How training will go: what is planned from now on is planned for that, and the report says it.
+
+        What is still to be chosen counts as the paper's order and whole batches, which take most memory.
+        """
+        schedule = config.decided().schedule(self.n_stages)
+        training = Training(
+            optimizer_bytes=optimizer_bytes,
+            predicts=config.predicts,
+            horizon=config.horizon,
+            order=schedule.order,
+            micro_batches=schedule.parts,
+            recompute=config.recompute(True),
+            known=True,
+        )
+        self.request = replace(self.request, training=training)
+        if self._compiled is not None:
+            with EXCLUSIVE:
+                report = reprice(self._first, self.request)
+                self._compiled = replace(self._compiled, report=report)
+                self._variants = {key: replace(c, report=report) for key, c in self._variants.items()}
+        return training
+
+    def report_on(
+        self,
+        config: TrainConfig,
+        training: Training,
+        stats: Sequence[StageStats],
+        executor: str,
+        moves: Sequence[Move] = (),
+    ) -> TrainingReport:
+        """What was predicted of a run beside what it measured."""
+        made, request = self.made, self.request
+        report = (
+            made.report
+            if training == request.training
+            else reprice(self._first, replace(request, training=training))
+        )
+        cores = shared(made.graph.graph["specs"] * self.n_stages)
+        parts = training.micro_batches
+        return TrainingReport.of(report, stats, config, parts, executor, cores, moves)
+
+    def better_cut(self, training: Training, stats: Sequence[StageStats]) -> Move | None:
+        """Other stages that would be faster, as far as these measurements tell."""
+        if training is not self.request.training:  # another trainer was made since: its stages are these
+            return None
+        with EXCLUSIVE:
+            return better_cut(next(iter(self._variants.values())), self.request, stats)
+
+    def recut(self, move: Move, loss: nn.Module | None) -> tuple[list[StageProgram], Training]:
+        """As `programs`, of the stages that a move makes; nothing has changed if that fails."""
+        with EXCLUSIVE:
+            before = self._compiled, self._variants, self.request
+            key, base = next(iter(self._variants.items()))
+            made, self.request = recut_model(base, self.request, move)
+            self._compiled, self._variants = made, {key: made}
+            try:
+                return self.programs(loss), self.request.training
+            except BaseException:
+                self._compiled, self._variants, self.request = before
+                raise
+
+    def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
+        """Refuse a loss that surely cannot be trained with, before any worker starts."""
+        with EXCLUSIVE:
+            check_loss(self.made.captured, config, inputs, target)
+
+    def choose_order(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> TrainConfig:
+        """The settings with order and micro-batches decided, where the user leaves them open."""
+        with EXCLUSIVE:
+            return choose_order(self.made, config, inputs, target)
+
+    def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
+        """What each stage runs, with the model's present parameters and their ``requires_grad``."""
+        with EXCLUSIVE:
+            compiled = self._compiled = self._variant(training_flags(self.model), True)
+            evaluate = self._variant(compiled.captured.flags, False)  # which is done without gradients
+            return make_programs(compiled, evaluate, self.model, self.request.devices, loss)

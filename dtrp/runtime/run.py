@@ -1,0 +1,371 @@
+"""One training run: the stages, wherever they run, how far they are, and the way of their weights back.
+
+batches ─► joined ─► cut into parts ─► the stages ─► losses, counted (history.py)
+                                         │  ▲
+                   the model's tensors ◄─┘  └── a saved run (run_state.py), new cuts (rebalance.py)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WorkerError
+from . import interrupts
+from .arguments import feeds, follow_batch, n_samples, split_batch, take_target, what_step_takes
+from .compensation import Joiner, Mini
+from .compiled import Compiled
+from .config import TrainConfig
+from .handback import Owner, loss_with_tensors
+from .history import History
+from .inline import Inline
+from .loggers import Loggers
+from .loss import held_loss, ignored_target
+from .optim import state_bytes
+from .program import StageProgram
+from .rebalance import Move
+from .run_state import RunState, check_builds, model_groups
+from .world import join
+
+if TYPE_CHECKING:
+    from .fitting import Loop
+    from .ranks import Ranks
+    from .workers import Workers
+
+    Executor = Inline | Workers | Ranks
+
+_LEFT = (
+    "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
+    "since the last flush; use `with pipe.trainer(...) as trainer:`"
+)
+_ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
+log = logging.getLogger("dtrp")
+
+
+class Run:
+    """What a trainer trains, and how far it is.
+
+    Attributes
+    ----------
+    executor : Inline, Workers, Ranks or None
+        Who runs the stages; ``None`` before the first batch.
+    config : TrainConfig
+        The user's settings; once the first batch has been seen, with all of them decided.
+    loop : Loop or None
+        Of the `fit` that runs.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        config: TrainConfig,
+        joiner: Joiner,
+        *,
+        executor: str,
+        watchdog: float,
+        record: bool,
+        init: Any,
+        tensorboard: Any,
+        logger: Any,
+    ) -> None:
+        self.compiled, self.config, self.joiner = compiled, config, joiner
+        self.records, self._init = record, init
+        self.owner = Owner(compiled.model, loss_with_tensors(config.loss_fn))
+        optimizer = check_builds(self.owner, config)
+        self.history = History(lr=optimizer.param_groups[0].get("lr"))
+        self._optimizer_bytes = state_bytes(optimizer)
+        self.expected = compiled.expect(config, self._optimizer_bytes)
+        self.world = join(executor, compiled.n_stages, watchdog)
+        first = self.world.rank == 0  # who shows and writes
+        self.loggers = Loggers(logger if first else None, tensorboard if first else None)
+        self.closed = False
+        self.executor: Executor | None = None
+        self.loop: Loop | None = None
+        self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
+        self._seed: int | None = None
+        self._in_flight = False
+        self._stale = False  # the stages have newer weights than the model
+        self._modes: list[tuple[nn.Module, bool]] = []  # of all modules, when training began
+        self._along: list[bool] = []  # which model inputs have a row for each sample
+        self._exact = False  # the exact order is followed for now
+        self.exact_updates: float = config.exact_start
+
+    @property
+    def alive(self) -> Executor | None:
+        """Who runs the stages, unless one of them has failed."""
+        return self.executor if self.executor is not None and self.executor.failure is None else None
+
+    @property
+    def loss_fn(self) -> Any:
+        """As the stages have it: a loss with tensors is a module of the last one."""
+        return self.config.loss_fn if self.owner.loss is None else held_loss
+
+    def close(self) -> None:
+        """The stages end, and everything that was opened for them."""
+        self.closed = True
+        self.loggers.close()
+        if self.executor is not None:
+            self._reminder.detach()
+            self.executor.close()
+            self.executor = None
+        self.world.leave(None)
+
+    # ---- batches -------------------------------------------------------------------------------------------
+
+    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executor, list[Tensor], Any]:
+        """The running stages, a batch's tensors and its target; what can be refused is refused first."""
+        if self.closed:
+            raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
+        compiled, executor, has_target = self.compiled, self.executor, self.config.loss_fn is not None
+        inputs, named, target = take_target(compiled.model, args, kwargs, has_target=has_target)
+        if executor is not None:
+            self._check_modes()
+        elif not compiled.model.training:
+            compiled.model.train()
+        try:
+            if executor is None:
+                self.world.prepare(compiled, inputs, named)
+            tensors = compiled.bind(inputs, named)
+        except TypeError as e:
+            raise TypeError(f"{e}; {what_step_takes(args, has_target)}") from None
+        return executor or self._start(tensors, target), tensors, target
+
+    def add(self, executor: Executor, tensors: Sequence[Tensor], target: Any) -> None:
+        """A batch of the user's goes in; what is finished is counted."""
+        mini = self.joiner.add(tensors, target)
+        self.history.fed += 1
+        self.history.samples += n_samples(tensors)
+        if mini is not None:
+            self._enter(executor, mini)
+        self._collect(executor)
+
+    def drain(self, *, close_group: bool = False) -> None:
+        """Until nothing is in flight; the model has the newest weights then."""
+        if self.executor is None:
+            return
+        with interrupts.held(), self.rescued():
+            mini = self.joiner.rest()
+            if mini is not None:
+                self._enter(self.executor, mini)
+            closes = close_group and self.history.gathered > 0
+            if self._in_flight or closes:
+                self.executor.drain(close_group=closes)
+                self._in_flight = False
+            if closes:
+                self.history.close_group()
+            self._collect(self.executor, wait=True)
+            self.sync()
+
+    def _enter(self, executor: Executor, mini: Mini) -> None:
+        """A mini-batch goes into the pipeline."""
+        parts, weight = list(self._parts(mini)), self.world.weight(mini, self.config)
+        for i, (tensors, target, share) in enumerate(parts):
+            slot = feeds(self.wiring, self.history.entered, tensors, target, mini.update)
+            if len(parts) > 1 or weight != 1.0:
+                slot = [feed._replace(part=i, parts=len(parts), share=share * weight) for feed in slot]
+            executor.feed(slot)
+        self.history.enter(mini.update.batches, self.config.accumulate)
+        self._in_flight = self._stale = True
+        if self.config.exact or self._exact:
+            executor.drain()
+            self._in_flight = False
+        if self._exact and self.history.updates >= self.exact_updates:
+            self._follow(executor, exact=False)
+        executor.throttle()
+
+    def _parts(self, mini: Mini) -> Iterator[tuple[Sequence[Tensor], Any, float]]:
+        config = self.config
+        return split_batch(
+            mini.tensors,
+            mini.target,
+            config.parts,
+            least=config.least_part,
+            ignored=ignored_target(config.loss_fn),
+            along=self._along,
+        )
+
+    def _collect(self, executor: Executor, *, wait: bool = False) -> None:
+        new = self.history.settle(executor.news(wait=wait))
+        self.loggers.losses(new)
+        if self.loggers.due() and (stats := executor.glance()):
+            self.loggers.stages(len(self.history.losses), stats)
+
+    def _follow(self, executor: Executor, *, exact: bool) -> None:
+        executor.call("follow", exact)
+        self._exact = exact
+
+    def _check_modes(self) -> None:
+        """Stages have the modes of the moment when training began. (A model that is in eval mode as a whole
+        is being looked at; that changes nothing here.)"""
+        if self.compiled.model.training:
+            for module, mode in self._modes:
+                if module.training is not mode:
+                    raise RuntimeError(
+                        f"a {type(module).__name__} was put into {'eval' if mode else 'train'} mode after "
+                        f"training began, which its stage cannot follow; leave this trainer and go on with a "
+                        f"new one, pipe.trainer(...), which takes the modes as it finds them"
+                    )
+
+    # ---- weights -------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Bring the present weights, buffers and attributes into the model; batches in flight stay there."""
+        if self.executor is None or not self._stale:
+            return
+        for state in self.executor.states():
+            self.owner.take(state)
+        self._stale = self._in_flight
+        for name in self.owner.switched():
+            log.warning(
+                "requires_grad of %r was changed after training began, which stages need not notice; close "
+                "this trainer and make a new one with pipe.trainer(...)",
+                name,
+            )
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Around what stages do: what was trained is in the model also when one has failed."""
+        try:
+            yield
+        except WorkerError:
+            if self.executor is not None:
+                for state in self.executor.rescued():
+                    self.owner.take(state)
+            raise
+
+    # ---- starting ------------------------------------------------------------------------------------------
+
+    def _start(self, tensors: Sequence[Tensor], target: Any) -> Executor:
+        """Start the stages, for batches like this first one."""
+        self.compiled.check_loss(self.config, tensors, target)
+        self._choose_order(tensors, target)
+        self.world.same_weights(self.owner)
+        self._modes = [(m, m.training) for m in self.compiled.model.modules()]
+        programs = self.compiled.programs(self.owner.loss)
+        if self._init is not None and self.world.materialise(self.owner, programs, self._init):
+            programs = self.compiled.programs(self.owner.loss)
+        self.owner.begin()
+        resume, self._resume = self._resume, None
+        self._seed = self._base_seed(len(programs), resume)
+        executor = self._launch(programs)
+        try:
+            if resume is not None:
+                self._hand_over(executor, resume)
+            if 0 < self.exact_updates < 1:
+                raise ValueError(
+                    f"exact_start={self.config.exact_start!r} is a share of the run, which only fit knows; "
+                    f"give a number of updates"
+                )
+            if self.history.updates < self.exact_updates and not self.config.exact:
+                self._follow(executor, exact=True)
+        except BaseException:
+            executor.close()
+            raise
+        self.executor = executor
+        self._reminder = weakref.finalize(self, log.warning, _LEFT)
+        return executor
+
+    def _choose_order(self, tensors: Sequence[Tensor], target: Any) -> None:
+        """A resumed run goes on in the order that it was saved with, unless another was asked for."""
+        self._along = follow_batch(tensors)
+        saved = {} if self._resume is None else self._resume.counters.get("order", {})
+        config = self.config.decided(**saved) if saved else self.config
+        if config.is_open or config.parts > 1:
+            config = self.compiled.choose_order(config, tensors, target)
+        mine = {name: getattr(config, name) for name in _ORDER}
+        decided = self.world.first("choosing the order", lambda: mine)
+        if decided != mine:
+            config = replace(config, **decided)
+        if config is not self.config:
+            self.expected = self.compiled.expect(config, self._optimizer_bytes)
+        self.config = config
+
+    def _launch(self, programs: list[StageProgram]) -> Executor:
+        """Stages for these programs."""
+        self.wiring, self.eval_wiring = programs[0].train, programs[0].evaluate
+        groups = model_groups(self.owner, self.config)
+        config = replace(self.config, groups=groups, loss_fn=self.loss_fn)
+        return self.world.start(programs, config, seed=self._seed, record=self.records, there=self.executor)
+
+    def recut(self, move: Move) -> None:
+        """Other stages go on from here, as if this run had been saved and loaded."""
+        state, old = RunState(self.content()), self.executor
+        programs, self.expected = self.compiled.recut(move, self.owner.loss)
+        executor = self.executor = self._launch(programs)
+        if old is not None and old is not executor:
+            old.close()
+        self._hand_over(executor, state)
+        if self._exact:
+            self._follow(executor, exact=True)
+
+    def _base_seed(self, n_stages: int, resume: RunState | None) -> int | None:
+        """The passes' base seed; one stage draws from the ambient generators, as the plain loop does."""
+        seed = self.config.seed
+        if n_stages > 1:
+            if resume is not None and resume.counters["seed"] is not None:
+                return int(resume.counters["seed"])  # and nothing is drawn that was drawn before
+            drawn = int(torch.randint(2**62, ())) if seed is None else seed  # by all, lest generators differ
+            return int(self.world.first("the seed", lambda: drawn))
+        if seed is not None and resume is None:
+            torch.manual_seed(seed)
+        return None
+
+    @property
+    def _draws_here(self) -> bool:
+        """Whether a lone stage draws from this process's generators, as the plain loop does."""
+        return self.compiled.n_stages == 1 and self.world.executor != "workers"
+
+    # ---- saved runs ----------------------------------------------------------------------------------------
+
+    def content(self) -> dict[str, Any]:
+        """All that this run is (run_state.py), with nothing in flight."""
+        self.drain()
+        names = self.owner.first_names()
+        stages = [] if self.executor is None else self.executor.call("training_state", names)
+        return (self._resume or self.gather(stages)).to_write(self.owner)
+
+    def gather(self, stages: Sequence[Any]) -> RunState:
+        """From what the stages gave (`Answers.training_state`)."""
+        return RunState.gather(self.owner, self.config, stages, self._counters())
+
+    def _counters(self) -> dict[str, Any]:
+        order = {} if self.config.is_open else {name: getattr(self.config, name) for name in _ORDER}
+        done = {"updates": self.joiner.updates, "seed": self._seed, "order": order}
+        loop = {} if self.loop is None else {"loop": self.loop.export()}
+        return {**self.history.export(), **done, **loop}
+
+    def load(self, path: str | os.PathLike[str]) -> Mapping[str, Any]:
+        """Go on from what is saved there; how far that run was."""
+        if self.closed:
+            raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
+        state = RunState.read(self.world.read(path), os.fspath(path))
+        self.adopt(state)
+        return state.counters
+
+    def adopt(self, state: RunState) -> None:
+        """Go on from this state; what is in flight is finished first."""
+        state.check(self.owner, self.config)
+        self.drain()
+        with interrupts.held(), self.rescued():
+            state.restore(self.owner, draws_here=self._draws_here)
+            self.history.restore(state.counters)
+            self.joiner.updates = state.counters["updates"]
+            if self.executor is None:
+                self._resume = state
+            else:
+                self._hand_over(self.executor, state)
+
+    def _hand_over(self, executor: Executor, state: RunState) -> None:
+        """Bring the stages to a loaded state."""
+        if self._seed is not None and state.counters["seed"] is not None:
+            self._seed = state.counters["seed"]
+        executor.call("load_state", *state.modules())
+        executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))
