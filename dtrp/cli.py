@@ -25,6 +25,7 @@ from dtrp.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dtrp.partitioner.replication import Layout
     from dtrp.partitioner.report import PartitionReport
     from dtrp.simulation.result import Simulation
 
@@ -92,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         "--compare-k",
         metavar="K,K,...",
         help="also predict other numbers of stages (1,2,4,8), under other orders and micro-batches",
+    )
+    plan.add_argument(
+        "--layouts",
+        action="store_true",
+        help="also compare other ways to use K devices: fewer stages, of several each, or data parallelism",
     )
     cli_simulate.add_arguments(plan)
     plan.add_argument("--html", metavar="FILE", help="write the report as a page")
@@ -180,7 +186,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.html:
         report.to_html(args.html)
     simulated = None if cluster is None else cli_simulate.run(report, cluster, args, ks)
-    _print(report, ks, args.json, simulated)
+    _print(report, ks, args.json, simulated, report.layouts() if args.layouts else [])
     return 0
 
 
@@ -194,8 +200,13 @@ def _bandwidth(text: str | None) -> Any:
 
 
 def _print(
-    report: PartitionReport, ks: Sequence[int], json_path: str | None, simulated: Simulation | None
+    report: PartitionReport,
+    ks: Sequence[int],
+    json_path: str | None,
+    simulated: Simulation | None,
+    layouts: Sequence[Layout],
 ) -> None:
+    from dtrp.partitioner import replication
     from dtrp.partitioner.report_text import comparison
 
     points = report.compare(ks, orders=True)
@@ -203,6 +214,8 @@ def _print(
         data = report.to_dict()
         if ks:
             data["compare_k"] = [asdict(point) for point in points]
+        if layouts:
+            data["layouts"] = [replication.summary(layout) for layout in layouts]
         if simulated is not None:
             data["simulation"] = simulated.to_dict()
         text = json.dumps(data, indent=2)
@@ -213,6 +226,8 @@ def _print(
     print(report)
     if ks:
         print(comparison(points, set(ks) - {point.n_stages for point in points}))
+    if layouts:
+        print(f"\n{replication.comparison(layouts)}")
     if simulated is not None:
         print(f"\n{simulated}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import networkx as nx
@@ -28,7 +28,7 @@ from .solvers.checks import (
     memory_limits,
 )
 from .solvers.clock import Clock
-from .solvers.devices import assign, in_order
+from .solvers.devices import Way, assign, in_order
 from .solvers.engine import Solution, solve
 from .solvers.explain import infeasible, reason
 from .solvers.loads import evaluate
@@ -71,10 +71,15 @@ class StageModel:
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """Devices that are alike: how many there are, and what each of the K stages offers on one of them."""
+    """Devices that are alike: how many there are, and what each of the K stages offers on one of them.
+
+    ``replicas``: what each stage offers where it has so many of them, which share its batches out. Seconds
+    and bytes are those of one device; of the values' seconds, each has its share.
+    """
 
     count: int
     stages: tuple[StageModel, ...]
+    replicas: Mapping[int, tuple[StageModel, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Partition:
         Per stage, its node, where there are several.
     class_of : tuple of int
         Per stage, the class of its device, where there are several.
+    replicas : tuple of int
+        Per stage, how many devices it has, where it may have several.
     """
 
     stage_of: Mapping[Hashable, int] = field(repr=False)
@@ -126,6 +133,7 @@ class Partition:
     reason: str
     node_of: tuple[int, ...] = ()
     class_of: tuple[int, ...] = ()
+    replicas: tuple[int, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -181,8 +189,9 @@ def partition(
     stage_models : sequence of StageModel, optional
         What each stage offers. Default: one option for all, ``{time: 1}`` and ``{memory: 1}``.
     classes : sequence of DeviceClass, optional
-        In place of ``stage_models``, where devices are unequal: which stage runs on a device of which class
-        is part of the search.
+        In place of ``stage_models``, where devices are unequal, or a stage may have several: which stage
+        runs on how many devices of which class is part of the search. Without ``replicas`` each device has a
+        stage; with them some may be left.
     overlap : bool
         Whether a stage computes while it communicates: load = max(compute, time in, time out). If not,
         load = compute + time in + time out.
@@ -257,47 +266,60 @@ def partition(
     given = stage_models is not None or classes is not None
     if stage_models is not None and classes is not None:
         raise ValueError("give stage_models, or classes with stage models of their own, not both")
+    if nodes > 1 and any(c.replicas for c in classes or ()):
+        raise ValueError("stages of several devices are not searched for in several nodes: nodes must be 1")
     if stage_models is None:
         stage_models = [StageModel((StageOption("default", {time: 1.0}, {memory: 1.0}),))] * n_stages
-    offers = [stage_models] if classes is None else [c.stages for c in classes]
     check_classes(n_stages, classes)
-    for offer in offers:
+    offers: list[tuple[int, int, Sequence[StageModel]]] = [(0, 1, stage_models)]  # class, devices
+    if classes is not None:
+        offers = [(i, r, o) for i, c in enumerate(classes) for r, o in ((1, c.stages), *c.replicas.items())]
+    for _, _, offer in offers:
         check_models(n_stages, offer)
     check_nodes(graph, n_stages, colocate, order, fixed)
-    all_options = [o for offer in offers for m in offer for o in m.options]
+    all_options = [o for _, _, offer in offers for m in offer for o in m.options]
     used = {a for o in all_options for weights in (o.time, o.memory) for a in weights}
     needed = used if given else used - {memory} if memory_limit is None else used
     check_nodes_of_stages(n_stages, nodes, per_node)
     sent = {transfer, size, far}
     check_numbers(graph, used | sent, sent, needed)
     check_acyclic(graph, order)
-    problems = [
-        compile_problem(
-            graph,
-            n_stages,
-            offer,
-            limits=memory_limits(n_stages, offer, memory_limit),
-            transfer=transfer,
-            size=size,
-            far=far,
-            kind="overlap" if overlap else "sum",
-            colocate=colocate,
-            order=order,
-            fixed=fixed,
-            allow_empty=allow_empty,
+    ways = [
+        Way(
+            kind,
+            devices,
+            compile_problem(
+                graph,
+                n_stages,
+                offer,
+                limits=memory_limits(n_stages, offer, memory_limit),
+                transfer=transfer,
+                size=size,
+                far=far,
+                kind="overlap" if overlap else "sum",
+                devices=devices,
+                colocate=colocate,
+                order=order,
+                fixed=fixed,
+                allow_empty=allow_empty,
+            ),
         )
-        for offer in offers
+        for kind, devices, offer in offers
     ]
-    problem = problems[0]
+    problem = ways[0].problem
     class_of: tuple[int, ...] = ()
+    replicas: tuple[int, ...] = ()
     check_enough(problem, len(graph))
     first = clock if nodes == 1 else clock.within(0.5)
-    if classes is not None and len(classes) > 1:
-        assigned = assign(problems, [c.count for c in classes], first, seed)
-        problem, class_of = in_order(problems, assigned.class_of), assigned.class_of
-        solution = Solution(assigned.stage, assigned.load, Bound(assigned.bound, "devices"), "devices")
+    if classes is not None and len(ways) > 1:
+        assigned = assign(ways, [c.count for c in classes], first, seed)
+        problem = in_order(ways, assigned.way_of)
+        class_of = tuple(ways[w].kind for w in assigned.way_of)
+        replicas = tuple(ways[w].devices for w in assigned.way_of) if any(c.replicas for c in classes) else ()
+        bound = Bound(assigned.bound, "devices")
+        solution = Solution(assigned.stage, assigned.load, bound, "devices")
         if assigned.stage is None:
-            solution = solve(problem, engine=engine, clock=clock, seed=seed)
+            solution = replace(solve(problem, engine=engine, clock=clock, seed=seed), bound=bound)
     else:
         solution = solve(problem, engine=engine, clock=first, seed=seed)
     stage, node_of = solution.stage, None
@@ -330,4 +352,5 @@ def partition(
         reason=reason(problem, solution, loads),
         node_of=() if node_of is None else tuple(node_of.tolist()),
         class_of=class_of,
+        replicas=replicas,
     )

@@ -204,7 +204,7 @@ def solve(
         devices=devices,
         memory_limit=memory_limit,
         training=training,
-        overheads=[specs[i].tick_overhead for i in devices or [0] * n_stages],
+        specs=[specs[i] for i in devices or [0] * n_stages],
     )
     overlapping = overlaps(graph, devices)
     links: Links = graph.graph.get("links", Links())
@@ -270,7 +270,7 @@ def arrange(
                     devices=[kind[0]] * k,
                     memory_limit=[kind[1]] * k,
                     training=training,
-                    overheads=[specs[kind[0]].tick_overhead] * k,
+                    specs=[specs[kind[0]]] * k,
                 )
             ),
         )

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
+    from dtrp.partitioner.replication import Layout
+
 ORDERS = (("fig1", 1), ("lean", 1), ("lean", 4), ("1f1b", 4), ("1f1b", 8), ("gpipe", 8))
 """Orders and numbers of micro-batches that `PartitionReport.compare` prices."""
 
@@ -258,6 +260,40 @@ class PartitionReport:
             prices = self._prices(stage_of, again) if orders else ()
             points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load, prices))
         return points
+
+    def layouts(self, n_devices: int | None = None, *, time_limit: float = 2.0) -> list[Layout]:
+        """Other ways to use as many devices: fewer stages on several devices each, down to data parallelism.
+
+        Parameters
+        ----------
+        n_devices
+            How many, all like the first stage's. Default: one per stage of this plan.
+        time_limit
+            Seconds of planning for each number of stages and of parts.
+
+        Returns
+        -------
+        list of Layout
+            The best for each number of stages, the best of all first: by seconds per batch times what delay
+            costs.
+
+        Raises
+        ------
+        ValueError
+            ``n_devices`` is no whole number from 1 on; stages are planned for links of two kinds.
+        """
+        from dtrp.partitioner.replication import layouts
+
+        limits = [stage.memory_limit for stage in self.stages if stage.memory_limit is not None]
+        return layouts(
+            self._graph,
+            self.n_stages if n_devices is None else n_devices,
+            groups=self._plan.groups,
+            order=self._plan.edges,
+            training=self._training,
+            memory_limit=min(limits, default=None),
+            time_limit=time_limit,
+        )
 
     def _prices(self, stage_of: Mapping[str, int], recompute: Sequence[bool]) -> tuple[OrderPrice, ...]:
         """The same stages under other orders and numbers of micro-batches."""

@@ -155,6 +155,7 @@ def stage_report(
             "update": cost.update,
             "prediction": cost.prediction,
             "loop": cost.loop,
+            "average": cost.average,
             "transfer": cost.transfer,
         },
         memory={

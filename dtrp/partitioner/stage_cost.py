@@ -72,7 +72,7 @@ def stage_models(
     devices: Sequence[int] | None = None,
     memory_limit: Sequence[float | None] | None = None,
     training: Training = ASSUMED,
-    overheads: Sequence[float] | None = None,
+    specs: Sequence[DeviceSpec] | None = None,
 ) -> list[StageModel]:
     """What each stage offers to the planner, as weights on the cost graph's attributes.
 
@@ -89,14 +89,15 @@ def stage_models(
         Bytes, per stage; ``None``: none.
     training
         How it will go.
-    overheads
-        Seconds per stage that its loop takes in every tick, whatever it computes. Default: none.
+    specs
+        Per stage, its device: what the loop takes there in every tick, and gradients over its link. Default:
+        these take no time.
     """
     models = []
     for k in range(n_stages):
         suffix = _suffix(0 if devices is None else devices[k])
         options = [
-            _option(k, n_stages, choice, suffix, training, 0.0 if overheads is None else overheads[k])
+            _option(k, n_stages, choice, suffix, training, None if specs is None else specs[k])
             for choice in _choices(k, n_stages, recompute if training.recompute else False)
         ]
         models.append(StageModel(tuple(options), None if memory_limit is None else memory_limit[k]))
@@ -116,10 +117,11 @@ def _choices(k: int, n_stages: int, recompute: bool | str | Sequence[bool]) -> t
 
 
 def _option(
-    k: int, n_stages: int, recompute: bool, suffix: str, training: Training, overhead: float
+    k: int, n_stages: int, recompute: bool, suffix: str, training: Training, spec: DeviceSpec | None
 ) -> StageOption:
     last, optimizer_bytes, part = k == n_stages - 1, training.optimizer_bytes, 1 / training.micro_batches
-    in_flight = training.in_flight(k, n_stages)
+    in_flight, devices = training.in_flight(k, n_stages), training.devices(k)
+    share, overhead = 1 / devices, spec.tick_overhead if spec else 0.0
     passes = predictions(k, n_stages, recompute=recompute, training=training)
     sweeps = 3 + 2 * optimizer_bytes + passes * (2 + optimizer_bytes)
     stashed = training.versions(k, n_stages, recompute=recompute)
@@ -128,10 +130,11 @@ def _option(
     return StageOption(
         label=LAST if last else RECOMPUTE if recompute else KEEP,
         time={
-            f"forward_time{suffix}": 2.0 if recompute else 1.0,
-            f"backward_time{suffix}": 1.0,
+            f"forward_time{suffix}": share * (2.0 if recompute else 1.0),
+            f"backward_time{suffix}": share,
             f"sweep_time{suffix}": sweeps,
-        },
+        }
+        | (_of_parts(training.micro_batches, devices, 2 if recompute else 1, spec) if spec else {}),
         memory={
             "params_bytes": 1.0,
             "buffer_bytes": 1.0,
@@ -140,8 +143,27 @@ def _option(
             "first_input_bytes": held,
         },
         input_memory=held,
-        fixed_time=overhead * training.micro_batches + (training.loss_time if last else 0.0),
+        fixed_time=share * (overhead * training.micro_batches + (training.loss_time if last else 0.0)),
     )
+
+
+def _of_parts(parts: int, devices: int, runs: int, spec: DeviceSpec) -> dict[str, float]:
+    """What a device spends besides its share of a batch: launches and weights of its parts, which are not
+    shared out, and the sum of the devices' gradients."""
+    more = (parts - 1) / devices
+    if not more:
+        return {}
+    return {
+        "forward_ops": more * runs * spec.launch_overhead,
+        "backward_ops": more * spec.launch_overhead,
+        "params_bytes": more * runs / spec.memory_bandwidth,
+        "gradient_bytes": more * 3 / spec.memory_bandwidth + average_seconds(1.0, devices, spec),
+    }
+
+
+def average_seconds(gradient_bytes: float, devices: int, spec: DeviceSpec) -> float:
+    """Until all devices of a stage have the sum of their gradients, by a ring; once per batch."""
+    return 2 * (1 - 1 / devices) * gradient_bytes / spec.link_bandwidth
 
 
 def overlaps(graph: nx.DiGraph, devices: Sequence[int] | None = None) -> bool:
@@ -170,6 +192,8 @@ class StageCost:
         cost besides computing: launches, weights read again, predictions.
     slot : float
         Seconds that one more part costs.
+    average : float
+        Seconds until the stage's devices have the sum of their gradients; all else is of one of them.
     time_in, time_out : float
         Seconds for the values that arrive and for those that leave. Where ``overlaps``, of one direction:
         gradients take as long, the other way at the same time. Else there and back.
@@ -192,6 +216,7 @@ class StageCost:
     prediction: float
     loop: float
     slot: float
+    average: float
     time_in: float
     time_out: float
     overlaps: bool
@@ -213,7 +238,8 @@ class StageCost:
     @property
     def compute(self) -> float:
         """Seconds of a tick in which the device computes."""
-        return self.forward + self.recompute + self.backward + self.update + self.prediction + self.loop
+        passes = self.forward + self.recompute + self.backward
+        return passes + self.update + self.prediction + self.loop + self.average
 
     @property
     def tick(self) -> float:
@@ -313,7 +339,9 @@ def _evaluate(
     def total(attribute: str, of: Iterable[str] = nodes) -> float:
         return float(sum(graph.nodes[n][attribute] for n in of))
 
-    optimizer_bytes, parts, last = training.optimizer_bytes, training.micro_batches, k == n_stages - 1
+    optimizer_bytes, last, devices = training.optimizer_bytes, k == n_stages - 1, training.devices(k)
+    parts, share = training.micro_batches, 1 / devices
+    mine = parts * share
     passes = predictions(k, n_stages, recompute=recomputes, training=training)
     in_flight = training.in_flight(k, n_stages)
     held = {name for n in nodes for name in graph.nodes[n]["params"]}
@@ -324,13 +352,13 @@ def _evaluate(
     for n in nodes:
         inputs |= graph.nodes[n]["model_inputs"]
     input_bytes = int(total("transfer_bytes", arriving)) + sum(inputs.values())
-    forward, sweep = total(f"forward_time{suffix}"), total(f"sweep_time{suffix}")
+    forward, sweep = share * total(f"forward_time{suffix}"), total(f"sweep_time{suffix}")
     prediction = passes * (2 + optimizer_bytes) * sweep
     runs = 2 if recomputes else 1
     launches = runs * total("forward_ops") + total("backward_ops")
     swept = runs * params_bytes + 3 * gradients  # weights are read, gradients added to
-    again = launches * spec.launch_overhead + swept / spec.memory_bandwidth + prediction
-    loss = training.loss_time / 2 if last else 0.0
+    again = launches * spec.launch_overhead + swept / spec.memory_bandwidth
+    loss = share * training.loss_time / 2 if last else 0.0
     results = {n for n in nodes if n in graph.graph["results"]}
     peak, kept = pass_peak(graph, nodes, leaving.keys() | results, is_last=last)
     activations = max(peak - gradients, 0) / parts
@@ -342,13 +370,14 @@ def _evaluate(
         recomputes=recomputes,
         forward=forward + loss,
         recompute=forward if recomputes else 0.0,
-        backward=total(f"backward_time{suffix}") + loss,
+        backward=share * total(f"backward_time{suffix}") + loss,
         update=(3 + 2 * optimizer_bytes) * sweep,
         prediction=prediction,
-        loop=spec.tick_overhead * parts + again * (parts - 1),
-        slot=spec.tick_overhead + again,
-        time_in=sum(arriving.values()),
-        time_out=sum(leaving.values()),
+        loop=spec.tick_overhead * mine + again * (mine - share),
+        slot=share * (spec.tick_overhead + again),
+        average=average_seconds(gradients, devices, spec),
+        time_in=share * sum(arriving.values()),
+        time_out=share * sum(leaving.values()),
         overlaps=overlapping,
         weights=params_bytes + total("buffer_bytes"),
         gradients=gradients,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXACT = ("1f1b", "gpipe", "bp")
+
+DELAY_PRICES = ((1, 1.0), (3, 1.12), (5, 1.26))
+"""Updates of delay, and the epochs that training then takes for each one of exact training: measured on
+ResNet-8 in four stages (docs/results.md: lean with four parts, lean, fig1). Beyond, a straight line."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Training:
         Seconds that the loss takes in the last stage, there and back (0 until it was measured).
     known : bool
         Whether a trainer has said so; else it is assumed.
+    replicas : tuple of int
+        Devices of each stage, each for every so many parts of a batch; empty: one each.
     """
 
     optimizer_bytes: float = 2.0
@@ -40,20 +47,42 @@ class Training:
     recompute: bool = True
     loss_time: float = 0.0
     known: bool = False
+    replicas: tuple[int, ...] = ()
+
+    def devices(self, k: int) -> int:
+        """Of stage ``k`` (0-based)."""
+        return self.replicas[k] if self.replicas else 1
 
     def in_flight(self, k: int, n_stages: int) -> float:
-        """Batches that stage ``k`` (0-based) holds when it begins a backward pass, that one included; the
-        last stage none (it passes a batch back at once)."""
-        above = n_stages - 1 - k
+        """Batches that a device of stage ``k`` (0-based) holds when it begins a backward pass, that one
+        included; the last stage none (it passes a batch back at once)."""
+        mine, above = self.devices(k), sum(self.devices(j) for j in range(k + 1, n_stages))
         if above == 0:
             return 0.0
-        depths = {"fig1": 2 * above, "gpipe": self.micro_batches, "bp": 1}
-        return depths.get(self.order, above + 1) / self.micro_batches
+        depths = {"fig1": 2 * above, "gpipe": self.micro_batches, "bp": mine}
+        return -(-depths.get(self.order, above + mine) // mine) / self.micro_batches
 
     def staleness(self, k: int, n_stages: int) -> int:
         """Updates between the two passes of a batch in stage ``k``, at most."""
         depth = round(self.in_flight(k, n_stages) * self.micro_batches)
-        return 0 if self.order in EXACT else -(-max(0, depth - 1) // self.micro_batches)
+        behind = -(-max(0, depth - 1) * self.devices(k) // self.micro_batches)
+        return 0 if self.order in EXACT else behind
+
+    def delay(self, n_stages: int) -> int:
+        """The most updates between the two passes of a batch in any stage."""
+        return max(self.staleness(k, n_stages) for k in range(n_stages))
+
+    def price(self, n_stages: int) -> float:
+        """How many epochs it takes for each one of exact training: what delay costs (`DELAY_PRICES`).
+
+        Parts make it smaller, prediction is in the figures; without prediction they are too low.
+        """
+        behind = self.delay(n_stages)
+        for (low, at_low), (high, at_high) in itertools.pairwise(DELAY_PRICES):
+            slope = (at_high - at_low) / (high - low)
+            if behind <= high:
+                break
+        return at_low + max(0, behind - low) * slope
 
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
         """Versions of its weights that stage ``k`` holds on to: one for each graph that it keeps."""
@@ -62,8 +91,8 @@ class Training:
         return self.in_flight(k, n_stages) * self.micro_batches
 
     def batch_time(self, ticks: Sequence[float], cores: float = 0.0) -> float:
-        """Seconds per batch of a pipeline whose stages take ``ticks``, on so many cores that they share (0:
-        none is shared).
+        """Seconds per batch of a pipeline whose stages take ``ticks``, on so many cores that their devices
+        share (0: none is shared).
 
         Decoupled stages all work at once, so that the slowest counts; more stages than cores take turns,
         so that their sum counts. Exact orders fill and drain the pipeline with the parts of every batch.
@@ -71,7 +100,8 @@ class Training:
         parts, slowest = self.micro_batches, max(ticks)
         if self.order in EXACT:
             slowest = (sum(ticks) + (parts - 1) * slowest) / parts
-        return max(slowest, sum(ticks) / cores) if cores else slowest
+        work = sum(tick * self.devices(k) for k, tick in enumerate(ticks))
+        return max(slowest, work / cores) if cores else slowest
 
 
 ASSUMED = Training()

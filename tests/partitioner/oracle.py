@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,15 +59,17 @@ def limit_of(case: Case, stage: int) -> float:
     return min([*limits, limit] if limit is not None else limits)
 
 
-def max_load(case: Case, stage_of: dict[Any, int]) -> float:
-    """The objective of one assignment; inf if a memory limit is broken."""
+def max_load(case: Case, stage_of: dict[Any, int], devices: Sequence[int] | None = None) -> float:
+    """The objective of one assignment; inf if a memory limit is broken. ``devices`` of a stage share its
+    values out."""
     worst = 0.0
     for stage in range(case.n_stages):
         if stage not in stage_of.values():
             continue
         limit = limit_of(case, stage) * (1 + 1e-9)
+        r = devices[stage] if devices else 1
         loads = [
-            max(c, i, o) if case.kwargs.get("overlap", True) else c + i + o
+            max(c, i / r, o / r) if case.kwargs.get("overlap", True) else c + i / r + o / r
             for c, i, o, m in stage_costs(case, stage_of, stage)
             if m <= limit
         ]

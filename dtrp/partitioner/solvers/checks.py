@@ -91,13 +91,15 @@ def check_nodes(
 
 
 def check_classes(n_stages: int, classes: Sequence[Any] | None) -> None:
-    """As many devices as stages."""
+    """As many devices as stages, or more where stages may have several."""
     if classes is None:
         return
     for c in classes:
-        if not _is_whole(c.count) or c.count < 1:
-            raise ValueError(f"a class needs a whole number of devices, at least 1; got {c.count!r}")
-    if sum(c.count for c in classes) != n_stages:
+        for count in (c.count, *c.replicas):
+            if not _is_whole(count) or count < 1:
+                raise ValueError(f"a class needs a whole number of devices, at least 1; got {count!r}")
+    devices = sum(c.count for c in classes)
+    if devices < n_stages or (devices > n_stages and not any(c.replicas for c in classes)):
         raise ValueError(
             f"the classes have {' + '.join(str(c.count) for c in classes)} devices for {n_stages} stages; "
             f"give one device per stage"

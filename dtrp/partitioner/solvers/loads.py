@@ -78,10 +78,11 @@ def option_loads(
         if problem.kind == "memory":
             load = need / limit
         else:
+            arrives, leaves = time_in * option.share, time_out * option.share
             if problem.kind == "overlap":
-                load = np.maximum(np.maximum(time_in, time_out), seconds)
+                load = np.maximum(np.maximum(arrives, leaves), seconds)
             else:
-                load = time_in + time_out + seconds
+                load = arrives + leaves + seconds
             if np.isfinite(limit):
                 load = np.where(need <= limit * (1 + MEMORY_SLACK), load, np.inf)
         loads.append(load)
@@ -127,5 +128,6 @@ def evaluate(problem: Problem, stage: Ints, node_of: Ints | None = None) -> Load
             i = int(np.argmin(need))
             seconds = float(time[i][0])
         load[s], compute[s], memory[s] = best, seconds, need[i]
+        time_in[s], time_out[s] = time_in[s] * options[i].share, time_out[s] * options[i].share
         chosen[s] = -1 if np.isinf(best) else i
     return Loads(load, compute, time_in, time_out, memory, chosen)

@@ -36,6 +36,7 @@ class Option:
     fixed_time: float
     memory: Floats  # bytes, shape (n,)
     input_memory: float  # bytes of memory per byte of the stage's inputs
+    share: float = 1.0  # of the values' seconds: 1 / r on each of r devices
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +149,15 @@ def compile_problem(
     size: str,
     far: str,
     kind: str,
+    devices: int = 1,
     colocate: Iterable[Collection[Hashable]],
     order: Iterable[tuple[Hashable, Hashable]],
     fixed: Mapping[Hashable, int],
     allow_empty: bool,
 ) -> Problem:
     """Translate a checked graph (acyclic, every node and number valid) into arrays.
+
+    Values are shared out among a stage's ``devices``.
 
     Raises
     ------
@@ -196,7 +200,7 @@ def compile_problem(
         n_stages=n_stages,
         predecessors=tuple(tuple(sorted(p)) for p in predecessors),
         successors=tuple(tuple(sorted(s)) for s in successors),
-        options=_options(graph, nodes, group_of, n, stage_models),
+        options=_options(graph, nodes, group_of, n, stage_models, 1 / devices),
         limits=limits,
         values=make_values(entries),
         pinned=pinned,
@@ -268,6 +272,7 @@ def _options(
     group_of: Mapping[Hashable, int],
     n: int,
     stage_models: Sequence[Any],
+    share: float,
 ) -> tuple[tuple[Option, ...], ...]:
     """Per-group numbers of every stage's options; equal options become one object."""
     index = np.array([group_of[u] for u in nodes], dtype=np.int64)
@@ -291,7 +296,14 @@ def _options(
         )
         if key not in made:
             made[key] = tuple(
-                Option(o.label, total(o.time), float(o.fixed_time), total(o.memory), float(o.input_memory))
+                Option(
+                    o.label,
+                    total(o.time),
+                    float(o.fixed_time),
+                    total(o.memory),
+                    float(o.input_memory),
+                    share,
+                )
                 for o in model.options
             )
         per_stage.append(made[key])
