@@ -152,6 +152,7 @@ class CSVLog:
         if trainer._run.world.rank != 0:  # one of several processes: the first one writes
             return
         numbers = {"epoch": trainer.epochs, "updates": trainer.updates, "lr": trainer.lr, **row}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists() or self.path.stat().st_size == 0
         with self.path.open("a", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)

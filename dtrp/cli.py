@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtrp import cli_doctor, cli_export, cli_simulate
 from dtrp.errors import DtrpError
+from dtrp.files import write_text
 from dtrp.version import __version__
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def _print(
         if json_path == "-":
             print(text)
             return
-        Path(json_path).write_text(text + "\n", encoding="utf-8")
+        write_text(json_path, text + "\n")
     print(report)
     if ks:
         print(comparison(points, set(ks) - {point.n_stages for point in points}))

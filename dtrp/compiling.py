@@ -130,8 +130,12 @@ def compile(
         except TypeError as e:
             raise TypeError(f"example_inputs: {e}; {_EXAMPLE}") from None
         except CaptureError as e:
-            if isinstance(example_inputs, list):
-                e.args = (f"{e}\n  note:  example_inputs is a list, and as such one argument; {_EXAMPLE}",)
+            args, _ = call_arguments(example_inputs)
+            if len(args) == 1 and isinstance(args[0], (list, dict)):
+                raise CaptureError(
+                    f"the {type(args[0]).__name__} in example_inputs is one argument of the model, which "
+                    f"fails with it; {_EXAMPLE}\n{e}"
+                ) from None
             raise
     return pipeline
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import dtrp
 
@@ -409,8 +409,10 @@ def test_examples(mistake: str) -> None:
 
 
 def test_a_list_as_example() -> None:
-    with pytest.raises(dtrp.CaptureError, match="example_inputs is a list, and as such one argument"):
-        dtrp.compile(net(), n_gpus=2, example_inputs=[X])
+    """What a DataLoader gives, say; and a batch by name that is packed once too often."""
+    for example, kind in (([X], "list"), (({"input": X},), "dict")):
+        with pytest.raises(dtrp.CaptureError, match=f"the {kind} in example_inputs is one argument of the"):
+            dtrp.compile(net(), n_gpus=2, example_inputs=example)
 
 
 PLACES: dict[str, tuple[dict[str, Any], str]] = {
@@ -500,6 +502,7 @@ STEPS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "a list": (([X, Y],), {}, r"step\(\*batch\)"),
     "numbers": ((X.tolist(), Y), {}, r"another structure than the example.*\.\.\. 128 values"),
     "numpy": ((X.numpy(), Y), {}, "give tensors, as by torch.as_tensor"),
+    "a dict": (({"input": X, "target": Y},), {}, r"a batch's parts by name: step\(\*\*batch\)"),
     "labels": ((), {"input": X, "labels": Y}, "no target among 'input', 'labels': name it 'target'"),
 }
 
@@ -523,6 +526,7 @@ LOADERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "empty": (([], 1), "the loader gave no batch in epoch 1; .*drop_last=True"),
     "labels": (([{"input": X, "label": Y}], 1), "name it 'target'"),
     "x alone": (([X], 1), r"step takes the model's arguments, then the target"),
+    "a data set": ((TensorDataset(X, Y), 1), r"has samples, not batches: wrap it, DataLoader\(dataset"),
     "once only": ((iter([(X, Y)]), 2), "can be gone through only once"),
 }
 
@@ -562,6 +566,55 @@ def test_using_a_trainer_that_is_closed(pipe: dtrp.Pipeline) -> None:
     for use in (lambda: t.step(X, Y), lambda: t.fit([(X, Y)], 1), lambda: t.evaluate([(X, Y)])):
         with pytest.raises(RuntimeError, match=r"this trainer is closed; make a new one"):
             use()
+
+
+def test_doubles_of_numpy(no_workers: None, pipe: dtrp.Pipeline) -> None:
+    """Refused with the argument and what to do, not by a stage, somewhere in torch."""
+    images = dtrp.compile(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()),
+        n_gpus=2,
+        example_inputs=X[:, None, None].expand(-1, 1, 8, 8),
+    )
+    for made, batch in ((pipe, X.double()), (images, torch.ones(4, 1, 8, 8, dtype=torch.uint8))):
+        with (
+            made.trainer(F.cross_entropy, SGD) as t,
+            pytest.raises(
+                ValueError,
+                match=r"argument 'input' is .* now and was float32 .*[Gg]ive it as torch.float32",
+            ),
+        ):
+            t.step(batch, Y)
+    with pipe.trainer(F.cross_entropy, SGD, executor="inline", autocast=torch.bfloat16) as t:
+        t.step(X.bfloat16(), Y)
+        t.step(X, Y)
+
+
+def test_two_trainers_of_a_model(pipe: dtrp.Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+        t.step(X, Y)
+        assert "another trainer" not in caplog.text
+        with pipe.trainer(F.cross_entropy, SGD, executor="inline") as u:
+            u.step(X, Y)
+        assert "another trainer of this Sequential has not been left yet" in caplog.text
+
+
+def test_what_a_trainer_is_not(pipe: dtrp.Pipeline) -> None:
+    with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+        with pytest.raises(AttributeError, match=r"a Trainer has no 'zero_grad'; step\(x, y\) does forward"):
+            t.zero_grad()
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch.inference_mode\(\)"):
+            t.step(X, Y)
+
+
+def test_files_in_folders_that_are_not_there(pipe: dtrp.Pipeline, tmp_path: Path) -> None:
+    """They are made, not missed at the end of a run."""
+    pipe.plan.save(tmp_path / "a" / "plan.json")
+    pipe.report.to_html(tmp_path / "b" / "plan.html")
+    timeline = tmp_path / "c" / "d" / "timeline.json"
+    with pipe.trainer(F.cross_entropy, SGD, executor="inline", timeline=timeline) as t:
+        t.fit([(X, Y)], 1, callbacks=[dtrp.callbacks.CSVLog(tmp_path / "e" / "log.csv")])
+        t.save(tmp_path / "f" / "run.ckpt")
+    assert sorted(p.parent.name for p in tmp_path.rglob("*.*")) == ["a", "b", "d", "e", "f"]
 
 
 def test_a_forgotten_with(pipe: dtrp.Pipeline, caplog: pytest.LogCaptureFixture) -> None:

@@ -48,7 +48,7 @@ def test_compiler_and_runtime_do_not_know_each_other(half: str, other: str) -> N
 HOMES = {  # in the runtime
     "from torch.distributed": {"folder.py", "mesh.py"},
     "import torch.distributed": {"mesh.py", "group_links.py", "replicas.py"},
-    "os.replace(": {"checkpoint.py", "folder.py", "timeline.py"},
+    "os.replace(": {"checkpoint.py", "folder.py"},
     "getsignal": {"interrupts.py"},
     "random.seed(": {"random.py"},
     "__dict__": {"twins.py", "program.py"},

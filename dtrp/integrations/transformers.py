@@ -185,6 +185,7 @@ class PipelineTrainer(_Trainer):
         if scaled:
             extra |= {"scale": float(parts), "rows": len(labels) if isinstance(labels, Tensor) else 0}
         self._parts.append(parts)
+        self._rate = self._run.lr
         self._run.step(**named, target=labels, **({"extra": extra} if extra else {}))
         return torch.tensor(self._new_losses(), device=self.args.device)
 
@@ -217,7 +218,7 @@ class PipelineTrainer(_Trainer):
             self._window = [0.0, 0.0]
             logs["loss"] = total / updates if updates else math.nan
             logs["grad_norm"] = self._run.grad_norm
-            logs["learning_rate"] = self._run.lr if self.args.fp16 else logs["learning_rate"]
+            logs["learning_rate"] = self._rate if self.args.fp16 else logs["learning_rate"]
         super().log(logs, *args, **kwargs)
 
     def _finalize_training(self, *args: Any) -> Any:

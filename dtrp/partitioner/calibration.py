@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dtrp.files import write_text
 from dtrp.partitioner.devices import GB, DeviceSpec
 
 _FORMAT = 1
@@ -83,11 +83,7 @@ def write_cache(kind: str, key: str, value: dict[str, Any]) -> None:
     """Stores ``value``; whole or not at all, and silently not where the directory cannot be written."""
     path = _cache_file(kind, key)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, "key": key, "value": value}, file)
-        os.replace(temporary, path)
+        write_text(path, json.dumps({"format": _FORMAT, "key": key, "value": value}))
     except OSError:
         return
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from dtrp.errors import PlanMismatchError
+from dtrp.files import write_text
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.profile import Profile
 from dtrp.version import __version__
@@ -144,11 +144,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON; whole or not at all."""
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=1)
-        os.replace(temporary, target)
+        write_text(path, json.dumps(self.to_dict(), indent=1))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:

@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 
 from dtrp.errors import InfeasiblePlanError
+from dtrp.files import write_text
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec
 from dtrp.partitioner.plan import Plan
@@ -318,16 +319,14 @@ class PartitionReport:
         """JSON of `to_dict`; also written to ``path`` if one is given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(path, text + "\n")
         return text
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Writes a page that stands on its own: no network, no scripts from elsewhere."""
         from dtrp.partitioner.report_html import page
 
-        target = Path(path)
-        target.write_text(page(self), encoding="utf-8")
-        return target
+        return write_text(path, page(self))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """A matplotlib figure of time and memory per stage; also saved to ``path`` if one is given.

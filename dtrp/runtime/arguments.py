@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset, IterableDataset
 
 from ..wiring import Wiring
 from .batch import Feed, Update, WithExtra
@@ -81,6 +82,11 @@ def check_loader(loader: Any, has_target: bool) -> None:
         got = "one batch"
     elif isinstance(loader, Tensor) or not (hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")):
         got = f"a {kind.__name__}"
+    elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(
+            f"got a {kind.__name__} as loader, which has samples, not batches: wrap it, "
+            f"DataLoader(dataset, batch_size=32, shuffle=True); batch_size=None if its items are batches"
+        )
     else:
         return
     raise TypeError(f"got {got} as loader: expected an iterable of batches (x, y), such as a DataLoader")
@@ -178,6 +184,8 @@ def what_step_takes(args: tuple[Any, ...], has_target: bool) -> str:
     """What to do about arguments of `Trainer.step` that do not fit the model."""
     if any(type(value).__module__ == "numpy" for value in args):
         return "give tensors, as by torch.as_tensor"
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        return "step takes a batch's parts by name: step(**batch)"
     if not has_target:
         return "with loss_fn=None, step takes the model's arguments alone, no target and no extra"
     if len(args) == 1 and isinstance(args[0], (tuple, list)):

@@ -48,6 +48,8 @@ _LEFT = (
 )
 _ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
+_RUNS: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
+"""Which run trained a model last, by the model's identity."""
 
 
 class Run:
@@ -245,6 +247,8 @@ class Run:
 
     def _start(self, tensors: Sequence[Tensor], target: Any) -> Executor:
         """Start the stages, for batches like this first one."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("nothing can be trained inside torch.inference_mode(): leave it first")
         self.compiled.check_loss(self.config, tensors, target)
         self._choose_order(tensors, target)
         self.world.same_weights(self.owner)
@@ -253,6 +257,13 @@ class Run:
         if self._init is not None and self.world.materialise(self.owner, programs, self._init):
             programs = self.compiled.programs(self.owner.loss)
         self.owner.begin()
+        if (other := _RUNS.get(id(self.compiled.model))) is not None and other.alive:
+            log.warning(
+                "another trainer of this %s has not been left yet, and both change its weights: leave its "
+                "`with`, or call its close(), first",
+                type(self.compiled.model).__name__,
+            )
+        _RUNS[id(self.compiled.model)] = self
         resume, self._resume = self._resume, None
         self._seed = self._base_seed(len(programs), resume)
         executor = self._launch(programs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
+from ..files import write_text
 from .events import Event
 
 
@@ -31,7 +31,4 @@ def write_timeline(path: str | os.PathLike[str], events: Iterable[Event]) -> Non
         }
         for e in events
     ]
-    target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}), encoding="utf-8")
-    os.replace(aside, target)
+    write_text(path, json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}))

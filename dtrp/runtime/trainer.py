@@ -71,6 +71,14 @@ class Trainer:
         self._events: list[Event] = []
         self._stats: list[StageStats] = []
 
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property failed: let it say why
+            return object.__getattribute__(self, name)
+        raise AttributeError(
+            f"a Trainer has no {name!r}; step(x, y) does forward, backward and the optimizer's step, rates "
+            f"follow the lr_scheduler given to pipe.trainer(...), the model is yours"
+        )
+
     @property
     def config(self) -> TrainConfig:
         """The settings; once the first batch has been seen, with all of them decided."""

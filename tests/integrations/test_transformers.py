@@ -147,8 +147,11 @@ def test_fifty_updates_equal_the_library(precision: str, tmp_path: Path) -> None
     assert logged(mine) == pytest.approx(logged(theirs), abs=1e-4 if precision == "fp32" else 0.02)
 
 
-@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
-def test_decoupled_training_equals_a_loop_by_hand(executor: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("executor", "fp16"),
+    [("inline", False), ("inline", True), pytest.param("workers", False, marks=pytest.mark.slow)],
+)
+def test_decoupled_training_equals_a_loop_by_hand(executor: str, fp16: bool, tmp_path: Path) -> None:
     """The same bits as `Pipeline.trainer` with the settings that the arguments stand for."""
     seen: list[dict[str, Tensor]] = []
 
@@ -159,9 +162,11 @@ def test_decoupled_training_equals_a_loop_by_hand(executor: str, tmp_path: Path)
     mine = trained(
         tmp_path, PipelineTrainer, pipeline={"n_gpus": 2}, training={"executor": executor}, collate=collate,
         optim="adamw_torch", lr_scheduler_type="constant", gradient_accumulation_steps=2, max_grad_norm=1.0,
+        fp16=fp16,
     )  # fmt: skip
     model = gpt2(use_cache=mine.model.config.use_cache)
-    settings = {"accumulate": 2, "max_grad_norm": 1.0, "seed": 42, "executor": "inline"}
+    settings: dict[str, Any] = {"accumulate": 2, "max_grad_norm": 1.0, "seed": 42, "executor": "inline"}
+    settings["autocast"] = torch.float16 if fp16 else None
     pipe = dtrp.compile(model, n_gpus=2)
     with pipe.trainer(Loss(None), partial(torch.optim.AdamW, lr=0.02, weight_decay=0.0), **settings) as t:
         for epoch in (seen[:7], seen[7:]):
@@ -174,6 +179,13 @@ def test_decoupled_training_equals_a_loop_by_hand(executor: str, tmp_path: Path)
             t._run.drain(close_group=True)
     for name, p in model.state_dict().items():
         assert torch.equal(p, mine.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_the_rate_that_is_logged_is_the_one_that_was_used(fp16: bool, tmp_path: Path) -> None:
+    options = {"max_steps": 3, "lr_scheduler_type": "linear", "fp16": fp16}
+    mine = trained(tmp_path, PipelineTrainer, pipeline={"n_gpus": 2}, training=EXACT, **options)
+    assert logged(mine, "learning_rate") == pytest.approx([0.02, 0.02 * 2 / 3, 0.02 / 3])
 
 
 @pytest.mark.parametrize("saved_by", ["pipeline", pytest.param("library", marks=pytest.mark.slow)])

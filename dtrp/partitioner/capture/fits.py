@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from dtrp.errors import CaptureError
 
@@ -76,22 +77,26 @@ class Fits:
             reason = self._differs(args, kwargs, if_it_fails="allow" if empty else "refuse")
             if reason:
                 free = "" if graph.batch_fixed or not batch else " (and any batch size)"
+                now, then = tensors[other[0]].dtype, self._example[other[0]].dtype
+                remedy = "Pad to these shapes" if now == then else f"Give it as {then}"
                 raise ValueError(
                     f"{self._told(other[0], tensors)}: the graph is for the shapes of the example{free}, "
-                    f"as {reason}. Pad to these shapes, or compile again with an example of the new ones."
+                    f"as {reason.rstrip('.')}. {remedy}, or compile again with an example of the new ones."
                 )
+            run = run or any(not _casts(tensors[i], self._example[i]) for i in other)
+            self._pass_guards(graph, tensors, training, run)
         self._right.add(key)
 
     def _pass_guards(
         self, graph: ModeGraph, tensors: Sequence[torch.Tensor], training: bool, run: bool
     ) -> None:
         """Run the graph on fake tensors of the call's sizes if it has guards; nothing is computed."""
-        key = (training, *(t.shape for t in tensors))
+        key = (training, *((tuple(t.shape), t.dtype) for t in tensors))
         guards = graph.module.graph.find_nodes(op="call_function", target=same_size)
         if key in self._right or not (guards or run):
             return
         pairs = enumerate(zip(tensors, self._example, strict=True))
-        i = next((i for i, (a, b) in pairs if a.shape != b.shape), None)
+        i = next((i for i, (a, b) in pairs if not _same_kind(a, b)), None)
         if i is not None:
             world = FakeWorld()
             world.compares = False
@@ -99,7 +104,11 @@ class Fits:
             try:
                 with quiet(), in_mode(model, self._captured.flags if training else None):
                     inputs = fake_inputs(world, [t.detach() for t in tensors])
-                    propagate(graph.module, graph.module.graph, world, inputs)
+                    found = propagate(graph.module, graph.module.graph, world, inputs)
+                # Products of unlike dtypes pass on fake tensors, and fail on real ones.
+                wrong = set(_dtypes(found)) - set(_dtypes(graph.module.graph.output_node().args))
+                if wrong and tensors[i].dtype in wrong:
+                    raise TypeError("so would its output be")
             except OtherSizes as error:
                 raise ValueError(
                     f"{self._told(i, tensors)}: {error}, so the graph is not for these sizes. Pad to sizes "
@@ -107,7 +116,10 @@ class Fits:
                 ) from None
             except Exception as error:
                 line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"{self._told(i, tensors)}, and fails with these sizes: {line}") from None
+                way = "these sizes"
+                if tensors[i].dtype != (wanted := self._example[i].dtype):
+                    way, line = "this dtype", f"{line}; give it as {wanted}"
+                raise ValueError(f"{self._told(i, tensors)}, and fails with {way}: {line}") from None
         self._right.add(key)
 
     def _like_example(self, i: int, tensor: torch.Tensor, is_batch: bool) -> bool:
@@ -141,6 +153,20 @@ class Fits:
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.dim() == b.dim()
+
+
+def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
+def _casts(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether autocast, which is not on here, may make up for another dtype than the example's."""
+    return a.dtype == b.dtype or a.dtype in (torch.float16, torch.bfloat16)
+
+
+def _dtypes(values: Any) -> list[torch.dtype]:
+    leaves = (v.meta.get("val") if isinstance(v, fx.Node) else v for v in pytree.tree_leaves(values))
+    return [v.dtype for v in leaves if isinstance(v, torch.Tensor)]
 
 
 def _same(a: ModeGraph, b: ModeGraph) -> bool:
