@@ -346,6 +346,30 @@ def test_layers_as_whole_models(model, shape):
     assert_faithful(model, args, function=dtrp.compile(model, n_gpus=1, example_inputs=args))
 
 
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)  # which allows nested tensors
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 2)
+
+    def forward(self, x, mask):
+        hidden = self.encoder(x, src_key_padding_mask=mask).masked_fill(mask[..., None], 0.0)
+        return self.head(hidden.sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_a_padding_mask():
+    """In eval mode torch asks the mask's values for a fused path; without gradients it even takes that."""
+    torch.manual_seed(0)
+    model, mask = Padded(), torch.arange(6) >= torch.tensor([[6], [4], [2]])
+    args = torch.randn(3, 6, 8), mask
+    pipe = dtrp.compile(model, n_gpus=2, example_inputs=args)
+    assert_faithful(model, args, function=pipe)
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.eval()(*args), model(*args))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_unsuitable_inputs_are_an_error_with_the_line(x):
     with pytest.raises(CaptureError, match="running it on tensors of the example's shapes failed") as error:
         capture(Part(lambda m, x: m.a(x)), (torch.randn(3, 5),))

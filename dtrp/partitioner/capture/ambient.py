@@ -29,6 +29,18 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def plain_attention() -> Iterator[None]:
+    """Inside, torch's attention layers do what they do where gradients flow: their fused path for inference
+    exists as one operator alone, and asks whether the values of a mask allow it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def ambient_state() -> Iterator[None]:
     """On leaving, torch's levels, modes, switches and defaults are what they were on entering."""
     functorch = torch._C._functorch.get_dynamic_layer_stack_depth()

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.node import map_arg
 
 from ...errors import ExportError
+from ..capture.ambient import plain_attention
 from ..capture.custom import same_size
 from .failure import explain, lacks_operator, root_cause
 from .study import Affine, End, ScalarEnd, SizeOf, Study, TensorEnd
@@ -244,7 +245,5 @@ def _quiet(traced: bool = False) -> Iterator[None]:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.enter_context(plain_attention())
         yield
