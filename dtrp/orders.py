@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .partitioner.compiler import Compiled
 from .partitioner.devices import DeviceSpec
 from .partitioner.report_parts import StageReport
+from .partitioner.training import price_of_delay
 from .parts_check import differs_in_parts
 from .runtime.arguments import n_samples
 from .runtime.config import TrainConfig
@@ -26,11 +27,6 @@ log = logging.getLogger("dtrp")
 
 PRICE = 1.05
 """What a tick in parts may cost in any case, as a multiple of the tick of whole batches."""
-
-OF_DELAY = 1 / 90
-"""Of a delay of one update in stage 0: the epochs that it adds, as a share. It grows with the delay's square,
-as what a prediction along a line misses does: docs/results.md has 1.00 for 0.75 updates (lean, four parts),
-1.1 for 3 (lean), 1.3 for 5 (fig1)."""
 
 HOP = 0.1
 """The share of a slot's tick that a hop may take in "lean"."""
@@ -86,7 +82,7 @@ def most_parts(stages: Sequence[StageReport], config: TrainConfig, limit: int) -
     candidates = range(1, max(1, min(limit, 4 * (n_stages - 1))) + 1)
     if config.exact:
         return min(candidates, key=lambda parts: tick(parts) * (1 + (n_stages - 1) / parts))
-    soonest = min(candidates, key=lambda parts: tick(parts) * (1 + OF_DELAY * (delay / parts) ** 2))
+    soonest = min(candidates, key=lambda parts: tick(parts) * price_of_delay(delay / parts))
     return max(parts for parts in candidates if parts == soonest or tick(parts) <= PRICE * tick(1))
 
 

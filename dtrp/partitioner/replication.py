@@ -30,6 +30,9 @@ from dtrp.partitioner.stage_cost import (
 from dtrp.partitioner.training import Training
 from dtrp.partitioner.units import duration
 
+GAIN = 0.99
+"""What stages of unequal numbers of devices must take at most of the time of equal ones to be told."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -70,12 +73,17 @@ class Layout:
         return self.seconds * self.price
 
     @property
+    def alike(self) -> bool:
+        """Whether all stages have as many devices: replicas of one pipeline, which a launcher starts."""
+        return len(set(self.replicas)) == 1
+
+    @property
     def name(self) -> str:
         """Such as ``"4 stages x 2"``, ``"data parallel x 8"`` or ``"3 stages on 4 + 3 + 1"``."""
         k, first = len(self.replicas), self.replicas[0]
         if k == 1:
             return f"data parallel x {first}" if first > 1 else "1 device"
-        if len(set(self.replicas)) > 1:
+        if not self.alike:
             return f"{k} stages on {' + '.join(map(str, self.replicas))}"
         return f"{k} stages" if first == 1 else f"{k} stages x {first}"
 
@@ -99,7 +107,8 @@ def layouts(
     most_parts: int = 1 << 30,
     time_limit: float = 2.0,
 ) -> list[Layout]:
-    """For each number of stages the best cut and numbers of devices, the best layout first.
+    """For each number of stages the best cut with as many devices for all stages, and with other numbers for
+    each where that is better; the best layout first.
 
     Parameters
     ----------
@@ -129,17 +138,32 @@ def layouts(
         )
     training = training if training.known else replace(training, order="lean")
     together, order = [list(group) for group in groups if len(group) > 1], list(order)
-    best: dict[int, Layout] = {}
+    best: dict[tuple[int, bool], Layout] = {}
     for k, parts in itertools.product(range(1, n_devices + 1), _numbers_of_parts(n_devices, most_parts)):
         how = replace(training, micro_batches=parts)
-        try:
-            result = _best(graph, k, n_devices, together, order, how, recompute, memory_limit, time_limit)
-        except (ValueError, InfeasiblePlanError):
-            continue
-        found = _priced(graph, result, how)
-        if k not in best or found.exact_seconds < best[k].exact_seconds:
-            best[k] = found
-    return sorted(best.values(), key=lambda layout: layout.exact_seconds)
+        for each in (n_devices // k, None):
+            if each and (each * k != n_devices or parts % each):
+                continue
+            how = replace(how, replicas=(each,) * k if each else ())
+            try:
+                result = _best(graph, k, n_devices, together, order, how, recompute, memory_limit, time_limit)
+            except (ValueError, InfeasiblePlanError):
+                continue
+            found = _priced(graph, result, how)
+            key = k, found.alike
+            if key not in best or found.exact_seconds < best[key].exact_seconds:
+                best[key] = found
+    kept = [
+        layout for (k, alike), layout in best.items() if _tells(layout, best.get((k, not alike)), n_devices)
+    ]
+    return sorted(kept, key=lambda layout: layout.exact_seconds)
+
+
+def _tells(layout: Layout, other: Layout | None, n_devices: int) -> bool:
+    """Whether a layout is worth a line beside the ``other`` one of as many stages."""
+    if other is None or (layout.alike and sum(layout.replicas) == n_devices):
+        return True
+    return layout.exact_seconds < GAIN * other.exact_seconds
 
 
 def _numbers_of_parts(n_devices: int, most: int) -> list[int]:
@@ -160,6 +184,7 @@ def _best(
     memory_limit: float | None,
     time_limit: float,
 ) -> Partition:
+    """``training.replicas``: how many devices all stages have; empty: that is to be found."""
     spec: DeviceSpec = graph.graph["specs"][0]
 
     def offer(devices: int) -> tuple[StageModel, ...]:
@@ -168,7 +193,7 @@ def _best(
         for k in range(n_stages):
             behind = n_stages - 1 - k
             rest = (n_devices - devices - k - (behind - 1),) + (1,) * (behind - 1) if behind else ()
-            how = replace(training, replicas=(1,) * k + (devices, *rest))
+            how = replace(training, replicas=training.replicas or (1,) * k + (devices, *rest))
             limits, specs = [memory_limit] * n_stages, [spec] * n_stages
             models.append(
                 stage_models(n_stages, recompute=recompute, memory_limit=limits, training=how, specs=specs)[k]
@@ -176,13 +201,16 @@ def _best(
         return tuple(models)
 
     most, parts = n_devices - n_stages + 1, training.micro_batches
-    more = {r: offer(r) for r in range(2, min(most, parts) + 1) if parts % r == 0}
-    overlapping = overlaps(graph)
+    overlapping, more, single = overlaps(graph), {}, offer(1)
+    if training.replicas:  # seconds of all devices together: transfers count as they are
+        single = tuple(_times(training.devices(0), model) for model in single)
+    else:
+        more = {r: offer(r) for r in range(2, min(most, parts) + 1) if parts % r == 0}
     return partition(
         graph,
         n_stages,
-        classes=[DeviceClass(n_devices, offer(1), more)] if more else None,
-        stage_models=None if more else offer(1),
+        classes=[DeviceClass(n_devices, single, more)] if more else None,
+        stage_models=None if more else single,
         transfer=transfer_attribute(overlapping),
         size="transfer_bytes",
         overlap=overlapping,
@@ -192,9 +220,21 @@ def _best(
     )
 
 
+def _times(devices: int, model: StageModel) -> StageModel:
+    options = tuple(
+        replace(
+            option,
+            time={name: devices * weight for name, weight in option.time.items()},
+            fixed_time=devices * option.fixed_time,
+        )
+        for option in model.options
+    )
+    return replace(model, options=options)
+
+
 def _priced(graph: nx.DiGraph, result: Partition, training: Training) -> Layout:
     k = result.n_stages
-    training = replace(training, replicas=result.replicas or (1,) * k)
+    training = replace(training, replicas=result.replicas or training.replicas or (1,) * k)
     stage_of = {str(node): stage for node, stage in result.stage_of.items()}
     recompute = tuple(option == RECOMPUTE for option in result.options)
     costs = stage_costs(graph, stage_of, recompute, training=training)
@@ -203,7 +243,7 @@ def _priced(graph: nx.DiGraph, result: Partition, training: Training) -> Layout:
         replicas=training.replicas,
         micro_batches=training.micro_batches,
         seconds=training.batch_time(ticks, graph.graph["specs"][0].shared(sum(training.replicas))),
-        staleness=training.delay(k),
+        staleness=max(training.staleness(s, k) for s in range(k)),
         price=training.price(k),
         slowest=_does(max(costs, key=lambda cost: cost.tick)),
         optimal=result.optimal,
@@ -241,9 +281,20 @@ def comparison(found: Sequence[Layout]) -> str:
     ]
     head = ("layout", "parts", "one batch per", "stale by", "epochs", "by epochs", "slowest stage")
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
+    lines = [
         f"{row[0]:<{widths[0]}}  "
         + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:-1], strict=True))
         + f"  {row[-1]}"
         for row in (head, *rows)
-    )
+    ]
+    return "\n".join([*lines, *(_how_to_run(each) for each in found if each.alike)][: len(lines) + 1])
+
+
+def _how_to_run(layout: Layout) -> str:
+    """In words, of the best layout that dtrp runs."""
+    k, replicas = len(layout.replicas), layout.replicas[0]
+    parts = layout.micro_batches // replicas
+    how = f"{layout.name}: n_gpus={k}, micro_batches={parts}"
+    if replicas > 1:
+        how += f", on {k * replicas} processes of a launcher, each replica with 1/{replicas} of the batch"
+    return f"To run {how}. Stages with unequal numbers of devices are planned, not run."

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXACT = ("1f1b", "gpipe", "bp")
 
-DELAY_PRICES = ((1, 1.0), (3, 1.12), (5, 1.26))
-"""Updates of delay, and the epochs that training then takes for each one of exact training: measured on
-ResNet-8 in four stages (docs/results.md: lean with four parts, lean, fig1). Beyond, a straight line."""
+OF_DELAY = 1 / 90
+"""Of a delay of one update in stage 0: the epochs that it adds, as a share. It grows with the delay's square,
+as what a prediction along a line misses does: docs/results.md has 1.00 for 0.75 updates (lean, four parts),
+1.1 for 3 (lean), 1.3 for 5 (fig1)."""
+
+
+def price_of_delay(updates: float) -> float:
+    """Epochs for each one of exact training, where stage 0 is so many updates behind."""
+    return 1 + OF_DELAY * updates**2
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,12 @@ class Training:
         behind = -(-max(0, depth - 1) * self.devices(k) // self.micro_batches)
         return 0 if self.order in EXACT else behind
 
-    def delay(self, n_stages: int) -> int:
-        """The most updates between the two passes of a batch in any stage."""
-        return max(self.staleness(k, n_stages) for k in range(n_stages))
-
     def price(self, n_stages: int) -> float:
-        """How many epochs it takes for each one of exact training: what delay costs (`DELAY_PRICES`).
-
-        Parts make it smaller, prediction is in the figures; without prediction they are too low.
-        """
-        behind = self.delay(n_stages)
-        for (low, at_low), (high, at_high) in itertools.pairwise(DELAY_PRICES):
-            slope = (at_high - at_low) / (high - low)
-            if behind <= high:
-                break
-        return at_low + max(0, behind - low) * slope
+        """Epochs for each one of exact training: what the delay of the first stage costs, with prediction."""
+        if self.order in EXACT:
+            return 1.0
+        behind = self.in_flight(0, n_stages) - 1 / self.micro_batches
+        return price_of_delay(max(0.0, behind) * self.devices(0))
 
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
         """Versions of its weights that stage ``k`` holds on to: one for each graph that it keeps."""
