@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from dtrp.partitioner import report_svg as svg
-from dtrp.partitioner.report_text import gap
+from dtrp.partitioner.report_text import explained, gap, shares_cores
 from dtrp.partitioner.units import count, duration, size
 from dtrp.version import __version__
 
@@ -104,7 +104,7 @@ def _head(report: PartitionReport) -> str:
         f'<div class="fact"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
         for name, value in facts.items()
     )
-    reason = f"<p>{escape(report.reason)}</p>" if report.n_stages > 1 else ""
+    reason = f"<p>{escape(explained(report))}</p>" if report.n_stages > 1 else ""
     return (
         f"<h1>{escape(report.model)} in {_stages(report.n_stages)}</h1>"
         f'<p class="sub">Predicted from {escape(report.costs)} costs; {size(report.bandwidth)} per second '
@@ -115,11 +115,12 @@ def _head(report: PartitionReport) -> str:
 def _time(report: PartitionReport) -> str:
     rows = [(f"stage {s.index}", s.time) for s in report.stages]
     used = {part for _, parts in rows for part, value in parts.items() if value > 0}
+    shares = shares_cores(report)
     drawn = svg.bars(
         rows,
         svg.TIME_COLOURS,
         duration,
-        marks=[report.lower_bound] * len(rows),
+        marks=[] if shares else [report.lower_bound] * len(rows),
         mark_label="lower bound",
         apart="transfer" if report.overlaps else "",
         title="Time per tick and stage",
@@ -129,7 +130,13 @@ def _time(report: PartitionReport) -> str:
         if report.overlaps
         else "Sending and receiving take CPU time from computing."
     )
-    text = f"<p>{how} The line is the lower bound for the slowest stage.</p>"
+    bound = (
+        f"The stages share the cores: a batch takes {duration(report.tick_time)}, at least "
+        f"{duration(report.lower_bound)}."
+        if shares
+        else "The line is the lower bound for the slowest stage."
+    )
+    text = f"<p>{how} {bound}</p>"
     return text + drawn + svg.legend(svg.TIME_COLOURS, used)
 
 
@@ -166,11 +173,9 @@ def stop_paying(points: Sequence[Scaling]) -> str:
     """Where further stages stop paying, in a sentence."""
     for here, after in itertools.pairwise(points):
         if after.tick_time > here.tick_time * (1 - PAYS):
-            gain = max(1 - after.tick_time / here.tick_time, 0.0)
-            return (
-                f"More than {here.n_stages} stages stop paying: {after.n_stages} would shorten the tick by "
-                f"{100 * gain:.1f} %."
-            )
+            gain = 1 - after.tick_time / here.tick_time
+            less = f"shorten the tick by {100 * gain:.1f} %" if gain >= 5e-4 else "not shorten the tick"
+            return f"More than {here.n_stages} stages stop paying: {after.n_stages} would {less}."
     return f"Each step up to {points[-1].n_stages} stages still pays."
 
 

@@ -192,7 +192,7 @@ def why_not_faster(
 ) -> str:
     """A sentence on the slowest stage; ``plan`` is given if its own reason holds under these costs."""
     if cores and tick_time > cost.tick:
-        return f"The stages share the machine, which runs {cores:g} of them at a time."
+        return f"The stages share the machine, which runs {cores:g} at a time: more gain nothing here."
     what, reason = slowest(cost.stage, cost.tick, cost.compute, cost.time_in, cost.time_out)
     if plan is not None and plan.reason and not plan.edited:
         reason = plan.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dtrp.partitioner.report_svg import MEMORY_COLOURS, TIME_COLOURS
+from dtrp.partitioner.report_text import shares_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +33,9 @@ def figure(report: PartitionReport) -> Figure:
     skip = "transfer" if report.overlaps else ""  # hidden behind computing: no part of the sum
     left, right = drawn.subplots(1, 2, sharey=True)
     _bars(left, [(s.index, s.time) for s in report.stages], TIME_COLOURS, 1e3, skip)
-    left.axvline(report.lower_bound * 1e3, color="black", linestyle="--", linewidth=1, label="lower bound")
+    if not shares_cores(report):  # else it is of the sum over them
+        bound = report.lower_bound * 1e3
+        left.axvline(bound, color="black", linestyle="--", linewidth=1, label="lower bound")
     left.set(xlabel="ms per tick", ylabel="stage", title=f"{report.model}: balance {report.balance:.3f}")
     left.set_yticks(range(report.n_stages))
     left.invert_yaxis()

@@ -62,7 +62,7 @@ def renderable(report: PartitionReport) -> RenderableType:
         )
     )
     if len(report.stages) > 1:
-        lines.append(Text(f"* {report.reason}"))
+        lines.append(Text(f"* {explained(report)}"))
     how = f"Captured by {report.method}; costs {report.costs}; planned by {report.engine or '-'}."
     lines.append(Text(how))
     for module, reason in report.kept_whole:
@@ -78,11 +78,27 @@ def _holds(stage: StageReport) -> str:
     return f"{', '.join(names[:3])}, ... {len(names) - 5} more ..., {', '.join(names[-2:])}"
 
 
+def explained(report: PartitionReport) -> str:
+    """Why it is not faster."""
+    if report.speedup >= 1:
+        return report.reason
+    return (
+        f"{report.reason} Training on one device would be faster: sending, and what the stages do besides "
+        f"computing, costs more than sharing the work saves."
+    )
+
+
+def shares_cores(report: PartitionReport) -> bool:
+    """Whether a batch takes longer than the slowest stage, since not all of them run at a time."""
+    return report.tick_time > 1.001 * max(stage.tick_time for stage in report.stages)
+
+
 def gap(value: float) -> str:
     """A gap in percent; certified optimal plans say so."""
     if value <= 1e-6:
         return "0 % (optimal)"
-    return "unknown" if value == float("inf") else f"{100 * value:.2g} %"
+    percent = f"{100 * value:.2g}" if value < 1 else f"{100 * value:.0f}"
+    return "unknown" if value == float("inf") else f"{percent} %"
 
 
 def comparison(points: Sequence[Scaling], impossible: Collection[int]) -> str:

@@ -145,17 +145,18 @@ def fit(
                 bar.show(loss)
                 if ends := trainer._callbacks.call("on_step", trainer, loss):
                     break
-        if trainer._history.fed == before:
-            raise ValueError(
-                f"the loader gave no batch in epoch {epoch + 1}; give fit a loader that can be gone "
-                f"through once per epoch and is not empty (with drop_last=True, batch_size must not "
-                f"exceed the data)"
-            )
-        trainer._run.drain(close_group=True)
-        losses = [loss for loss in trainer.losses[before:] if math.isfinite(loss)]
-        row: dict[str, Any] = {"train_loss": math.fsum(losses) / len(losses) if losses else math.nan}
-        if val_loader is not None:
-            row |= trainer.evaluate(val_loader, metric=metric)
+            if trainer._history.fed == before:
+                raise ValueError(
+                    f"the loader gave no batch in epoch {epoch + 1}; give fit a loader that can be gone "
+                    f"through once per epoch and is not empty (with drop_last=True, batch_size must not "
+                    f"exceed the data)"
+                )
+            trainer._run.drain(close_group=True)
+            losses = [loss for loss in trainer.losses[before:] if math.isfinite(loss)]
+            row: dict[str, Any] = {"train_loss": math.fsum(losses) / len(losses) if losses else math.nan}
+            if val_loader is not None:
+                row |= trainer.evaluate(val_loader, metric=metric)
+            bar.end(row)
         trainer.end_epoch(row.get("loss", row["train_loss"]))
         loop.close(row)
         loop.ended = trainer._callbacks.call("on_epoch", trainer, row) or ends

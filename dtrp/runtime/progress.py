@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .arguments import length
@@ -55,6 +55,11 @@ class Bar:
         if stats := self.trainer.glance():
             shown["balance"] = f"{balance(stats):.2f}"
         self.bar.set_postfix(shown, refresh=False)
+
+    def end(self, row: Mapping[str, Any]) -> None:
+        """What the epoch came to; it stays on the screen."""
+        if self.bar is not None:
+            self.bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if isinstance(v, (int, float))})
 
     def __exit__(self, *exc: object) -> None:
         if self.bar is not None:

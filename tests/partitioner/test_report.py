@@ -226,6 +226,21 @@ def test_where_more_stages_stop_paying():
     assert stop_paying(points[:2]) == "Each step up to 2 stages still pays."
 
 
+def test_stages_that_share_cores_have_no_line_of_their_sum(report):
+    """The bound is of a batch then: beside one stage's bar it would say something else."""
+    shared = replace(report, tick_time=2 * report.tick_time, lower_bound=2 * report.lower_bound, speedup=0.5)
+    assert "The line is the lower bound" in page(report)
+    assert "one device would be faster" not in page(report)
+    assert f"a batch takes {duration(shared.tick_time)}, at least {duration(shared.lower_bound)}" in page(
+        shared
+    )
+    assert "The line is the lower bound" not in page(shared)
+    assert "one device would be faster" in page(shared)
+    assert "one device would be faster" in " ".join(str(shared).split())
+    assert len(report.plot().axes[0].lines) == 1
+    assert not shared.plot().axes[0].lines
+
+
 class _Checker(HTMLParser):
     """Every tag is closed; nothing is fetched; text is kept."""
 
