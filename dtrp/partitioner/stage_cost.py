@@ -189,7 +189,7 @@ class StageCost:
     ----------
     forward, recompute, backward, update, prediction, loop : float
         Seconds of each part of a tick; ``loop`` is what the runtime itself takes, and what the batch's parts
-        cost besides computing: launches, weights read again, predictions.
+        cost besides computing: launches, weights read again, messages. (Predictions are made once per update.)
     slot : float
         Seconds that one more part costs.
     average : float
@@ -358,6 +358,9 @@ def _evaluate(
     launches = runs * total("forward_ops") + total("backward_ops")
     swept = runs * params_bytes + 3 * gradients  # weights are read, gradients added to
     again = launches * spec.launch_overhead + swept / spec.memory_bandwidth
+    if not overlapping:  # each part is a message of its own
+        returns = graph.nodes(data="differentiable")
+        again += spec.link_latency * sum(2 if returns[n] else 1 for n in (*arriving, *leaving))
     loss = share * training.loss_time / 2 if last else 0.0
     results = {n for n in nodes if n in graph.graph["results"]}
     peak, kept = pass_peak(graph, nodes, leaving.keys() | results, is_last=last)
