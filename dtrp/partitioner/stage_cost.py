@@ -189,7 +189,7 @@ class StageCost:
     ----------
     forward, recompute, backward, update, prediction, loop : float
         Seconds of each part of a tick; ``loop`` is what the runtime itself takes, and what the batch's parts
-        cost besides computing: launches, weights read again, messages. (Predictions are made once per update.)
+        cost besides computing: launches, weights read again, messages.
     slot : float
         Seconds that one more part costs.
     average : float
