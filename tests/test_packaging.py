@@ -145,9 +145,11 @@ class TestDocuments:
         for block in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
             ast.parse(block)
 
-    def test_changelog_knows_the_version(self):
+    def test_changelog_and_citation_know_the_version(self):
         text = (ROOT / "CHANGELOG.md").read_text()
-        assert f"## [{dtrp.__version__}]" in text or "## [Unreleased]" in text
+        (date,) = re.findall(rf"## \[{re.escape(dtrp.__version__)}\] - (\S+)\n", text)
+        citation = (ROOT / "CITATION.cff").read_text()
+        assert f"\nversion: {dtrp.__version__}\ndate-released: {date}\n" in citation
 
     def test_api_guide_names_every_argument(self):
         guide = (ROOT / "docs" / "api.md").read_text()
