@@ -1,8 +1,8 @@
 """Measures once what the device at hand can do, and remembers it in the user's cache directory.
 
-A fraction of a second: large matrix products for the peak rate of each dtype, an elementwise operator on
-arrays larger than the caches for the memory bandwidth, a tiny operator for the launch overhead; the best of
-several repetitions each time, because interference only ever adds."""
+A fraction of a second: large matrix products for the peak rate of each dtype, an elementwise operator on more
+than caches hold for the memory bandwidth, a tiny operator for the launch overhead, and on the CPU what a few
+kernels take beyond that; the best of several repetitions each time, because interference only ever adds."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from dtrp.files import write_text
-from dtrp.partitioner.devices import GB, DeviceSpec
+from dtrp.partitioner.devices import GB, DeviceSpec, Kernels
 
-_FORMAT = 1
+_FORMAT = 2
 # Bytes per second and direction, seconds per message. Between processes of one machine: copies through shared
 # memory, as a running pipeline makes them (17 MB sent in 2 ms). Between GPUs: PCIe 4 x16; NVLink is faster,
 # and `bandwidth=` says so.
@@ -130,10 +131,11 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
             out = torch.empty_like(a)
             seconds = best_time(functools.partial(torch.mm, a, a, out=out), device, budget=0.06)
             flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
-    # With a fresh result each time, as models do it: on CPU the allocation is part of the price.
-    large = torch.ones((256 if cuda else 16) * 2**20 // 4, device=device)
-    seconds = best_time(functools.partial(torch.add, large, large), device, budget=0.08)
-    bandwidth = 3 * large.numel() * 4 / seconds
+    # Over more memory than a core's own caches hold, as training goes, which keeps what it computes.
+    large = [torch.ones((256 if cuda else 8) * 2**20 // 4, device=device) for _ in range(2 if cuda else 16)]
+    pairs = tuple(zip(large[::2], large[1::2], strict=True))
+    seconds = best_time(lambda: [torch.add(x, 1.0, out=y) for x, y in pairs], device, budget=0.12)
+    bandwidth = len(large) * large[0].nbytes / seconds
     tiny = torch.ones(8, device=device, requires_grad=True)
 
     def many() -> None:
@@ -141,7 +143,7 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
             torch.relu(tiny)
 
     overhead = best_time(many, device, budget=0.02) / 100
-    return DeviceSpec(
+    spec = DeviceSpec(
         name=torch.cuda.get_device_name(device) if cuda else f"CPU ({_cpu_name()})",
         flops=flops,
         memory_bandwidth=bandwidth,
@@ -151,6 +153,36 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
         link_latency=link_latency,
         kind="cuda" if cuda else "cpu",
         threads=0 if cuda else torch.get_num_threads(),
+    )
+    return spec if cuda else replace(spec, kernels=_kernels(spec))
+
+
+def _kernels(spec: DeviceSpec) -> Kernels:
+    """What convolutions and batch norms take on the CPU, by one of each kind."""
+    cpu = torch.device("cpu")
+
+    def seconds(function: Callable[[], Any]) -> float:
+        return best_time(function, cpu, budget=0.08, least=40)
+
+    x, narrow = torch.ones(32, 16, 32, 32), torch.ones(16, 16, 3, 3)  # no random number is drawn
+    tiny, filters = torch.ones(4, 8, 8, 8), torch.ones(8, 8, 3, 3)
+    launch = seconds(lambda: [functional.conv2d(tiny, filters, padding=1) for _ in range(10)]) / 10
+    rate = 2 * x.numel() * 16 * 9 / (seconds(lambda: functional.conv2d(x, narrow, padding=1)) - launch)
+    weight, bias = torch.ones(16), torch.zeros(16)
+
+    def norm() -> torch.Tensor:
+        return functional.batch_norm(x, None, None, weight, bias, training=True)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone().requires_grad_()
+        out, gradient = norm(), torch.ones_like(x)
+        back = seconds(lambda: torch.autograd.grad(out, x, gradient, retain_graph=True))
+    moved = x.numel() * 4 / spec.memory_bandwidth
+    return Kernels(
+        norm=max(1.0, seconds(norm) / (2 * moved)),
+        norm_backward=max(1.0, back / (3 * moved)),
+        convolution=max(0.0, launch - spec.launch_overhead),
+        narrow=max(0.0, 16 * (spec.peak("float32") / rate - 1)),
     )
 
 

@@ -136,7 +136,12 @@ def _assemble(walk: CostWalk, specs: Sequence[DeviceSpec]) -> nx.DiGraph:
     def seconds(ops: tuple[OpCost, ...], i: int) -> float:
         key = (id(ops), i)
         if key not in times:
-            times[key] = sum(specs[i].op_time(op.flops, op.moved_bytes, op.dtype) for op in ops)
+            times[key] = sum(
+                specs[i].op_time(
+                    op.flops, op.moved_bytes, op.dtype, kernel=op.kernel, width=op.width, calls=op.calls
+                )
+                for op in ops
+            )
         return times[key]
 
     for node, cost in walk.costs.items():

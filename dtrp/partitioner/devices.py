@@ -27,6 +27,23 @@ class LoopCost(NamedTuple):
     bandwidth: float
 
 
+class Kernels(NamedTuple):
+    """What operators take beyond the roofline, where a device has been measured (`calibration`).
+
+    ``norm``, ``norm_backward``: of batch norms, which read their inputs several times, as multiples of the
+    seconds that moving the bytes takes. ``convolution``: seconds to set one up. ``narrow``: channels of a
+    group with which a convolution's products run at half the peak rate, which is that of long ones.
+    """
+
+    norm: float = 1.0
+    norm_backward: float = 1.0
+    convolution: float = 0.0
+    narrow: float = 0.0
+
+
+_PLAIN = Kernels()
+
+
 @dataclass(frozen=True)
 class DeviceSpec:
     """What a device can do, as far as planning is concerned.
@@ -57,6 +74,8 @@ class DeviceSpec:
         Seconds that a stage's loop takes in every tick, besides the operators.
     cores : int
         CPU cores that all stages together have (0: each has a device of its own).
+    kernels : Kernels
+        What some operators take beyond the roofline.
     """
 
     name: str
@@ -71,6 +90,7 @@ class DeviceSpec:
     tick_overhead: float = 0.0
     speed: float = 1.0
     cores: int = 0
+    kernels: Kernels = _PLAIN
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops:
@@ -95,9 +115,26 @@ class DeviceSpec:
         name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
         return self.flops.get(name, self.flops["float32"])
 
-    def op_time(self, flops: float, moved_bytes: float, dtype: torch.dtype | str) -> float:
-        """Seconds of one operator: the roofline (Williams et al., CACM 52(4), 2009) plus its launch."""
-        return max(flops / self.peak(dtype), moved_bytes / self.memory_bandwidth) + self.launch_overhead
+    def op_time(
+        self,
+        flops: float,
+        moved_bytes: float,
+        dtype: torch.dtype | str,
+        *,
+        kernel: str = "",
+        width: int = 0,
+        calls: int = 1,
+    ) -> float:
+        """Seconds of one operator: the roofline (Williams et al., CACM 52(4), 2009) plus its launch, and
+        what its kernel is known to take besides (`OpCost`)."""
+        computing, moving = flops / self.peak(dtype), moved_bytes / self.memory_bandwidth
+        launch = self.launch_overhead
+        if kernel == "convolution":
+            computing *= 1 + self.kernels.narrow / max(1, width)
+            launch += calls * self.kernels.convolution
+        elif kernel:
+            moving *= getattr(self.kernels, kernel)
+        return max(computing, moving) + launch
 
     def transfer_time(self, n_bytes: float) -> float:
         """Seconds to send ``n_bytes`` to another stage; nothing to send takes no time."""
@@ -120,6 +157,7 @@ class DeviceSpec:
             flops={dtype: rate * speed for dtype, rate in self.flops.items()},
             memory_bandwidth=self.memory_bandwidth * speed,
             launch_overhead=self.launch_overhead / speed,
+            kernels=self.kernels._replace(convolution=self.kernels.convolution / speed),
             speed=self.speed * speed,
         )
 
@@ -140,12 +178,13 @@ class DeviceSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"flops": dict(self.flops)}
+        plain = {"flops": dict(self.flops), "kernels": self.kernels._asdict()}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DeviceSpec:
         """The inverse of `to_dict`."""
-        return cls(**data)
+        return cls(**{**data, "kernels": Kernels(**data.get("kernels", {}))})
 
 
 # Published peak figures: dense (no sparsity) TFLOP/s of 16-bit tensor cores, of float32 and of float64
@@ -258,4 +297,4 @@ def _squash(name: str) -> str:
 
 
 def _restore(data: dict[str, Any]) -> DeviceSpec:
-    return DeviceSpec(**data)
+    return DeviceSpec.from_dict(data)

@@ -23,11 +23,18 @@ _FREE = {"prim::device", "aten::detach", "aten::empty", "aten::empty_like", "ate
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
-    """FLOPs, bytes read and written, and the dtype that decides the peak rate."""
+    """FLOPs, bytes read and written, the dtype that decides the peak rate, and what else decides the time.
+
+    ``kernel``: a kind of operator that a device may be slow at (`Kernels`). Of convolutions, ``width``:
+    channels of a group that go in or come out, the fewer of the two; ``calls``: how many a pass makes.
+    """
 
     flops: int
     moved_bytes: int
     dtype: torch.dtype
+    kernel: str = ""
+    width: int = 0
+    calls: int = 1
 
 
 def op_cost(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> OpCost | None:
@@ -44,7 +51,13 @@ def op_cost(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         moved = 2 * sum(map(_size, written))
     else:
         moved = sum(map(_size, read)) + sum(map(_size, written))
-    return OpCost(flops, moved, dtype)
+    packet = func._overloadpacket
+    if packet is _aten.convolution or packet is _aten.convolution_backward:
+        weight, groups = (args[1], args[8]) if packet is _aten.convolution else (args[2], args[9])
+        calls = 1 if packet is _aten.convolution else max(1, sum(args[10][:2]))
+        width = min(weight.shape[1], weight.shape[0] // groups)
+        return OpCost(flops, moved, dtype, "convolution", width, calls)
+    return OpCost(flops, moved, dtype, _KERNELS.get(packet, ""))
 
 
 def has_flops(func: Any) -> bool:
@@ -77,6 +90,13 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+_KERNELS = {
+    _aten.native_batch_norm: "norm",
+    _aten._native_batch_norm_legit: "norm",
+    _aten._batch_norm_with_update: "norm",
+    _aten.native_batch_norm_backward: "norm_backward",
+    _aten.batch_norm_backward: "norm_backward",
+}
 _GATHERS = {"aten::embedding", "aten::index_select", "aten::gather", "aten::index"}
 
 

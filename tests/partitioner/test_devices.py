@@ -6,9 +6,12 @@ import time
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrp.partitioner import calibration
-from dtrp.partitioner.devices import DeviceSpec, device_spec, known_devices, parse_bytes
+from dtrp.partitioner.devices import DeviceSpec, Kernels, device_spec, known_devices, parse_bytes
+from dtrp.partitioner.op_cost import op_cost
 
 
 def test_roofline():
@@ -22,6 +25,41 @@ def test_roofline():
     assert spec.with_link(None) is spec
     assert spec.exchange_time(10, returns=True) == 12.0, "the gradient comes back over the same link"
     assert spec.exchange_time(10, returns=False) == 6.0
+
+
+def test_kernels_take_more_than_the_roofline():
+    """A convolution over few channels, its set-up for each gradient, a norm that reads its input again."""
+    spec = DeviceSpec("d", {"float32": 10.0}, 5.0, 0.25, 1.0, 2.0, kernels=Kernels(3.0, 2.0, 1.0, 16.0))
+    assert spec.op_time(100, 10, "float32", kernel="convolution", width=16) == 2 * 10 + 1.25
+    assert spec.op_time(100, 10, "float32", kernel="convolution", width=1, calls=2) == 17 * 10 + 2.25
+    assert spec.op_time(0, 10, "float32", kernel="norm") == 3 * 2 + 0.25
+    assert spec.op_time(0, 10, "float32", kernel="norm_backward") == 2 * 2 + 0.25
+    assert spec.with_speed(2.0).kernels == Kernels(3.0, 2.0, 0.5, 16.0)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_operators_say_how_narrow_they_are(groups):
+    convolution, norm = nn.Conv2d(8, 16, 3, groups=groups), nn.BatchNorm2d(16)
+    graph = nn.Sequential(convolution, norm)
+    x = torch.zeros(2, 8, 6, 6, requires_grad=True)
+    seen = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.append(op_cost(func, args, kwargs or {}, out))
+            return out
+
+    with Look():
+        graph(x).sum().backward()
+    found = {(cost.kernel, cost.width, cost.calls) for cost in seen if cost is not None and cost.kernel}
+    width = min(8 // groups, 16 // groups)
+    assert found == {
+        ("convolution", width, 1),
+        ("convolution", width, 2),
+        ("norm", 0, 1),
+        ("norm_backward", 0, 1),
+    }
 
 
 def test_spec_is_plain_data():
@@ -109,6 +147,8 @@ def test_calibration_is_measured_once_and_quickly(cache, monkeypatch):
     assert spec.flops["float32"] > 1e8
     assert 1e8 < spec.memory_bandwidth < 1e13
     assert 1e-8 < spec.launch_overhead < 1e-3
+    assert spec.kernels.norm >= 1
+    assert 1e-7 < spec.kernels.convolution < 1e-2
     monkeypatch.setattr(calibration, "_measure", lambda *args: pytest.fail("measured twice"))
     calibration._calibrated.cache_clear()
     assert device_spec("cpu") == spec
@@ -121,7 +161,7 @@ def test_calibration_is_measured_once_and_quickly(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"format": 99}', '{"format": 1, "key": "other", "value": {}}']
+    "content", ["", "{", "[]", '{"format": 99}', '{"format": 2, "key": "other", "value": {}}']
 )
 def test_a_broken_cache_is_ignored(cache, content):
     spec = device_spec("cpu")
