@@ -212,6 +212,10 @@ def told(stage: int, error: BaseException) -> WorkerError:
 
 def owned(tree: Any) -> Any:
     """What is in flight stays as it is when the caller fills its tensors again."""
+    if tree is None or isinstance(tree, Tensor):  # a walk over a tree takes longer than a small copy
+        return tree if tree is None else tree.detach().clone()
+    if type(tree) is list:
+        return [owned(value) for value in tree]
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 

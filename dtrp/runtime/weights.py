@@ -57,7 +57,7 @@ class Weights:
         self._targets: dict[Twin, list[list[nn.Parameter]]] = {}  # their parameters, as `sets` have them
         self._ahead: Twin | None = None
         self._first: Twin | None = None
-        self._versions: list[Twin] = []  # with parameters of their own, free to be used
+        self._versions: dict[Twin, int] = {}  # with parameters of their own; how many graphs are on each
         self._written: dict[Twin, object] = {}  # of what they hold the values
 
     def loaded(self) -> None:
@@ -86,22 +86,37 @@ class Weights:
 
     def version(self, horizons: tuple[float, float], lr_scale: float) -> Twin:
         """For a graph that is kept while updates go on: predicted (or true) weights that stay as they are
-        until they are handed to `release`."""
-        twin = self._versions.pop() if self._versions else self._twin()
+        until they are handed to `release`. Micro-batches between two updates share one."""
+        made_of = self._made_of(horizons, lr_scale)
+        held = [twin for twin in self._versions if self._written.get(twin) == made_of]
+        free = [twin for twin, graphs in self._versions.items() if graphs == 0]
+        twin = next(iter(held or free), None) or self._twin()
         self._write(twin, horizons, lr_scale)
+        self._versions[twin] = self._versions.get(twin, 0) + 1
         return twin
 
     def release(self, twin: Twin) -> None:
         """The graph on these weights is gone."""
-        self._versions.append(twin)
+        self._versions[twin] -= 1
 
     def absorb(self, twin: Twin) -> None:
         """Move the gradients that a pass left on a twin's parameters to the stage's own."""
+        earlier: list[Tensor] = []
+        more: list[Tensor] = []
         for parameters, targets in zip(self.sets, self._targets[twin], strict=True):
             for mine, theirs in zip(parameters.parameters, targets, strict=True):
-                if theirs.grad is not None:
-                    mine.grad = theirs.grad if mine.grad is None else mine.grad + theirs.grad
-                    theirs.grad = None
+                if (gradient := theirs.grad) is None:
+                    continue
+                theirs.grad = None
+                if (before := mine.grad) is None:
+                    mine.grad = gradient
+                elif before.layout is torch.strided and gradient.layout is torch.strided:
+                    earlier.append(before)
+                    more.append(gradient)
+                else:
+                    mine.grad = before + gradient
+        if earlier:
+            torch._foreach_add_(earlier, more)
 
     def _twin_ahead(self) -> Twin:
         if self._ahead is None:
@@ -117,10 +132,14 @@ class Weights:
         self._targets[twin] = [[into[p] for p in parameters.parameters] for parameters in self.sets]
         return twin
 
+    def _made_of(self, horizons: tuple[float, float], lr_scale: float) -> object:
+        """What a twin's values depend on."""
+        return horizons, lr_scale, *(parameters.moment for parameters in self.sets)
+
     def _write(self, twin: Twin, horizons: tuple[float, float], lr_scale: float) -> None:
         """Write the weights so many updates ahead into a twin's parameters, unless they are there: between
         two updates, every micro-batch wants the same."""
-        made_of = horizons, lr_scale, *(parameters.moment for parameters in self.sets)
+        made_of = self._made_of(horizons, lr_scale)
         if self._written.get(twin) == made_of:
             return
         self._written[twin] = made_of
