@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -135,7 +135,7 @@ class TrainConfig:
         """Whether the loss is scaled, so that small gradients do not vanish in float16."""
         return self.autocast is torch.float16
 
-    @property
+    @cached_property
     def gives_up(self) -> bool:
         """Whether mini-batches may be given up half-way."""
         return self.scales or self.on_nonfinite == "skip"

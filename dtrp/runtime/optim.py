@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +109,7 @@ class ParameterSet:
         if s <= 0:
             torch._foreach_copy_(targets, self.parameters)
             return
-        with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
+        with scaled_lr(self.optimizer, self.lr_factor * lr_scale):
             for group, members in zip(self.optimizer.param_groups, self._members, strict=True):
                 weights = [self.parameters[i] for i in members]
                 states = [self._state(p) for p in weights]
@@ -122,14 +121,16 @@ class ParameterSet:
 
     def _state(self, parameter: Tensor) -> Mapping[str, Any]:
         state: Mapping[str, Any] = self.optimizer.state.get(parameter, {})
-        return {**state, "previous": self.previous[parameter]} if parameter in self.previous else state
+        if not self.previous or parameter not in self.previous:
+            return state
+        return {**state, "previous": self.previous[parameter]}
 
     def step(self, lr_scale: float = 1.0) -> None:
         """One optimizer update with the gradients at hand, which are then dropped."""
         self.moment += 1
         if self.keeps_previous:
             self.previous = {p: p.detach().clone() for p in self.names.values()}
-        with _scaled_lr(self.optimizer, self.lr_factor * lr_scale):
+        with scaled_lr(self.optimizer, self.lr_factor * lr_scale):
             self.optimizer.step()
         self.drop_gradients()
 
@@ -232,17 +233,18 @@ def _grouped_by_options(
     return groups
 
 
-@contextmanager
-def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
+class scaled_lr:
     """Inside, every group's learning rate is ``factor`` times its own (the scheduler never sees it)."""
-    if factor == 1.0:
-        yield
-        return
-    true = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * factor
-    try:
-        yield
-    finally:
-        for group, lr in zip(optimizer.param_groups, true, strict=True):
+
+    def __init__(self, optimizer: Optimizer, factor: float) -> None:
+        self.groups = [] if factor == 1.0 else optimizer.param_groups
+        self.factor = factor
+
+    def __enter__(self) -> None:
+        self.true = [group["lr"] for group in self.groups]
+        for group in self.groups:
+            group["lr"] = group["lr"] * self.factor
+
+    def __exit__(self, *_: object) -> None:
+        for group, lr in zip(self.groups, self.true, strict=True):
             group["lr"] = lr

@@ -55,6 +55,8 @@ class Formula:
     as much as they do; a few ``torch._foreach_*`` calls don't.
     """
 
+    several_passes = True  # over the tensors, so that they had better be in a cache
+
     def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
         """Whether there is something to predict from."""
         return False
@@ -75,7 +77,7 @@ class Formula:
         if not self.knows(group, state):
             return weight
         ahead = torch.empty_like(weight)
-        self.write([ahead], [weight], group, [state], s)
+        self.write([ahead], [weight.detach()], group, [state], s)
         return ahead
 
 
@@ -86,6 +88,8 @@ class NoPrediction(Formula):
 class Linear(Formula):
     """``W - s lr v`` (SpecTrain, Chen et al. 2018; LWPv, Kosson et al. 2021)."""
 
+    several_passes = False
+
     def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
         return state.get("momentum_buffer") is not None
 
@@ -95,6 +99,8 @@ class Linear(Formula):
 
 class Geometric(Formula):
     """``W - lr v (m - m^(s+1)) / (1 - m)``: the velocity decays, future gradients are zero (FTPipe, 2021)."""
+
+    several_passes = False
 
     def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
         return state.get("momentum_buffer") is not None and float(group.get("momentum", 0.0)) != 0.0
@@ -147,10 +153,22 @@ class Adam(Formula):
 
 
 def _step_along(targets: Any, weights: Any, velocities: Any, distance: float) -> None:
-    """``weights - distance * velocities``; first the product, then the difference, which keeps the bits."""
+    """``weights - distance * velocities``; first the product, then the difference, each rounded.
+
+    On the host it costs memory traffic, so it is one pass: a division by one stands between product and sum,
+    which would be rounded together otherwise.
+    """
+    if weights[0].device.type == "cpu" and weights[0].dtype in _ONE:
+        one = _ONE[weights[0].dtype]
+        for target, weight, velocity in zip(targets, weights, velocities, strict=True):
+            torch.addcdiv(weight, velocity, one, value=-distance, out=target)
+        return
     torch._foreach_copy_(targets, velocities)
     torch._foreach_mul_(targets, -distance)
     torch._foreach_add_(targets, weights)
+
+
+_ONE = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 def auto(optimizer: type[Optimizer]) -> Formula:
@@ -179,10 +197,15 @@ def predict_all(
         for weight, state, target in zip(weights, states, targets, strict=True):
             target.copy_(predictor.predict(weight.detach(), group, state, s))
         return
+    if not weights:
+        return
     known = [i for i, state in enumerate(states) if predictor.knows(group, state)]
     if len(known) < len(weights):
         unknown = sorted(set(range(len(weights))).difference(known))
         torch._foreach_copy_([targets[i] for i in unknown], [weights[i] for i in unknown])
+    elif not predictor.several_passes:
+        predictor.write(targets, weights, group, states, s)
+        return
     for few in _cached(known, weights):
         predictor.write(
             [targets[i] for i in few], [weights[i] for i in few], group, [states[i] for i in few], s

@@ -11,7 +11,6 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -232,16 +231,9 @@ class Run:
                 name,
             )
 
-    @contextmanager
-    def rescued(self) -> Iterator[None]:
-        """Around what stages do: what was trained is in the model also when one has failed."""
-        try:
-            yield
-        except WorkerError:
-            if self.executor is not None:
-                for state in self.executor.rescued():
-                    self.owner.take(state)
-            raise
+    def rescued(self) -> Rescue:
+        """Around what stages do."""
+        return Rescue(self)
 
     # ---- starting ------------------------------------------------------------------------------------------
 
@@ -380,3 +372,18 @@ class Run:
             self._seed = state.counters["seed"]
         executor.call("load_state", *state.modules())
         executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))
+
+
+class Rescue:
+    """What was trained is in the model also when a stage has failed."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, WorkerError) and self.run.executor is not None:
+            for state in self.run.executor.rescued():
+                self.run.owner.take(state)
