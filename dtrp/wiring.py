@@ -51,7 +51,7 @@ class Wiring:
     result: tuple[Source | Constant, ...]
     out_spec: pytree.TreeSpec
 
-    @property
+    @cached_property
     def n_stages(self) -> int:
         return len(self.stages)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,11 +118,11 @@ class StageProgram:
     writes_inputs: bool = False  # the stage changes some of its inputs in place
     draws: bool = True  # its passes may draw random numbers
 
-    @property
+    @cached_property
     def n_stages(self) -> int:
         return self.train.n_stages
 
-    @property
+    @cached_property
     def is_last(self) -> bool:
         return self.stage == self.n_stages - 1
 
