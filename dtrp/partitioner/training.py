@@ -81,10 +81,12 @@ class Training:
         return price_of_delay(max(0.0, behind) * self.devices(0))
 
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
-        """Versions of its weights that stage ``k`` holds on to: one for each graph that it keeps."""
+        """Versions of its weights that stage ``k`` holds on to: those that the graphs which it keeps were
+        built on. Micro-batches between two updates share one."""
         if recompute or self.order in EXACT:
             return 0.0
-        return self.in_flight(k, n_stages) * self.micro_batches
+        graphs = self.in_flight(k, n_stages) * self.micro_batches
+        return min(graphs, self.staleness(k, n_stages) + 1.0)
 
     def batch_time(self, ticks: Sequence[float], cores: float = 0.0) -> float:
         """Seconds per batch of a pipeline whose stages take ``ticks``, on so many cores that their devices

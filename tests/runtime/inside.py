@@ -21,6 +21,11 @@ def stages(trainer: Any) -> list[Stage]:
     return trainer._run.executor.stages
 
 
+def kept_versions(stage: Stage) -> int:
+    """Copies of its weights that graphs of a stage were built on."""
+    return len(stage.weights._versions)
+
+
 def processes(trainer: Any) -> list[int]:
     """The process of each stage of a run in worker processes."""
     assert isinstance(trainer._run.executor, Workers)

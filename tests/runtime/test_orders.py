@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import dtrp
+from dtrp.partitioner.training import Training
 
+from .inside import kept_versions, stages
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
 
 either = pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
@@ -179,6 +181,24 @@ def test_what_is_held(order: str, held: list[int]) -> None:
             t.step(x, y)
         t.flush()
         assert [s.most_stashed for s in t.stats][:3] == held
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize("order", ["fig1", "lean"])
+def test_micro_batches_share_versions_of_the_weights(order: str, parts: int) -> None:
+    """With one for each graph, memory would grow with the parts; with fewer than the planner counts on, a
+    graph would be on weights that have changed."""
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), torch.randn(12, 4)
+    pipe = dtrp.compile(model, 4, example_inputs=x, recompute=False)
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    with pipe.trainer(
+        F.mse_loss, sgd, executor="inline", schedule=order, micro_batches=parts, rebalance=False
+    ) as trainer:
+        for _ in range(20):
+            trainer.step(x, x)
+        found = [kept_versions(stage) for stage in stages(trainer)]
+    training = Training(1.0, order=order, micro_batches=parts)
+    assert found == [training.versions(k, 4, recompute=False) for k in range(4)]
 
 
 def test_a_lagging_norm_leaves_one_stage_alone_exact() -> None:

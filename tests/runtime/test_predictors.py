@@ -155,3 +155,15 @@ def test_many_tensors_at_once_are_what_each_is_alone(kind: Any, predictor: Any) 
         assert torch.equal(w, was)
         alone = chosen.predict(w.detach(), group, state, 1.5)
         assert torch.equal(target, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_pass_rounds_as_two_operations_do(dtype: torch.dtype) -> None:
+    """Product and sum rounded together would train other bits than versions before, and than CUDA's path."""
+    torch.manual_seed(0)
+    weight, velocity = torch.randn(1003).to(dtype), torch.randn(1003).to(dtype)
+    group = {"lr": 0.1, "momentum": 0.9}
+    ahead = make_predictor("linear", torch.optim.SGD).predict(
+        weight, group, {"momentum_buffer": velocity}, 3.0
+    )
+    assert torch.equal(ahead, velocity.mul(-3.0 * 0.1).add_(weight))
