@@ -35,7 +35,8 @@ def digits() -> tuple[DataLoader, DataLoader]:
     images = torch.as_tensor(data.images, dtype=torch.float32).flatten(1) / 16
     whole = TensorDataset(images, torch.as_tensor(data.target))
     train, test = random_split(whole, [1437, 360], generator=torch.Generator().manual_seed(0))
-    return DataLoader(train, 32, shuffle=True), DataLoader(test, 360)
+    order = torch.Generator().manual_seed(0)  # all stages must be given the same batches
+    return DataLoader(train, 32, shuffle=True, generator=order), DataLoader(test, 360)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
