@@ -1,6 +1,8 @@
 """Memory of each stage, measured tensor by tensor, for back-propagation, FDG and DTRP at several K.
 
     python benchmarks/memory.py [--models resnet56,transformer] [--stages 1,2,4,8] [--markdown docs/memory.md]
+    python benchmarks/memory.py --models resnet1202 --stages 8 --steps 50        # very deep
+    python benchmarks/memory.py --models wrn-28-10 --stages 4 --steps 50          # very wide
 
 The stages run inline, one after the other. Counted are the storages that are alive, each once:
 
@@ -8,8 +10,9 @@ The stages run inline, one after the other. Counted are the storages that are al
 - stash: inputs of batches in flight (with FDG: their outputs, too) and stashed weight versions;
 - activations: what autograd keeps for the backward passes to come, weights left out.
 
-The total is the largest sum of the three at one moment. bp is exact back-propagation through the same
-stages, one batch at a time: what the model needs without decoupling.
+The total is the largest sum of the three at one moment; the peak that was planned for dtrp stands beside it.
+The losses told are means over the first and the last ten batches (the same four over and over). bp is exact
+back-propagation through the same stages, one batch at a time: what the model needs without decoupling.
 """
 
 from __future__ import annotations
@@ -73,20 +76,28 @@ class Subject(NamedTuple):
     loss_fn: Callable[[Tensor, Tensor], Tensor]
 
 
-SUBJECTS = {
-    "resnet56": Subject(
-        "ResNet-56 (CIFAR), batch 16",
-        partial(cifar_model, "resnet56"),
-        lambda: (torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))),
+def images(model: str, size: int, title: str) -> Subject:
+    """A network of examples/cifar10.py on random images."""
+    return Subject(
+        f"{title} (CIFAR), batch {size}",
+        partial(cifar_model, model),
+        lambda: (torch.randn(size, 3, 32, 32), torch.randint(0, 10, (size,))),
         F.cross_entropy,
-    ),
+    )
+
+
+SUBJECTS = {
+    "resnet56": images("resnet56", 16, "ResNet-56"),
     "transformer": Subject(
         "24 transformer blocks, width 128, batch 4 of 64 tokens",
         transformer,
         lambda: (torch.randn(4, 64, 128), torch.randn(4, 64, 128)),
         F.mse_loss,
     ),
+    "resnet1202": images("resnet1202", 4, "ResNet-1202"),
+    "wrn-28-10": images("wrn-28-10", 4, "WRN-28-10"),
 }
+USUAL = ("resnet56", "transformer")
 
 
 class Ledger:
@@ -202,11 +213,12 @@ def _watched(ledger: Ledger, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Row(NamedTuple):
-    """One stage's measurements, in bytes."""
+    """One stage's measurements and planned peak, in bytes."""
 
     stash: int
     live: int
     total: int
+    planned: int
 
 
 def compiled(subject: Subject, n_stages: int) -> dtrp.Pipeline:
@@ -214,15 +226,25 @@ def compiled(subject: Subject, n_stages: int) -> dtrp.Pipeline:
     return dtrp.compile(subject.make(), n_gpus=n_stages, example_inputs=subject.batch()[0], recompute=True)
 
 
-def measure(subject: Subject, pipe: dtrp.Pipeline, method: str) -> list[Row]:
-    n_stages = pipe.n_stages
-    with pipe.trainer(subject.loss_fn, SGD, method=method, executor="inline", seed=0, threads=1) as trainer:
+def measure(subject: Subject, pipe: dtrp.Pipeline, method: str, steps: int) -> list[Row]:
+    """Of so many batches; before the pipeline is full nothing is at its peak."""
+    torch.manual_seed(0)
+    batches = [subject.batch() for _ in range(4)]
+    with pipe.trainer(
+        subject.loss_fn, SGD, method=method, micro_batches=1, executor="inline", seed=0, threads=1
+    ) as trainer:
         ledgers: list[Ledger] = []
-        for _ in range(2 * n_stages + 2):
-            trainer.step(*subject.batch())
+        for step in range(max(steps, 2 * pipe.n_stages + 2)):
+            trainer.step(*batches[step % len(batches)])
             if not ledgers:
                 ledgers = [measured(stage) for stage in stages(trainer)]
-        return [Row(g.most_stash, g.most_live, g.fixed + g.most) for g in ledgers]
+        trainer.flush()
+        first, last = (sum(trainer.losses[at]) / 10 for at in (slice(10), slice(-10, None)))
+        print(f"{method}: loss {first:.3f} -> {last:.3f} in {len(trainer.losses)} batches", flush=True)
+        planned = [stage.predicted_bytes for stage in trainer.report.stages]
+        return [
+            Row(g.most_stash, g.most_live, g.fixed + g.most, p) for g, p in zip(ledgers, planned, strict=True)
+        ]
 
 
 def table(subject: Subject, found: dict[tuple[str, int], list[Row]], counts: list[int]) -> str:
@@ -236,14 +258,18 @@ def table(subject: Subject, found: dict[tuple[str, int], list[Row]], counts: lis
             f"| {k} | {cells} | {total['fdg'] / total['bp']:.2f} | {total['dtrp'] / total['bp']:.2f} |"
         )
     lines += ["", "Per stage, MB (stash + activations; total with weights):", ""]
-    lines += ["| K | stage | " + " | ".join(METHODS) + " |", "|--:|--:|" + "---|" * len(METHODS)]
+    lines += [
+        "| K | stage | " + " | ".join(METHODS) + " | dtrp, planned |",
+        "|--:|--:|" + "---|" * len(METHODS) + "--:|",
+    ]
     for k in counts:
         for stage in range(k):
             cells = []
             for m in METHODS:
                 r = found[m, k][stage]
                 cells.append(f"{r.stash / MB:.1f} + {r.live / MB:.1f}; {r.total / MB:.1f}")
-            lines.append(f"| {k} | {stage} | " + " | ".join(cells) + " |")
+            planned = found["dtrp", k][stage].planned / MB
+            lines.append(f"| {k} | {stage} | " + " | ".join(cells) + f" | {planned:.1f} |")
     return "\n".join(lines)
 
 
@@ -251,8 +277,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default=",".join(SUBJECTS))
+    parser.add_argument("--models", default=",".join(USUAL), help=f"of {', '.join(SUBJECTS)}")
     parser.add_argument("--stages", default="1,2,4,8")
+    parser.add_argument("--steps", type=int, default=0, help="batches; at least 2 K + 2")
     parser.add_argument("--markdown", type=Path, help="write the tables there")
     args = parser.parse_args()
     counts = [int(k) for k in args.stages.split(",")]
@@ -261,8 +288,10 @@ def main() -> int:
         found = {}
         for k in counts:
             pipe = compiled(SUBJECTS[name], k)
+            start = {name: value.clone() for name, value in pipe.state_dict().items()}
             for method in METHODS:
-                found[method, k] = measure(SUBJECTS[name], pipe, method)
+                pipe.load_state_dict(start)
+                found[method, k] = measure(SUBJECTS[name], pipe, method, args.steps)
                 total = sum(r.total for r in found[method, k]) / MB
                 print(f"{name:<12} K={k}  {method:<5} {total:8.1f} MB", flush=True)
             if k == 4:
