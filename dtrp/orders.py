@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .partitioner.compiler import Compiled
 from .partitioner.devices import DeviceSpec
 from .partitioner.report_parts import StageReport
-from .partitioner.training import price_of_delay
+from .partitioner.training import Training
 from .parts_check import differs_in_parts
 from .runtime.arguments import n_samples
 from .runtime.config import TrainConfig
-from .runtime.schedule import ORDERS, Schedule
 
 log = logging.getLogger("dtrp")
 
@@ -31,15 +29,15 @@ PRICE = 1.05
 HOP = 0.1
 """The share of a slot's tick that a hop may take in "lean"."""
 
-SLOW_MOMENTS_BEHIND = 3
-"""Updates of delay from which Adam's default betas are warned of: four stages in "lean", whole batches."""
+DEAR = 1.5
+"""The price of delay from which training is warned of it."""
 
 STATISTICS = 16
 """Samples that BatchNorm's statistics are taken over at least."""
 
 
 def choose_order(
-    compiled: Compiled, config: TrainConfig, inputs: Sequence[Tensor], target: Any
+    compiled: Compiled, training: Training, config: TrainConfig, inputs: Sequence[Tensor], target: Any
 ) -> TrainConfig:
     """The settings with ``order`` and ``micro_batches`` decided, for batches like this one."""
     model, samples, stages = compiled.captured.model, n_samples(inputs), compiled.report.stages
@@ -47,7 +45,7 @@ def choose_order(
     chosen, parts = config.micro_batches, config.micro_batches
     least = STATISTICS if chosen == "auto" and _takes_statistics(model) else 1
     if parts == "auto":
-        parts = most_parts(stages, config, samples // least)
+        parts = most_parts(stages, training, config, samples // least)
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
     if why and chosen == "auto":
         parts = 1
@@ -60,11 +58,11 @@ def choose_order(
         order = "lean" if hop <= HOP * max(stage.tick_time for stage in stages) / parts else "fig1"
     chosen_config = replace(config, order=order, micro_batches=parts, least_part=least)
     log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")
-    _warn(chosen_config, len(stages))
+    _warn(replace(training, order=order, micro_batches=parts), len(stages))
     return chosen_config
 
 
-def most_parts(stages: Sequence[StageReport], config: TrainConfig, limit: int) -> int:
+def most_parts(stages: Sequence[StageReport], training: Training, config: TrainConfig, limit: int) -> int:
     """The parts, up to ``limit``, that train to the same loss soonest; more where a tick hardly gets longer.
 
     Exact orders have no delay but bubbles: theirs is the number that makes a batch fastest.
@@ -72,8 +70,10 @@ def most_parts(stages: Sequence[StageReport], config: TrainConfig, limit: int) -
     n_stages = len(stages)
     if n_stages == 1 or config.method == "bp":
         return 1
-    order = config.order if config.order in ORDERS else "lean"
-    delay = Schedule(order, n_stages).depth(0) - 1  # of whole batches, in stage 0
+    order = "lean" if config.order == "auto" else config.order
+
+    def price(parts: int) -> float:
+        return replace(training, order=order, micro_batches=parts).price(n_stages)
 
     def tick(parts: int) -> float:
         return max(stage.tick_time + (parts - 1) * stage.slot_time for stage in stages)
@@ -82,22 +82,19 @@ def most_parts(stages: Sequence[StageReport], config: TrainConfig, limit: int) -
     candidates = range(1, max(1, min(limit, 4 * (n_stages - 1))) + 1)
     if config.exact:
         return min(candidates, key=lambda parts: tick(parts) * (1 + (n_stages - 1) / parts))
-    soonest = min(candidates, key=lambda parts: tick(parts) * price_of_delay(delay / parts))
+    soonest = min(candidates, key=lambda parts: tick(parts) * price(parts))
     return max(parts for parts in candidates if parts == soonest or tick(parts) <= PRICE * tick(1))
 
 
-def _warn(config: TrainConfig, n_stages: int) -> None:
-    """Of a known bad choice: second moments that take a thousand updates to settle, far behind."""
-    behind = max(config.schedule(n_stages).staleness(k) for k in range(n_stages))
-    if not config.predicts or config.exact or behind < SLOW_MOMENTS_BEHIND or config.param_groups is not None:
-        return
-    defaults = config.optimizer([nn.Parameter(torch.zeros(1))]).defaults
-    if defaults.get("betas", (0.0, 0.0))[1] >= 0.999 and defaults["betas"][0] < 0.99:
+def _warn(training: Training, n_stages: int) -> None:
+    """Of delay that is known to cost more epochs than devices can win."""
+    price = training.price(n_stages)
+    if price > DEAR:
         log.warning(
-            "betas=%s with weights that are %d updates old in stage 0 are known to lag behind; "
-            "consider betas=(0.9, 0.95), micro_batches=%d or an exact_start",
-            defaults["betas"],
-            behind,
+            "weights are %d updates old in stage 0: with steps like Adam's expect %.1f times the epochs; "
+            "micro_batches=%d or more, fewer stages, or method='1f1b' avoid that (docs/recipe.md)",
+            training.staleness(0, n_stages),
+            price,
             n_stages - 1,
         )
 

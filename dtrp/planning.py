@@ -31,6 +31,7 @@ from .programs import make_programs
 from .rebalancing import better_cut, recut_model
 from .runtime import launched
 from .runtime.config import TrainConfig
+from .runtime.optim import OptimizerKind
 from .runtime.program import StageProgram
 from .runtime.rebalance import Move
 from .runtime.stats import StageStats
@@ -158,14 +159,15 @@ class Planning:
 
     # ---- for a trainer -----------------------------------------------------------------------------------
 
-    def expect(self, config: TrainConfig, optimizer_bytes: float) -> Training:
+    def expect(self, config: TrainConfig, optimizer: OptimizerKind) -> Training:
         """How training will go: what is planned from now on is planned for that, and the report says it.
 
         What is still to be chosen counts as the paper's order and whole batches, which take most memory.
         """
         schedule = config.decided().schedule(self.n_stages)
         training = Training(
-            optimizer_bytes=optimizer_bytes,
+            optimizer_bytes=optimizer.state_bytes,
+            adaptive=optimizer.adaptive,
             predicts=config.predicts,
             horizon=config.horizon,
             order=schedule.order,
@@ -228,7 +230,7 @@ class Planning:
     def choose_order(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> TrainConfig:
         """The settings with order and micro-batches decided, where the user leaves them open."""
         with EXCLUSIVE:
-            return choose_order(self.made, config, inputs, target)
+            return choose_order(self.made, self.request.training, config, inputs, target)
 
     def programs(self, loss: nn.Module | None = None) -> list[StageProgram]:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""

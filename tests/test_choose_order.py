@@ -12,6 +12,7 @@ from torch import nn
 import dtrp
 from dtrp.orders import most_parts
 from dtrp.partitioner.devices import DeviceSpec
+from dtrp.partitioner.training import Training
 from dtrp.runtime.arguments import split_batch
 from dtrp.runtime.config import TrainConfig
 
@@ -191,22 +192,24 @@ def test_tiny_stages_get_the_papers_order_whole():
 
 
 @pytest.mark.parametrize(
-    ("slot", "order", "parts"),
+    ("slot", "order", "adaptive", "parts"),
     [
-        (0.001, "auto", 12),  # next to free: until the delay is a quarter of an update
-        (0.01, "auto", 6),  # a twentieth of a tick is always spent
-        (0.06, "auto", 2),  # more than that where it pays: 1.06 x 1.025 beats 1 x 1.1 and 1.12 x 1.01
-        (0.03, "auto", 2),
-        (0.03, "fig1", 3),  # older weights, dearer delay
-        (0.2, "auto", 1),  # a tick 1.2 times as long buys less than it costs
+        (0.001, "auto", False, 12),  # next to free: until the delay is a quarter of an update
+        (0.01, "auto", False, 6),  # a twentieth of a tick is always spent
+        (0.06, "auto", False, 2),  # more where it pays: 1.06 x 1.03 beats 1 x 1.12 and 1.12 x 1
+        (0.03, "auto", False, 3),
+        (0.03, "fig1", False, 3),  # older weights, dearer delay
+        (0.2, "auto", False, 1),  # a tick 1.2 times as long buys less than it costs
+        (0.2, "auto", True, 3),  # but not with Adam, which delay costs dear
     ],
 )
-def test_parts_are_worth_what_they_cost(slot, order, parts):
+def test_parts_are_worth_what_they_cost(slot, order, adaptive, parts):
     """Else a run is slower to the same loss than it has to be, either way."""
     pipe = dtrp.compile(dense(8, 64), n_gpus=4, example_inputs=torch.randn(8, 64))
     config = TrainConfig(loss_fn=F.mse_loss, optimizer=SGD, micro_batches="auto", order=order)
+    training = Training(adaptive=adaptive)
     now = [replace(stage, tick_time=1e-2, slot_time=slot * 1e-2) for stage in pipe.report.stages]
-    assert most_parts(now, config, 1000) == parts
+    assert most_parts(now, training, config, 1000) == parts
 
 
 def test_shares_count_the_targets_that_are_not_ignored():
@@ -243,13 +246,15 @@ def test_an_input_that_is_as_long_as_the_batch_by_chance_is_not_cut():
 
 
 @pytest.mark.usefixtures("dear")
-def test_adams_default_betas_are_warned_of_where_weights_are_old(caplog):
+def test_old_weights_are_warned_of_where_they_are_dear(caplog):
     """Known to lose: nobody should find it out after a week."""
     x = torch.randn(1, 32)  # of which no parts can be made
     adam = partial(torch.optim.AdamW, lr=1e-3)
-    for optimizer, told in ((adam, True), (partial(adam, betas=(0.9, 0.95)), False), (SGD, False)):
+    muon = torch.optim.Muon  # takes matrices alone
+    matrices = nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(6)])
+    for model, optimizer, told in ((dense(), adam, True), (dense(), SGD, False), (matrices, muon, False)):
         caplog.clear()
-        pipe = dtrp.compile(dense(), n_gpus=4, example_inputs=x)
+        pipe = dtrp.compile(model, n_gpus=4, example_inputs=x)
         with pipe.trainer(F.mse_loss, optimizer, executor="inline") as trainer:
             trainer.step(x, x)
-        assert ("betas=(0.9, 0.999)" in caplog.text) is told
+        assert ("weights are 3 updates old" in caplog.text) is told

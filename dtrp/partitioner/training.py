@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 EXACT = ("1f1b", "gpipe", "bp")
 
-OF_DELAY = 1 / 90
-"""Of a delay of one update in stage 0: the epochs that it adds, as a share. It grows with the delay's square,
-as what a prediction along a line misses does: docs/results.md has 1.00 for 0.75 updates (lean, four parts),
-1.1 for 3 (lean), 1.3 for 5 (fig1)."""
+OF_DELAY = {False: 0.06, True: 1.4}
+"""What each update of delay in stage 0 but the first adds to the epochs, as a share (ours). With prediction
+the first is free. Steps that are as long whatever a weight's gradients, as Adam's, do not get shorter where
+stale gradients disagree. docs/results.md: SGD 1.03 with 1.5 updates, 1.1 with 3, 1.3 with 5; Muon as SGD;
+AdamW 1.8 with 1.5, 3.7 with 3."""
 
 
-def price_of_delay(updates: float) -> float:
+def price_of_delay(updates: float, *, adaptive: bool) -> float:
     """Epochs for each one of exact training, where stage 0 is so many updates behind."""
-    return 1 + OF_DELAY * updates**2
+    return 1 + OF_DELAY[adaptive] * max(0.0, updates - 1)
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Training:
     ----------
     optimizer_bytes : float
         Optimizer state per parameter byte: 0 for plain SGD, 1 with momentum, 2 for Adam's two moments.
+    adaptive : bool
+        Whether the optimizer makes each weight's steps as long whatever its gradients, as Adam does.
     predicts : bool
         Whether passes run on predicted weights.
     horizon : str
@@ -45,6 +48,7 @@ class Training:
     """
 
     optimizer_bytes: float = 2.0
+    adaptive: bool = False
     predicts: bool = True
     horizon: str = "common"
     order: str = "fig1"
@@ -78,7 +82,7 @@ class Training:
         if self.order in EXACT:
             return 1.0
         behind = self.in_flight(0, n_stages) - 1 / self.micro_batches
-        return price_of_delay(max(0.0, behind) * self.devices(0))
+        return price_of_delay(behind * self.devices(0), adaptive=self.adaptive)
 
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
         """Versions of its weights that stage ``k`` holds on to: those that the graphs which it keeps were

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .optim import OptimizerKind
 from .program import StageProgram
 from .rebalance import Move
 from .stats import StageStats
@@ -18,8 +19,8 @@ class Compiled(Protocol):
 
     model: nn.Module
 
-    def expect(self, config: TrainConfig, optimizer_bytes: float) -> Any:
-        """How training will go, and its optimizer's state per byte of a parameter; for `report_on`."""
+    def expect(self, config: TrainConfig, optimizer: OptimizerKind) -> Any:
+        """How training will go; for `report_on`."""
         ...
 
     def report_on(

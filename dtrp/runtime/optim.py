@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,20 +162,39 @@ def _made(name: str, build: Callable[[Any], Any], argument: Any) -> Any:
         raise TypeError(f"{name}={short(build)}: {e}; expected {EXPECTED[name]}") from e
 
 
-def state_bytes(optimizer: Optimizer) -> float:
-    """Bytes of state per byte of a parameter, found by a step of another optimizer of this kind; 2 (Adam's
-    moments) where that cannot be done."""
-    weight = nn.Parameter(torch.zeros(64, 64, device="cpu"))
-    weight.grad = torch.zeros_like(weight)
-    taken = inspect.signature(type(optimizer)).parameters
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k in taken and k != "params"}
-    try:
-        other: Any = type(optimizer)([weight], **options)
-        other.step()
-    except Exception:  # an optimizer of the user's, with arguments or steps of its own
-        return 2.0
-    held = [t for t in other.state[weight].values() if isinstance(t, Tensor)]
-    return sum(t.nbytes for t in held if t.numel() > 1) / weight.nbytes
+class OptimizerKind(NamedTuple):
+    """What planning has to know of an optimizer.
+
+    Attributes
+    ----------
+    state_bytes : float
+        Bytes of state per byte of a parameter.
+    adaptive : bool
+        Whether it makes each weight's steps as long whatever the weight's gradients, as Adam does.
+    """
+
+    state_bytes: float
+    adaptive: bool
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> OptimizerKind:
+        """Found by the first step of another of its type; Adam's where that cannot be done."""
+        taken = inspect.signature(type(optimizer)).parameters
+        options = {k: v for k, v in optimizer.param_groups[0].items() if k in taken and k != "params"}
+        if "lr" in options:
+            options["lr"] = 1e-3  # a warm-up may begin with none
+        weight = nn.Parameter(torch.zeros(64, 64, device="cpu"))
+        weight.grad = torch.linspace(0.1, 1.0, 64, device="cpu").expand(64, 64).contiguous()
+        try:
+            other: Any = type(optimizer)([weight], **options)
+            other.step()
+        except Exception:  # an optimizer of the user's, with arguments or steps of its own
+            return cls(2.0, True)
+        held = [t for t in other.state[weight].values() if isinstance(t, Tensor)]
+        steps = weight.detach()[0].abs()
+        return cls(
+            sum(t.nbytes for t in held if t.numel() > 1) / weight.nbytes, bool(steps[0] > steps[-1] / 2)
+        )
 
 
 def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:

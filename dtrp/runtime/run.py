@@ -28,7 +28,7 @@ from .history import History
 from .inline import Inline
 from .loggers import Loggers
 from .loss import held_loss, ignored_target
-from .optim import state_bytes
+from .optim import OptimizerKind
 from .program import StageProgram
 from .rebalance import Move
 from .run_state import RunState, check_builds, model_groups
@@ -82,8 +82,8 @@ class Run:
         self.owner = Owner(compiled.model, loss_with_tensors(config.loss_fn))
         optimizer = check_builds(self.owner, config)
         self.history = History(lr=optimizer.param_groups[0].get("lr"))
-        self._optimizer_bytes = state_bytes(optimizer)
-        self.expected = compiled.expect(config, self._optimizer_bytes)
+        self._kind = OptimizerKind.of(optimizer)
+        self.expected = compiled.expect(config, self._kind)
         self.world = join(executor, compiled.n_stages, watchdog)
         first = self.world.rank == 0  # who shows and writes
         self.loggers = Loggers(logger if first else None, tensorboard if first else None)
@@ -288,7 +288,7 @@ class Run:
         if decided != mine:
             config = replace(config, **decided)
         if config is not self.config:
-            self.expected = self.compiled.expect(config, self._optimizer_bytes)
+            self.expected = self.compiled.expect(config, self._kind)
         self.config = config
 
     def _launch(self, programs: list[StageProgram]) -> Executor:

@@ -16,7 +16,7 @@ from dtrp.partitioner import calibration
 from dtrp.partitioner.devices import LoopCost
 from dtrp.partitioner.stage_cost import stage_costs
 from dtrp.partitioner.training import Training
-from dtrp.runtime.optim import state_bytes
+from dtrp.runtime.optim import OptimizerKind
 from dtrp.runtime.schedule import Schedule
 
 from .toys import ADAMW, SGD, batches, compiled, mlp, trainer
@@ -62,16 +62,21 @@ def test_report_of_workers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "held"),
+    ("optimizer", "held", "adaptive"),
     [
-        (torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1), 0.0),
-        (SGD([nn.Parameter(torch.zeros(2))]), 1.0),
-        (ADAMW([nn.Parameter(torch.zeros(2))]), 2.0),
-        (torch.optim.AdamW([nn.Parameter(torch.zeros(2))], amsgrad=True), 3.0),
+        (torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.0), 0.0, False),
+        (SGD([nn.Parameter(torch.zeros(2))]), 1.0, False),
+        (ADAMW([nn.Parameter(torch.zeros(2))]), 2.0, True),
+        (torch.optim.AdamW([nn.Parameter(torch.zeros(2))], amsgrad=True), 3.0, True),
+        (torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))]), 1.0, False),
+        (torch.optim.LBFGS([nn.Parameter(torch.zeros(2))]), 2.0, True),  # whose step wants a closure
     ],
 )
-def test_what_an_optimizer_keeps(optimizer: torch.optim.Optimizer, held: float) -> None:
-    assert state_bytes(optimizer) == held
+def test_what_planning_knows_of_an_optimizer(
+    optimizer: torch.optim.Optimizer, held: float, adaptive: bool
+) -> None:
+    """Memory is planned by the one, micro-batches by the other."""
+    assert OptimizerKind.of(optimizer) == (held, adaptive)
 
 
 def test_the_report_is_priced_again_for_the_optimizer_that_is_used() -> None:
@@ -94,7 +99,7 @@ def test_more_stages_than_cores_are_priced_by_their_sum(monkeypatch: pytest.Monk
     assert report.tick_time == pytest.approx(sum(ticks) / 2)
     assert report.speedup <= 2
     assert report.lower_bound <= report.tick_time
-    assert "runs 2 of them at a time" in report.reason
+    assert "runs 2 at a time" in report.reason
     assert compiled(mlp(8), 2).report.tick_time == pytest.approx(
         max(s.tick_time for s in compiled(mlp(8), 2).report.stages)
     )
