@@ -69,6 +69,11 @@ class Planning:
         """The variant that was planned, and whose nodes the costs are of; others are laid over it."""
         return next(iter(self._variants.values()))
 
+    def changed(self) -> str:
+        """What of the model is not as it was when it was compiled; ``""`` if all is."""
+        with EXCLUSIVE:
+            return "" if self._watch is None else self._watch.changed()
+
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for a call with these arguments, unless planned already; again if the model was changed.
 
@@ -79,7 +84,7 @@ class Planning:
         """
         with EXCLUSIVE:
             self._call = args, kwargs
-            changed = self._watch.changed() if self._watch is not None else ""
+            changed = self.changed()
             if changed:
                 self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import threading
 from collections import namedtuple
 from functools import cache, partial
@@ -623,16 +622,6 @@ def test_a_forgotten_with(pipe: dtrp.Pipeline, caplog: pytest.LogCaptureFixture)
     del t
     gc.collect()
     assert "use `with pipe.trainer(...) as trainer:`" in caplog.text
-
-
-def test_freezing_after_the_start(caplog: pytest.LogCaptureFixture) -> None:
-    model = net()
-    pipe = dtrp.compile(model, n_gpus=2, example_inputs=X)
-    with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t, caplog.at_level(logging.WARNING):
-        t.step(X, Y)
-        model[2].bias.requires_grad_(False)
-        t.flush()
-        assert "requires_grad of '2.bias' was changed after training began" in caplog.text
 
 
 def test_files(pipe: dtrp.Pipeline, tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ class Compiled(Protocol):
         """Plan for this example, unless planned already."""
         ...
 
+    def changed(self) -> str:
+        """What of the model's structure or attributes is not as it was then; ``""`` if all is."""
+        ...
+
     def planned(self) -> str:
         """The plan as text, for another process to `adopt`."""
         ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .agreed import Agreed
 from .checkpoint import is_savable, read_content
 from .twins import attributes_of, set_attributes
 
@@ -32,7 +34,7 @@ class Owner:
     def __init__(self, model: nn.Module, loss: nn.Module | None) -> None:
         self.model, self.loss = model, loss
         self._tensors: dict[str, Tensor] = {}
-        self._trainable: dict[str, bool] = {}
+        self.agreed = Agreed({}, dict)
 
     def named_parameters(self, *, all_names: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's and the loss's, each once, or under every name that it has."""
@@ -55,15 +57,38 @@ class Owner:
 
     def begin(self) -> None:
         """A run begins with the tensors that are here now, and will give them back to these."""
-        self._trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         self._tensors = dict(self.named_parameters(all_names=True))
         self._tensors |= dict(self.named_buffers())
+        self.agreed = Agreed(self._tensors, self.attributes)
 
-    def switched(self) -> list[str]:
-        """Parameters whose ``requires_grad`` was changed since the run began; each is named once."""
-        now = {name: p.requires_grad for name, p in self.named_parameters() if name in self._trainable}
-        before, self._trainable = self._trainable, now
-        return [name for name in now if now[name] != before[name]]
+    def replaced(self) -> str:
+        """A parameter that is not the one that the run began with, or is new or gone; ``""``: none."""
+        now = dict(self.named_parameters(all_names=True))
+        before = {n: t for n, t in self._tensors.items() if isinstance(t, nn.Parameter)}
+        return next((n for n in {**before, **now} if now.get(n) is not before.get(n)), "")
+
+    @property
+    def trained(self) -> set[str]:
+        """Parameters that the run trains, by all their names."""
+        return {n for n, t in self._tensors.items() if t.requires_grad}
+
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Present values by name."""
+        return {name: self._tensors[name].detach() for name in names}
+
+    @contextmanager
+    def keeping(self, names: Iterable[str], assigned: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+        """What these tensors and attributes hold now they hold also after the stages have given theirs,
+        except tensors that the stages have written too."""
+        values = {name: value.clone() for name, value in self.values(names).items()}
+        agreed, self.agreed = self.agreed, Agreed(self._tensors, self.attributes)
+        yield
+        with torch.no_grad():
+            for name, value in values.items():
+                if agreed.holds(name):
+                    self._tensors[name].copy_(value)
+        present = self.attributes()
+        self.set_attributes({name: {**present.get(name, {}), **new} for name, new in assigned.items()})
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Copy what a stage gave (`Answers.state`) into the tensors of the same names; constants of the graph

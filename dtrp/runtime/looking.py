@@ -26,7 +26,7 @@ def evaluate(run: Run, loader: Iterable[Any], metric: Any) -> dict[str, Any]:
 
     def fed() -> Iterator[list[Feed]]:
         for number, batch in enumerate(chain([first], batches)):
-            _, tensors, target = run.ready(*as_call(batch))
+            _, tensors, target = run.ready(*as_call(batch), follow=False)
             yield feeds(run.eval_wiring, number, tensors, target)
 
     with run.rescued(), closing(executor.evaluate(fed(), measure)) as results:

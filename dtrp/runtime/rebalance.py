@@ -114,8 +114,8 @@ class Rebalancer:
         stats, fed = trainer.stats, trainer._history.fed
         before, self._since = self._since, stats
         self._batch, self._begun = fed, time.monotonic()
-        if before is None:
-            return False
+        if before is None or any(s.ticks < b.ticks for s, b in zip(stats, before, strict=True)):
+            return False  # or other stages have begun since (changes.py)
         self._looks += 1
         window = [s.since(b) for s, b in zip(stats, before, strict=True)]
         try:

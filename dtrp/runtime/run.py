@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import WorkerError
 from . import interrupts
 from .arguments import feeds, follow_batch, n_samples, split_batch, take_target, what_step_takes
+from .changes import Changes
 from .compensation import Joiner, Mini
 from .compiled import Compiled
 from .config import TrainConfig
@@ -92,9 +93,9 @@ class Run:
         self.loop: Loop | None = None
         self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
         self._seed: int | None = None
-        self._in_flight = False
-        self._stale = False  # the stages have newer weights than the model
-        self._modes: list[tuple[nn.Module, bool]] = []  # of all modules, when training began
+        self.in_flight = False
+        self.stale = False  # the stages have newer weights than the model
+        self.changes = Changes(self)
         self._along: list[bool] = []  # which model inputs have a row for each sample
         self._exact = False  # the exact order is followed for now
         self.exact_updates: float = config.exact_start
@@ -121,23 +122,29 @@ class Run:
 
     # ---- batches -------------------------------------------------------------------------------------------
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executor, list[Tensor], Any]:
-        """The running stages, a batch's tensors and its target; what can be refused is refused first."""
+    def ready(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, follow: bool = True
+    ) -> tuple[Executor, list[Tensor], Any]:
+        """The running stages, a batch's tensors and its target; what can be refused is refused first.
+
+        ``follow``: what the script has changed on the model.
+        """
         if self.closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        compiled, executor, has_target = self.compiled, self.executor, self.config.loss_fn is not None
+        compiled, has_target = self.compiled, self.config.loss_fn is not None
         inputs, named, target = take_target(compiled.model, args, kwargs, has_target=has_target)
-        if executor is not None:
-            self._check_modes()
+        if self.executor is not None:
+            if follow:
+                self.changes.follow(inputs, named)
         elif not compiled.model.training:
             compiled.model.train()
         try:
-            if executor is None:
+            if self.executor is None:
                 self.world.prepare(compiled, inputs, named)
             tensors = compiled.bind(inputs, named)
         except TypeError as e:
             raise TypeError(f"{e}; {what_step_takes(args, has_target)}") from None
-        return executor or self._start(tensors, target), tensors, target
+        return self.executor or self._start(tensors, target), tensors, target
 
     def add(self, executor: Executor, tensors: Sequence[Tensor], target: Any) -> None:
         """A batch of the user's goes in; what is finished is counted."""
@@ -147,19 +154,21 @@ class Run:
         if mini is not None:
             self._enter(executor, mini)
         self._collect(executor)
+        self.changes.in_step()
 
     def drain(self, *, close_group: bool = False) -> None:
         """Until nothing is in flight; the model has the newest weights then."""
         if self.executor is None:
             return
+        self.changes.hand_in()
         with interrupts.held(), self.rescued():
             mini = self.joiner.rest()
             if mini is not None:
                 self._enter(self.executor, mini)
             closes = close_group and self.history.gathered > 0
-            if self._in_flight or closes:
+            if self.in_flight or closes:
                 self.executor.drain(close_group=closes)
-                self._in_flight = False
+                self.in_flight = False
             if closes:
                 self.history.close_group()
             self._collect(self.executor, wait=True)
@@ -174,10 +183,10 @@ class Run:
                 slot = [feed._replace(part=i, parts=len(parts), share=share * weight) for feed in slot]
             executor.feed(slot)
         self.history.enter(mini.update.batches, self.config.accumulate)
-        self._in_flight = self._stale = True
+        self.in_flight = self.stale = True
         if self.config.exact or self._exact:
             executor.drain()
-            self._in_flight = False
+            self.in_flight = False
         if self._exact and self.history.updates >= self.exact_updates:
             self._follow(executor, exact=False)
         executor.throttle()
@@ -203,33 +212,16 @@ class Run:
         executor.call("follow", exact)
         self._exact = exact
 
-    def _check_modes(self) -> None:
-        """Stages have the modes of the moment when training began. (A model that is in eval mode as a whole
-        is being looked at; that changes nothing here.)"""
-        if self.compiled.model.training:
-            for module, mode in self._modes:
-                if module.training is not mode:
-                    raise RuntimeError(
-                        f"a {type(module).__name__} was put into {'eval' if mode else 'train'} mode after "
-                        f"training began, which its stage cannot follow; leave this trainer and go on with a "
-                        f"new one, pipe.trainer(...), which takes the modes as it finds them"
-                    )
-
     # ---- weights -------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
         """Bring the present weights, buffers and attributes into the model; batches in flight stay there."""
-        if self.executor is None or not self._stale:
+        if self.executor is None or not self.stale:
             return
         for state in self.executor.states():
             self.owner.take(state)
-        self._stale = self._in_flight
-        for name in self.owner.switched():
-            log.warning(
-                "requires_grad of %r was changed after training began, which stages need not notice; close "
-                "this trainer and make a new one with pipe.trainer(...)",
-                name,
-            )
+        self.stale = self.in_flight
+        self.changes.note()
 
     def rescued(self) -> Rescue:
         """Around what stages do."""
@@ -244,11 +236,10 @@ class Run:
         self.compiled.check_loss(self.config, tensors, target)
         self._choose_order(tensors, target)
         self.world.same_weights(self.owner)
-        self._modes = [(m, m.training) for m in self.compiled.model.modules()]
         programs = self.compiled.programs(self.owner.loss)
         if self._init is not None and self.world.materialise(self.owner, programs, self._init):
             programs = self.compiled.programs(self.owner.loss)
-        self.owner.begin()
+        self.changes.begin()
         if (other := _RUNS.get(id(self.compiled.model))) is not None and other.alive:
             log.warning(
                 "another trainer of this %s has not been left yet, and both change its weights: leave its "
@@ -273,6 +264,7 @@ class Run:
             executor.close()
             raise
         self.executor = executor
+        self.changes.note()
         self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return executor
 
@@ -300,12 +292,18 @@ class Run:
 
     def recut(self, move: Move) -> None:
         """Other stages go on from here, as if this run had been saved and loaded."""
-        state, old = RunState(self.content()), self.executor
+        state = RunState(self.content())
         programs, self.expected = self.compiled.recut(move, self.owner.loss)
+        self.replace(programs, state)
+
+    def replace(self, programs: list[StageProgram], state: RunState) -> None:
+        """Other stages go on in that state."""
+        old = self.executor
         executor = self.executor = self._launch(programs)
         if old is not None and old is not executor:
             old.close()
         self._hand_over(executor, state)
+        self.changes.note()
         if self._exact:
             self._follow(executor, exact=True)
 
@@ -365,6 +363,7 @@ class Run:
                 self._resume = state
             else:
                 self._hand_over(self.executor, state)
+                self.changes.note()
 
     def _hand_over(self, executor: Executor, state: RunState) -> None:
         """Bring the stages to a loaded state."""

@@ -158,7 +158,10 @@ class Trainer:
         return loss
 
     def flush(self) -> None:
-        """Train until nothing is in flight; the model has the newest weights then."""
+        """Train until nothing is in flight; the model has the newest weights then.
+
+        What is written into the model's weights after that, before the next batch, counts.
+        """
         self._run.drain()
 
     def fit(
@@ -394,6 +397,7 @@ class Trainer:
                 self._run.world.leave(error)
             if self._run.alive:
                 if error is None:
+                    self._run.changes.hand_in(leaving=True)
                     self.flush()
                 with interrupts.held(), self._run.rescued():
                     self.sync()

@@ -118,7 +118,7 @@ class Shared:
     """Class attributes and globals that a model's code names, to be put back."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._kinds = kinds_of(model)
+        self._kinds = kinds_of(model.modules())
         self._found = {
             (id(owner), name): (owner, name, vars(owner)[name]) for _, owner, name in _shared_by(self._kinds)
         }
@@ -151,7 +151,7 @@ def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 def shared_names(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """Class attributes and globals that code of the model's authors names: label, owner and name."""
-    return _shared_by(kinds_of(model))
+    return _shared_by(kinds_of(model.modules()))
 
 
 def _shared_by(kinds: Iterable[type]) -> Iterator[tuple[str, Any, str]]:
@@ -168,9 +168,9 @@ def _may_change(value: Any) -> bool:
     return isinstance(value, _SIMPLE) or changeable(value)
 
 
-def kinds_of(model: nn.Module) -> list[type]:
-    """The classes of the model's modules that are not torch's own."""
-    return list(dict.fromkeys(kind for m in model.modules() for kind in _kinds(m)))
+def kinds_of(modules: Iterable[nn.Module]) -> list[type]:
+    """The classes of modules that are not torch's own."""
+    return list(dict.fromkeys(kind for m in modules for kind in _kinds(m)))
 
 
 @functools.cache
@@ -269,6 +269,8 @@ class Watch:
         called: Collection[str] = (),
     ) -> None:
         self._model, self._whole, self._tensors = model, frozenset(whole), frozenset(tensors)
+        # What modules that really run do to globals and class attributes is theirs.
+        self._kinds = kinds_of(m for name, m in model.named_modules() if not within(name, self._whole))
         self._called = {id(m) for name, m in model.named_modules() if within(name, called)}
         self._quick = self._pointers()
         self._full = self._details()
@@ -297,7 +299,7 @@ class Watch:
             for name in values.keys() - _OWN:
                 value = values[name]
                 made.append(frozen(value) if changeable(value) else id(value))
-        made += [frozen(vars(owner)[name]) for _, owner, name in shared_names(self._model)]
+        made += [frozen(vars(owner)[name]) for _, owner, name in _shared_by(self._kinds)]
         return made
 
     def _details(self) -> dict[str, Any]:
@@ -323,6 +325,6 @@ class Watch:
                     found[f"the attribute {full!r}"] = (
                         id(value) if isinstance(value, torch.Tensor) else frozen(value)
                     )
-        for label, owner, name in shared_names(self._model):
+        for label, owner, name in _shared_by(self._kinds):
             found[f"{name!r} of {label}"] = frozen(vars(owner)[name])
         return found

@@ -1,0 +1,237 @@
+"""What the script changes on the model while a trainer runs: followed as the plain loop does, or refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
+
+Change = Callable[[nn.Sequential, int], None]
+DATA = batches(10, 8)
+inline_or_slow = pytest.mark.parametrize(
+    "executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)]
+)
+
+
+class Kept(nn.Module):
+    """Is kept whole, as it counts; is called with what the script sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.scale = 0, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x * self.scale
+
+
+class Annealed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tau = 1.0
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale / self.tau
+
+
+def make() -> nn.Sequential:
+    model = mlp(3, dropout=0.0)
+    model[3], model[7] = Annealed(), Kept()
+    return model
+
+
+def unfreezing(model: nn.Sequential, i: int) -> None:
+    if i == 0:
+        model[:6].requires_grad_(False)
+    if i in (3, 6):
+        model[6 - i : 6].requires_grad_(True)
+    if i == 7:
+        model[8].requires_grad_(False)
+
+
+def modes(model: nn.Sequential, i: int) -> None:
+    if i == 4:
+        model[5].eval()
+
+
+def attribute(model: nn.Sequential, i: int) -> None:
+    model[3].tau = 1.0 if i < 5 else 2.0
+
+
+def of_a_kept_module(model: nn.Sequential, i: int) -> None:
+    model[7].scale = 1.0 + i / 10
+
+
+def buffer(model: nn.Sequential, i: int) -> None:
+    model[3].scale.fill_(1.0 + i / 10)
+
+
+def clamped(model: nn.Sequential, i: int) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.2, 0.2)
+
+
+def clamped_data(model: nn.Sequential, i: int) -> None:
+    for p in model.parameters():
+        p.data.clamp_(-0.2, 0.2)
+
+
+def hooked(model: nn.Sequential, i: int) -> None:
+    if i == 4:
+        model[4].register_forward_hook(lambda module, args, output: output * 2)
+
+
+CHANGES = [modes, attribute, of_a_kept_module, buffer, clamped, clamped_data, hooked]
+
+
+def plain(change: Change, optimizer: Any, scheduler: Any) -> tuple[dict[str, Tensor], list[float]]:
+    model, losses = make(), []
+    o = optimizer(model.parameters())
+    s = scheduler(o) if scheduler else None
+    for i, (x, y) in enumerate(DATA):
+        change(model, i)
+        o.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        o.step()
+        if s:
+            s.step()
+        losses.append(loss.item())
+    return model.state_dict(), losses
+
+
+@inline_or_slow
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_plain_loop_does_the_same(change: Change, executor: str) -> None:
+    """A stage that went on with what it was made with would train something else, without a word."""
+    state, losses = plain(change, SGD, None)
+    model = make()
+    with trainer(compiled(model), executor, method="bp") as t:
+        for i, (x, y) in enumerate(DATA):
+            t.flush()
+            change(model, i)
+            t.step(x, y)
+    torch.testing.assert_close(torch.tensor(t.losses), torch.tensor(losses))
+    torch.testing.assert_close(model.state_dict(), state)
+    assert model[7].count == len(DATA)
+
+
+@inline_or_slow
+def test_optimizers_go_on(executor: str) -> None:
+    """Moments, and a scheduler's count, survive new stages; also of what was frozen in between."""
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
+    state, losses = plain(unfreezing, ADAMW, scheduler)
+    model = make()
+    with trainer(compiled(model), executor, method="bp", optimizer=ADAMW, lr_scheduler=scheduler) as t:
+        for i, (x, y) in enumerate(DATA):
+            unfreezing(model, i)
+            t.step(x, y)
+    torch.testing.assert_close(torch.tensor(t.losses), torch.tensor(losses))
+    torch.testing.assert_close(model.state_dict(), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [*CHANGES, unfreezing])
+def test_workers_follow_as_stages_in_this_process_do(change: Change) -> None:
+    """With batches in flight between the changes."""
+    states = []
+    for executor in ("inline", "workers"):
+        model = make()
+        with trainer(compiled(model), executor) as t:
+            for i, (x, y) in enumerate(DATA):
+                if i % 3 == 0:
+                    t.flush()
+                    change(model, i)
+                t.step(x, y)
+        states.append(model.state_dict())
+    assert same(*states)
+
+
+def test_weights_are_not_changed_under_batches_in_flight() -> None:
+    """The model's are old ones then: what is made of them would undo what was trained since."""
+    model = make()
+    with trainer(compiled(model)) as t:
+        t.step(*DATA[0])
+        clamped(model, 1)
+        with pytest.raises(RuntimeError, match=r"'0.weight' was changed .*: call trainer.flush\(\) before"):
+            t.step(*DATA[1])
+        t.flush()
+        clamped(model, 2)
+        t.step(*DATA[2])
+
+
+@pytest.mark.slow
+def test_a_buffer_is_filled_under_batches_in_flight(caplog: pytest.LogCaptureFixture) -> None:
+    """With workers the pipeline is emptied first, so that no earlier batch sees the new value."""
+    expected = make()
+    with trainer(compiled(expected), "workers") as t:
+        for i, (x, y) in enumerate(DATA):
+            t.flush()
+            buffer(expected, i)
+            t.step(x, y)
+    model = make()
+    with trainer(compiled(model), "workers") as t, caplog.at_level(logging.WARNING):
+        for i, (x, y) in enumerate(DATA):
+            buffer(model, i)
+            t.step(x, y)
+    assert same(model.state_dict(), expected.state_dict())
+    assert caplog.text.count("'3.scale' was changed by the script while batches were in flight") == 1
+
+
+@pytest.mark.parametrize("way", ["pruned", "replaced"])
+def test_other_parameters_need_another_trainer(way: str) -> None:
+    model = make()
+    with trainer(compiled(model)) as t:
+        t.step(*DATA[0])
+        t.flush()
+        if way == "pruned":
+            prune.l1_unstructured(model[4], "weight", 0.5)
+        else:
+            model[4] = nn.Linear(8, 8)
+        with pytest.raises(RuntimeError, match=r"parameter '4.weight' was replaced, .* new one"):
+            t.step(*DATA[1])
+
+
+@inline_or_slow
+def test_other_weights_for_an_evaluation(executor: str) -> None:
+    """Averaged weights are swapped in, evaluated, and swapped out again."""
+    model, averaged = mlp(3), mlp(3, seed=5)
+    with trainer(compiled(model), executor) as t:
+        for x, y in DATA[:4]:
+            t.step(x, y)
+        own = t.evaluate(DATA)
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(averaged.state_dict())
+        found = t.evaluate(DATA)["loss"]
+        model.load_state_dict(kept)
+        assert t.evaluate(DATA) == own
+    averaged.eval()
+    assert found == pytest.approx(sum(F.cross_entropy(averaged(x), y).item() for x, y in DATA) / len(DATA))
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_looking_at_the_model_in_eval_mode_changes_nothing(back: bool) -> None:
+    losses = []
+    for looks in (False, True):
+        model = mlp()
+        with trainer(compiled(model, 2)) as t:
+            for x, y in batches(6):
+                t.step(x, y)
+                if looks:
+                    model.eval()
+                    model(x)
+                    model.train(back)
+            t.flush()
+            losses.append(t.losses)
+    assert losses[0] == losses[1]
