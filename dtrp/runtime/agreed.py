@@ -73,4 +73,4 @@ def _scalars(attributes: Attributes) -> dict[tuple[str, str], Any]:
 def _digest(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return 0
-    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

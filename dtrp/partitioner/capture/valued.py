@@ -206,7 +206,7 @@ def followed(tracer: Any, model: nn.Module) -> Iterator[None]:
 
         return make
 
-    files = {kind.__module__ for kind in kinds_of(model)}
+    files = {kind.__module__ for kind in kinds_of(model.modules())}
     scopes = [vars(sys.modules[f]) for f in files if f in sys.modules and "int" not in vars(sys.modules[f])]
     with replaced(
         (builtins, "len", length),
