@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from .capture.custom import SameForm
 from .capture.gradients import regions
 from .capture.graph import Captured, ModeGraph
+from .capture.leaves import has_hooks
 from .capture.operators import Access
 from .eval_rules import rules_of_eval, units, without_cycles
 
@@ -38,6 +39,8 @@ TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.S
 """Leaves that a link can carry from stage to stage."""
 
 CALLS = ("call_function", "call_method", "call_module")
+
+_LIBRARIES = ("torch", "builtins", "operator", "_operator", "math", "dtrp")
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,23 @@ def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
         differentiable=frozenset(a.node.name for a in accesses if a.differentiable),
         written_inputs=frozenset(written),
         evaluate=evaluate,
-        drawing=frozenset(random) | (evaluate.drawing if evaluate is not None else frozenset()),
+        drawing=frozenset(random) | _foreign(gm) | (evaluate.drawing if evaluate else frozenset()),
     )
+
+
+def _foreign(gm: fx.GraphModule) -> frozenset[str]:
+    """Nodes that run code which is not torch's: it may draw from Python's and numpy's generators, unseen."""
+    found = set()
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            own = type(module).__module__.split(".")[0] != "torch" or has_hooks(module)
+        else:
+            kind = getattr(node.target, "__module__", None) or type(node.target).__module__
+            own = node.op == "call_function" and str(kind).split(".")[0] not in _LIBRARIES
+        if own:
+            found.add(node.name)
+    return frozenset(found)
 
 
 def _storage_rules(

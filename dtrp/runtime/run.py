@@ -214,10 +214,13 @@ class Run:
 
     # ---- weights -------------------------------------------------------------------------------------------
 
-    def sync(self) -> None:
-        """Bring the present weights, buffers and attributes into the model; batches in flight stay there."""
+    def sync(self, *, news: bool = False) -> None:
+        """Bring the present weights, buffers and attributes into the model; batches in flight stay there.
+        ``news``: and count what is finished."""
         if self.executor is None or not self.stale:
             return
+        if news:
+            self._collect(self.executor, wait=True)
         for state in self.executor.states():
             self.owner.take(state)
         self.stale = self.in_flight

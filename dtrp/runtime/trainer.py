@@ -400,7 +400,7 @@ class Trainer:
                     self._run.changes.hand_in(leaving=True)
                     self.flush()
                 with interrupts.held(), self._run.rescued():
-                    self.sync()
+                    self._run.sync(news=True)
                     self._stats = self.stats
                     events = self.events if self._run.records else []
                     if self._timeline is not None and self._run.world.rank == 0:

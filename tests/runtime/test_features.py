@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -578,3 +580,52 @@ def test_worker_processes_give_the_same_bits(name: str) -> None:
         found.append((copy.deepcopy(model.state_dict()), t.losses, evaluation))
     assert same(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
+
+
+class Mixes(nn.Module):
+    """Mixes its samples by a number that torch does not draw."""
+
+    def __init__(self, numpy: bool) -> None:
+        super().__init__()
+        self.numpy = numpy
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = float(np.random.rand()) if self.numpy else random.random()
+        return share * x + (1 - share) * x.flip(0)
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_numbers_of_python_and_numpy_are_seeded_too(numpy: bool) -> None:
+    """Unseeded, stages in two processes draw other ones than in one, and a recompute pass other ones
+    than the first forward."""
+    states = []
+    for ambient in (1, 2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Mixes(numpy), nn.Linear(8, 8), nn.Linear(8, 3))
+        pipe = compiled(model)
+        random.seed(ambient)
+        np.random.seed(ambient)
+        with trainer(pipe, seed=0) as t:
+            for x, y in batches(6):
+                t.step(x, y)
+        states.append(model.state_dict())
+    assert same(*states)
+
+
+def interrupted(t: dtrp.Trainer) -> None:
+    with t:
+        for x, y in batches(6):
+            t.step(x, y)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_has_its_losses() -> None:
+    """Those of the batches that were finished when the script was stopped, as with stages in this process."""
+    found = []
+    for executor in ("inline", "workers"):
+        t = trainer(compiled(), executor)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(t)
+        found.append(t.losses)
+    assert found[0] == found[1] != []
