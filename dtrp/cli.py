@@ -130,9 +130,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    import torch
-
-    from dtrp import loop_cost
+    from dtrp import accelerators, loop_cost
     from dtrp.partitioner.capture import capture
     from dtrp.partitioner.compiler import threads_per_stage
     from dtrp.partitioner.costs import cost_graph
@@ -157,7 +155,7 @@ def _plan(args: argparse.Namespace) -> int:
             f"--memory-limit has {len(limits)} sizes for {args.n_gpus} stages; give 1 or {args.n_gpus}"
         )
     limit = limits[0] if limits is not None and len(limits) == 1 else limits
-    here = "cuda:0" if torch.cuda.is_available() else "cpu"
+    here = str(next(iter(accelerators.here()), "cpu"))
     spec = device_spec(args.device or here, threads=threads_per_stage(args.n_gpus))
     if args.n_gpus > 1 and spec.kind == "cpu":
         spec = spec.with_loop(loop_cost.loop_cost())

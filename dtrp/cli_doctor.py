@@ -81,6 +81,8 @@ def self_test() -> str:
 def _machine() -> list[tuple[str, str, str]]:
     import torch
 
+    from dtrp import accelerators
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows = [
         ("python", platform.python_version(), platform.platform(terse=True)),
@@ -89,11 +91,11 @@ def _machine() -> list[tuple[str, str, str]]:
         ("cores", str(cores), "" if cores > 1 else "stages on one core train right, not faster"),
         ("shared memory", *_shared_memory()),
     ]
-    if not torch.cuda.is_available():
+    if not (devices := accelerators.here()):
         return [*rows, ("CUDA devices", "none", "stages run on CPU worker processes")]
-    for i in range(torch.cuda.device_count()):
-        known = torch.cuda.get_device_properties(i)
-        rows.append((f"cuda:{i}", known.name, f"{known.total_memory / 2**30:.0f} GiB"))
+    for device in devices:
+        size = f"{accelerators.memory(device) / 2**30:.0f} GiB"
+        rows.append((str(device), accelerators.name(device), size))
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from . import loop_cost
+from . import accelerators, loop_cost
 from .errors import CaptureError
 from .partitioner.compiler import Request, device_specs, threads_per_stage
 from .partitioner.devices import LoopCost
@@ -66,8 +66,8 @@ def compile(
     bandwidth : float, str or mapping, optional
         Bytes per second between stages, also text such as ``"25GB"``. Default: the devices' own. Stages in
         several nodes: ``{"node": "300GB", "net": "25GB", "per_node": 8}``, within a node and between two, and
-        the most stages of a node (or ``"nodes"``, how many there are; default: 2); which stages share a
-        node is part of the plan.
+        the most stages of a node (or ``"nodes"``, how many there are; default: 2, under a launcher as many
+        stages per node as it has started processes here); which stages share a node is part of the plan.
     plan : path or Plan, optional
         A plan to reuse; refused if it does not belong to this graph and these shapes.
     speed : sequence of float, optional
@@ -105,9 +105,11 @@ def compile(
         raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
     if costs not in COSTS:
         raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
+    ranked = launched.world_size() > 1
+    if ranked and isinstance(bandwidth, Mapping) and not {"nodes", "per_node"} & bandwidth.keys():
+        bandwidth = {**bandwidth, "per_node": min(launched.local_size(), len(places))}
     links = parse_links(bandwidth, len(places))
     speeds = _speeds(speed, len(places))
-    ranked = launched.world_size() > 1
     pipeline = Pipeline(
         model,
         Request(
@@ -214,14 +216,14 @@ def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) ->
         if n_gpus is not None and len(places) != n_gpus:
             raise ValueError(f"n_gpus={n_gpus} but {len(places)} devices: give one device per stage")
         return places
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = accelerators.here()
     ranks = launched.world_size()
-    n_stages = n_gpus or (ranks if ranks > 1 else there or 2)
+    n_stages = n_gpus or (ranks if ranks > 1 else len(there) or 2)
     if ranks > 1 and there:
-        return (torch.device("cuda"),) * n_stages  # which one is each rank's own to say
-    if there == 0:
+        return (torch.device(there[0].type),) * n_stages  # which one is each rank's own to say
+    if not there:
         log.info("no CUDA device is there: %d stage(s) on CPU worker processes", n_stages)
         return (torch.device("cpu"),) * n_stages
-    if n_stages > there:
-        log.warning("n_gpus=%d but %d CUDA device(s) are there: stages share devices", n_stages, there)
-    return tuple(torch.device("cuda", k % there) for k in range(n_stages))
+    if n_stages > len(there):
+        log.warning("n_gpus=%d but %d device(s) are there: stages share devices", n_stages, len(there))
+    return tuple(there[k % len(there)] for k in range(n_stages))

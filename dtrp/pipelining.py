@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from . import accelerators
 from .errors import PlanMismatchError
 from .partitioner.compiler import Compiled
 from .runtime.program import StageProgram
@@ -51,8 +52,8 @@ def pipeline_stages(
             f"let one rank plan and save it, pipe.plan.save(path), and compile with plan=path on all of them"
         )
     device = torch.device(mesh.device_type)
-    if device.type != "cpu":
-        device = torch.device(device.type, torch.accelerator.current_device_index())
+    if accelerators.is_one(device):
+        device = accelerators.in_use()
     stages = []
     for program in programs[rank::size]:
         module = program.module.to(device)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from dtrp import accelerators
 from dtrp.files import write_text
 from dtrp.partitioner.devices import GB, DeviceSpec, Kernels
 
@@ -43,15 +44,15 @@ def calibrate(device: torch.device, threads: int | None = None) -> DeviceSpec:
 
     ``threads`` is what a stage on the CPU will have; default: what torch uses here.
     """
-    threads = 0 if device.type == "cuda" else threads or torch.get_num_threads()
+    threads = 0 if accelerators.is_one(device) else threads or torch.get_num_threads()
     return _calibrated(device, threads, identity(device, threads))
 
 
 @functools.lru_cache(maxsize=32)
 def _calibrated(device: torch.device, threads: int, key: str) -> DeviceSpec:
     # Not measured: not of the cache.
-    bandwidth, latency = _CUDA_LINK if device.type == "cuda" else _CPU_LINK
-    cores = 0 if device.type == "cuda" else available_cores()
+    bandwidth, latency = _CUDA_LINK if accelerators.is_one(device) else _CPU_LINK
+    cores = 0 if accelerators.is_one(device) else available_cores()
     cached = read_cache("calibration", key)
     if cached is not None:
         with contextlib.suppress(TypeError, ValueError, KeyError):
@@ -95,8 +96,8 @@ def _cache_file(kind: str, key: str) -> Path:
 
 def identity(device: torch.device, threads: int) -> str:
     """What measurements hold for: the device, the threads and the torch that they were made with."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}|torch {torch.__version__}"
+    if accelerators.is_one(device):
+        return f"{accelerators.name(device)}|torch {torch.__version__}"
     return f"{_cpu_name()}|{threads} threads|torch {torch.__version__}"
 
 
@@ -121,7 +122,7 @@ def _cpu_name() -> str:
 
 
 def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -> DeviceSpec:
-    cuda = device.type == "cuda"
+    cuda = accelerators.is_one(device)
     flops: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         fast = dtype in (torch.float32, torch.bfloat16)  # some CPUs take ages for the others
@@ -144,11 +145,11 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
 
     overhead = best_time(many, device, budget=0.02) / 100
     spec = DeviceSpec(
-        name=torch.cuda.get_device_name(device) if cuda else f"CPU ({_cpu_name()})",
+        name=accelerators.name(device) if cuda else f"CPU ({_cpu_name()})",
         flops=flops,
         memory_bandwidth=bandwidth,
         launch_overhead=overhead,
-        memory_bytes=float(torch.cuda.get_device_properties(device).total_memory if cuda else _cpu_memory()),
+        memory_bytes=float(accelerators.memory(device) if cuda else _cpu_memory()),
         link_bandwidth=link_bandwidth,
         link_latency=link_latency,
         kind="cuda" if cuda else "cpu",
@@ -190,7 +191,7 @@ def best_time(
     function: Callable[[], Any], device: torch.device, *, budget: float, least: int = 3, warm_up: int = 1
 ) -> float:
     """Seconds of the fastest of several calls, within about ``budget`` seconds in all."""
-    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
+    wait = functools.partial(accelerators.wait, device) if accelerators.is_one(device) else _nothing
     for _ in range(warm_up):
         function()
     wait()

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dtrp import accelerators
+
 GB = 1e9
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -266,7 +268,7 @@ def device_spec(device: str | torch.device | DeviceSpec, *, threads: int | None 
         ) from None
     if place.type == "meta":
         place = torch.device("cpu")
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if accelerators.is_one(place) and place.type not in {device.type for device in accelerators.here()}:
         raise ValueError(
             f"device {str(device)!r} is not available here; to plan for a GPU that is not at hand, name its "
             f"kind: one of {', '.join(_PUBLISHED)}"

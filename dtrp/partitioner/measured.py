@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from dtrp import accelerators
 from dtrp.partitioner.calibration import best_time, clock, identity, read_cache, using_threads, write_cache
 from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
@@ -137,15 +138,16 @@ class _Clock:
 
     def _times(self) -> dict[str, list[float]]:
         """Seconds of each node in the last run, forward and backward."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if accelerators.is_one(self.device):
+            accelerators.wait(self.device)
         times: dict[str, list[float]] = {n: [0.0, 0.0] for n in self.costs}
         for node, which, start, stop in self.spans:
             times[node][which] += self._seconds(start, stop)
         return times
 
     def _seconds(self, start: Any, stop: Any) -> float:
-        return float(start.elapsed_time(stop) / 1e3 if self.device.type == "cuda" else stop - start)
+        on_device = accelerators.is_one(self.device)
+        return accelerators.seconds(start, stop) if on_device else float(stop - start)
 
     def _once(self, inputs: Sequence[Any]) -> None:
         """One forward and one backward of the whole graph, node by node."""
@@ -257,12 +259,10 @@ class _Clock:
 
     @contextmanager
     def _timed(self, node: str, which: int) -> Iterator[None]:
-        if self.device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
+        if accelerators.is_one(self.device):
+            start = accelerators.mark(self.device, timed=True)
             yield
-            stop.record()
-            self.spans.append((node, which, start, stop))
+            self.spans.append((node, which, start, accelerators.mark(self.device, timed=True)))
         else:
             begun = self.clock()
             yield
@@ -278,8 +278,8 @@ class _Clock:
             self.spans.clear()
             with self._timed("", 1):
                 torch.autograd.grad([same], [leaf], [gradient], allow_unused=True)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if accelerators.is_one(self.device):
+                accelerators.wait(self.device)
             _, _, start, stop = self.spans[0]
             least = min(least, self._seconds(start, stop))
         return least
@@ -357,9 +357,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 def _place(spec: DeviceSpec) -> torch.device:
     if spec.kind == "cpu":
         return torch.device("cpu")
-    for i in range(torch.cuda.device_count()):
-        if torch.cuda.get_device_name(i) == spec.name:
-            return torch.device("cuda", i)
+    for device in accelerators.here():
+        if accelerators.name(device) == spec.name:
+            return device
     raise ValueError(
         f"costs='measured' runs the model on the device, and there is no {spec.name} here; use "
         f"costs='analytic' to plan for a device that is not at hand"

@@ -22,7 +22,7 @@ def squared_norm(parameters: Collection[nn.Parameter]) -> float:
         return 0.0
     norms = torch._foreach_norm(gradients)
     # One look at a device, not one per tensor; on the host a few numbers are read faster than stacked.
-    few = len(norms) < 16 and not norms[0].is_cuda
+    few = len(norms) < 16 and norms[0].device.type == "cpu"
     return math.fsum(n**2 for n in (map(float, norms) if few else torch.stack(norms).double().tolist()))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import accelerators
 from .batch import Loss, WithExtra
 
 
@@ -87,22 +88,20 @@ class Report:
     """The loss of a mini-batch on its way to the caller."""
 
     batch: int
-    loss: Tensor  # in host memory; on its way there where it comes from a CUDA device
-    arrival: torch.cuda.Event | None = None
+    loss: Tensor  # in host memory; on its way there where it comes from an accelerator
+    arrival: torch.Event | None = None
 
     @classmethod
     def of(cls, batch: int, loss: Tensor) -> Report:
         """Starts the loss on its way to the host without waiting for the device."""
-        if not loss.is_cuda:
+        if loss.device.type == "cpu":
             return cls(batch, loss)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         host = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
-        arrived.record()
-        return cls(batch, host, arrived)
+        return cls(batch, host, accelerators.mark(loss.device))
 
     def ready(self) -> bool:
         """Whether the loss can be read without waiting."""
-        return self.arrival is None or bool(self.arrival.query())  # type: ignore[no-untyped-call]
+        return self.arrival is None or bool(self.arrival.query())
 
     def value(self) -> Loss:
         """The loss; waits for it."""

@@ -7,22 +7,22 @@ import resource
 import time
 from collections import Counter, defaultdict, deque
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from .. import accelerators
 from .events import Event
 from .links import Channel
 from .stats import WORK, StageStats
 
-Mark = float | tuple[float, torch.cuda.Event]
+Mark = float | tuple[float, torch.Event]
 Wait = tuple[float, float]  # when it began; processor time when this stage was last at it
 
 
 class Meter:
     """Measures one stage.
 
-    Work on a CUDA device goes on after the call that started it has returned: there it is timed by events
+    Work on an accelerator goes on after the call that started it has returned: there it is timed by events
     on the device, which are read when they have passed, never waited for.
     """
 
@@ -36,7 +36,7 @@ class Meter:
         self.rounds = 0
         self.stashed = self.graphs = 0  # now
         self.most_stashed = self.most_graphs = 0
-        self._on_device = device.type == "cuda"
+        self._on_device = accelerators.is_one(device)
         self._before = 0 if self._on_device else max(0, resident("VmRSS:") - holds)
         self._seconds: defaultdict[str, float] = defaultdict(float)  # by kind
         self._counts: Counter[str] = Counter()
@@ -47,7 +47,7 @@ class Meter:
         self._round = self._ended = 0.0  # when it began; when the last one ended
         self._cpu = self._cpu_round = 0.0  # processor time: of all rounds; when this one began
         self._apart = 0.0  # seconds of this round that are not the loop's own
-        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event, str]] = deque()
+        self._marks: deque[tuple[torch.Event, torch.Event, str]] = deque()
 
     @property
     def phase(self) -> str:
@@ -89,7 +89,7 @@ class Meter:
         self.doing = kind
         self._worked = True
         now = time.perf_counter()
-        return (now, self._mark()) if self._on_device else now
+        return (now, accelerators.mark(self.device, timed=True)) if self._on_device else now
 
     def stop(self, mark: Mark, kind: str, batch: int) -> None:
         """It ends."""
@@ -97,7 +97,7 @@ class Meter:
         self.done += 1
         if isinstance(mark, tuple):
             start = mark[0]
-            self._marks.append((mark[1], self._mark(), kind))
+            self._marks.append((mark[1], accelerators.mark(self.device, timed=True), kind))
             self._read_marks()
         else:
             start = mark
@@ -170,21 +170,16 @@ class Meter:
             Event(self.stage, tick, kind, batch, version, start, end, self.stashed, self.graphs)
         )
 
-    def _mark(self) -> torch.cuda.Event:
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event  # type: ignore[no-any-return]
-
     def _read_marks(self) -> None:
-        while self._marks and self._marks[0][1].query():  # type: ignore[no-untyped-call]
+        while self._marks and self._marks[0][1].query():
             start, end, kind = self._marks.popleft()
-            self._seconds[kind] += start.elapsed_time(end) / 1e3
+            self._seconds[kind] += accelerators.seconds(start, end)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most allocated on a CUDA device by this process; on CPU its largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Bytes: the most allocated on a device by this process; on CPU its largest resident size."""
+    if accelerators.is_one(device):
+        return accelerators.most_allocated(device)
     return resident("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import accelerators
+
 
 def pass_seed(seed: int, batch: int, stage: int, part: int = 0) -> int:
     """The 63-bit seed of a stage's passes over micro-batch ``part`` of batch ``batch`` (all from 0)."""
@@ -30,9 +32,8 @@ def pass_seed(seed: int, batch: int, stage: int, part: int = 0) -> int:
 def seed_all(seed: int, device: torch.device) -> None:
     """Start torch's (CPU and ``device``), numpy's and Python's generators from ``seed``."""
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
+    if accelerators.is_one(device):
+        accelerators.seed(device, seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -41,13 +42,13 @@ def seed_all(seed: int, device: torch.device) -> None:
 def preserved(devices: Iterable[torch.device]) -> Iterator[None]:
     """All generators are as before afterwards."""
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
+    states = [(d, accelerators.random_state(d)) for d in devices if accelerators.is_one(d)]
     try:
         yield
     finally:
         torch.set_rng_state(cpu)
-        for device, state in cuda:
-            torch.cuda.set_rng_state(state, device)
+        for device, state in states:
+            accelerators.set_random_state(device, state)
         random.setstate(python)
         np.random.set_state(numpy_state)
 
@@ -58,20 +59,15 @@ def random_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if _cuda_is_used() else [],
+        "cuda": accelerators.random_states(),
         "python": (version, internal, gauss),
         "numpy": (str(name), [int(k) for k in keys], int(position), int(has_gauss), float(cached)),
     }
 
 
-def _cuda_is_used() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set the generators to what `random_state` gave; CUDA's only where the devices are as many."""
+    """Set the generators to what `random_state` gave; accelerators' only where they are as many."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    accelerators.set_random_states(state["cuda"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

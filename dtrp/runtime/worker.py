@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .. import accelerators
 from .batch import Feed, Loss, Skip, Update
 from .config import TrainConfig
 from .environment import Environment
@@ -161,8 +162,8 @@ class Worker:
         torch.set_num_threads(setup.config.threads)
         if setup.random is not None:
             set_random_state(setup.random)
-        if setup.program.device.type == "cuda":
-            torch.cuda.set_device(setup.program.device)
+        if accelerators.is_one(setup.program.device):
+            accelerators.use(setup.program.device)
         self.stage = Stage(setup.program, setup.config, self.links, seed=setup.seed, record=setup.record)
         self.links.allow(partial(self.stage.schedule.places, self.stage.stage))
 

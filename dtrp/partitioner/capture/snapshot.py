@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from ... import accelerators
 from .state import Held, Shared
 
 
@@ -107,16 +108,14 @@ class Contents:
 def preserved_randomness() -> Iterator[None]:
     """On leaving, put back the random state of torch (all devices in use), numpy and Python."""
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if used else []
+    devices = accelerators.random_states()
     try:
         yield
     finally:
         torch.set_rng_state(cpu)
         random.setstate(python)
         np.random.set_state(numpy)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        accelerators.set_random_states(devices)
 
 
 def foreign_randomness() -> tuple[Any, ...]:

@@ -167,7 +167,7 @@ def require(found: Differences, allowed: float, submodules: Sequence[Sequence[st
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """On CUDA, convolutions round to 10 bits of mantissa (TF32) by default: no reference for 1e-4."""
-    if not any(p.is_cuda for p in model.parameters()):
+    if not any(p.device.type == "cuda" for p in model.parameters()):
         yield
         return
     cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()

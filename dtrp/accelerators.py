@@ -1,0 +1,100 @@
+"""What is asked of accelerators: by torch.accelerator and the module of a device's kind, and only here.
+
+Everything else takes devices as they are and asks this file, so that no kind is special. On a machine without
+any, `here` is empty, and nothing else in this file runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def here() -> list[torch.device]:
+    """The accelerators of this machine, of the kind that torch is for."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is None:
+        return []
+    return [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+
+
+def is_one(device: torch.device) -> bool:
+    """Whether work on this device goes on after the call that started it has returned."""
+    return device.type not in ("cpu", "meta")
+
+
+def name(device: torch.device) -> str:
+    """What its maker calls it."""
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that it has."""
+    return torch.accelerator.get_memory_info(device)[1]
+
+
+def most_allocated(device: torch.device) -> int:
+    """Bytes that this process's tensors have taken at most."""
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def use(device: torch.device) -> None:
+    """What names no number means this device from now on, in this process."""
+    torch.accelerator.set_device_index(device)
+
+
+def in_use() -> torch.device:
+    """What `use` said last."""
+    return here()[torch.accelerator.current_device_index()]
+
+
+def wait(device: torch.device) -> None:
+    """Until all that was started there is done."""
+    torch.accelerator.synchronize(device)
+
+
+def mark(device: torch.device, *, timed: bool = False) -> torch.Event:
+    """An event behind what was started there until now; whether it has passed, and when, can be asked."""
+    event = torch.Event(device, enable_timing=timed)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def seconds(start: torch.Event, end: torch.Event) -> float:
+    """Between two timed events that have passed."""
+    return float(start.elapsed_time(end)) / 1e3
+
+
+# ---- random numbers ----------------------------------------------------------------------------------------
+
+
+def seed(device: torch.device, number: int) -> None:
+    """Start the device's generator."""
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    with torch.accelerator.device_index(index):
+        torch.get_device_module(device).manual_seed(number)
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """Of its generator."""
+    state: torch.Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    torch.get_device_module(device).set_rng_state(state, device)
+
+
+def random_states() -> list[torch.Tensor]:
+    """Of all generators, where this process has begun to use accelerators: asking would begin it."""
+    kind: Any = torch.accelerator.current_accelerator()
+    used = kind is not None and torch.get_device_module(kind).is_initialized()
+    return [random_state(device) for device in here()] if used else []
+
+
+def set_random_states(states: list[torch.Tensor]) -> None:
+    """What `random_states` gave, where there are as many devices."""
+    if states and len(states) == len(here()):
+        for device, state in zip(here(), states, strict=True):
+            set_random_state(device, state)
