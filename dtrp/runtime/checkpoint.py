@@ -15,7 +15,7 @@ import secrets
 import shutil
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .folder import (
+    Wanted,
     check_replaceable,
     entries_of,
     existing,
@@ -176,10 +177,9 @@ def _write_file(path: Path, data: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_checkpoint(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
-) -> dict[str, Any]:
-    """What `write_checkpoint` was given; of a folder, the tensors wanted (``section.name``), others on meta.
+def read_checkpoint(path: str | os.PathLike[str], wanted: Wanted = lambda name: True) -> dict[str, Any]:
+    """What `write_checkpoint` was given; of a folder, the tensors wanted (``section.name``; `read_folder`),
+    others on meta.
 
     Raises
     ------
@@ -194,9 +194,7 @@ def read_checkpoint(
     return {k: v for k, v in content.items() if k not in ("format", "version")}
 
 
-def read_content(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
-) -> dict[str, Any]:
+def read_content(path: str | os.PathLike[str], wanted: Wanted = lambda name: True) -> dict[str, Any]:
     """As `read_checkpoint`, of any file of plain data; ours has a ``"format"``, and is as it was written.
 
     Raises

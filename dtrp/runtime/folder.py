@@ -79,9 +79,12 @@ def write_folder(
         sync(folder)
 
 
-def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    """What was written, with tensors on the meta device in the places of those not wanted. Executes no code
-    from it."""
+Wanted = Callable[[str], "bool | Tensor"]
+
+
+def read_folder(folder: Path, wanted: Wanted = lambda name: True) -> dict[str, Any]:
+    """What was written, with tensors on the meta device in the places of those not wanted; ``wanted`` may
+    give the tensor that one is to be read into. Executes no code from it."""
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -94,15 +97,13 @@ def read_folder(folder: Path, wanted: Callable[[str], bool] = lambda name: True)
             return metadata
 
     reader = Reader(folder)
-    entries: dict[str, Any] = {
-        name: torch.empty(
-            entry.size,
-            dtype=entry.properties.dtype,
-            device="cpu" if name == _PLAIN or wanted(name) else "meta",
-        )
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    entries: dict[str, Any] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            into = name == _PLAIN or wanted(name)
+            dtype, device = entry.properties.dtype, "meta" if into is False else "cpu"
+            fits = isinstance(into, Tensor) and (into.shape, into.dtype) == (entry.size, dtype)
+            entries[name] = into if fits else torch.empty(entry.size, dtype=dtype, device=device)
     if _PLAIN not in entries:
         raise ValueError("it is no folder of `trainer.save`")
     with _quiet():

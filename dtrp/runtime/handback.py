@@ -50,6 +50,11 @@ class Owner:
             for name, b in self.loss.named_buffers(remove_duplicate=False):
                 yield f"{LOSS}.{name}", b
 
+    @property
+    def on_meta(self) -> bool:
+        """Whether some of it has no values here: other ranks' stages hold them."""
+        return any(t.is_meta for _, t in chain(self.named_parameters(), self.named_buffers()))
+
     def first_names(self) -> dict[str, str]:
         """Every name of every parameter -> the first one that it has."""
         first: dict[int, str] = {}

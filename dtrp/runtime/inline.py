@@ -228,11 +228,12 @@ def finish(job: Job) -> Any:
     raise AssertionError("a value is missing that an earlier stage should have sent")
 
 
-def private(program: StageProgram) -> StageProgram:
+def private(program: StageProgram, *, apart: bool = True) -> StageProgram:
     """The program with module objects of its own, as a worker process has them: the model's `train` and
-    `eval` are not the trainer's. Tensors are shared, but for parameters that belong to another stage."""
+    `eval` are not the trainer's. Tensors are shared, but (``apart``) for parameters that belong to another
+    stage."""
     parameters = dict(program.module.named_parameters())
-    held = {id(parameters[name]) for name in program.guests}
+    held = {id(parameters[name]) for name in program.guests if apart}
     tensors = [*program.module.parameters(), *program.module.buffers()]
     module = private_copy(program.module, [(t, t) for t in tensors if id(t) not in held])
     return dataclasses.replace(program, module=module)

@@ -36,39 +36,49 @@ def materialise(model: nn.Module, held: Collection[Tensor], init: Fill | str | o
             for key, t in kept.items():
                 if t is not None and id(t) in wanted:
                     places.setdefault(id(t), []).append((kept, key, f"{path}.{key}".lstrip(".")))
-    names = [[name for *_, name in spots] for spots in places.values()]
-    fill = init if callable(init) else reader(Path(init), names)
-    for spots in places.values():
-        old = spots[0][0][spots[0][1]]
-        real = torch.empty_like(old, device="cpu", requires_grad=False)
-        with torch.no_grad():
-            fill(spots[0][2], real)
-        made = nn.Parameter(real, old.requires_grad) if isinstance(old, nn.Parameter) else real
+    made = [(spots, _blank(_held(spots[0]))) for spots in places.values()]
+    with torch.no_grad():
+        if callable(init):
+            for spots, real in made:
+                init(spots[0][2], real)
+        else:
+            _fill(Path(init), [([name for *_, name in spots], real) for spots, real in made])
+    for spots, real in made:
+        old = _held(spots[0])
+        new = nn.Parameter(real, old.requires_grad) if isinstance(old, nn.Parameter) else real
         for kept, key, _ in spots:
-            kept[key] = made
+            kept[key] = new
 
 
-def reader(folder: Path, names: Collection[list[str]]) -> Fill:
-    """Fills tensors from a folder; ``names``: all that each of them has."""
-    aliases = {first: (first, *others) for first, *others in names}
+def _blank(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", requires_grad=False)
+
+
+def _held(spot: tuple[dict[str, Any], str, str]) -> Tensor:
+    kept, key, _ = spot
+    tensor: Tensor = kept[key]
+    return tensor
+
+
+def _fill(folder: Path, blank: Collection[tuple[list[str], Tensor]]) -> None:
+    """Read tensors from a folder, each by any of its names."""
     files = sorted(folder.glob("*.safetensors"))
-    read = _safetensors(files) if files else _saved(folder, {n for several in names for n in several})
-
-    def fill(name: str, tensor: Tensor) -> None:
-        found = next((value for n in aliases[name] if (value := read(n)) is not None), None)
+    read = _safetensors(files) if files else _saved(folder, {n: t for names, t in blank for n in names})
+    for names, tensor in blank:
+        found = next((value for n in names if (value := read(n)) is not None), None)
         if found is None:
             raise CheckpointError(
-                f"{folder} has no values for {name!r}; a buffer that is no part of files must be made real "
-                f"when the model is built: put only parameters on the meta device, or give init a function"
+                f"{folder} has no values for {names[0]!r}; a buffer that is no part of files must be made "
+                f"real when the model is built: put only parameters on the meta device, or give init a "
+                f"function"
             )
         if found.shape != tensor.shape:
             raise CheckpointError(
-                f"{folder} belongs to another model: {name!r} has shape {tuple(found.shape)} there, "
+                f"{folder} belongs to another model: {names[0]!r} has shape {tuple(found.shape)} there, "
                 f"{tuple(tensor.shape)} here"
             )
-        tensor.copy_(found)
-
-    return fill
+        if found is not tensor:
+            tensor.copy_(found)
 
 
 def _safetensors(files: Collection[Path]) -> Callable[[str], Tensor | None]:
@@ -94,10 +104,14 @@ def _safetensors(files: Collection[Path]) -> Callable[[str], Tensor | None]:
     return read
 
 
-def _saved(folder: Path, names: Collection[str]) -> Callable[[str], Tensor | None]:
+def _saved(folder: Path, blank: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]:
+    """Of `Trainer.save`, read straight into their places: the folder's tensors are needed nowhere else."""
     if not existing(folder).is_dir():
-        raise CheckpointError(f"init={os.fspath(folder)!r}: there is no such folder")
-    wanted = {f"{section}.{name}" for name in names for section in ("model", "extra")}
-    content = read_checkpoint(folder, lambda entry: entry in wanted)
+        raise CheckpointError(
+            f"{os.fspath(folder)!r} is no folder, from which alone a model on the meta device can be made "
+            f"real stage by stage: of *.safetensors, or of trainer.save('run/')"
+        )
+    into = {f"{section}.{name}": t for name, t in blank.items() for section in ("model", "extra")}
+    content = read_checkpoint(folder, lambda entry: into.get(entry, False))
     found: Mapping[str, Any] = {**content["extra"], **content["model"]}
     return found.get

@@ -91,7 +91,7 @@ class Run:
         self.closed = False
         self.executor: Executor | None = None
         self.loop: Loop | None = None
-        self._resume: RunState | None = None  # loaded, to be handed to the stages when they start
+        self.resume: RunState | None = None  # loaded, to be handed to the stages when they start
         self._seed: int | None = None
         self.in_flight = False
         self.stale = False  # the stages have newer weights than the model
@@ -240,7 +240,8 @@ class Run:
         self._choose_order(tensors, target)
         self.world.same_weights(self.owner)
         programs = self.compiled.programs(self.owner.loss)
-        if self._init is not None and self.world.materialise(self.owner, programs, self._init):
+        init = self.resume.origin if self.resume is not None and self.resume.partial else self._init
+        if init is not None and self.world.materialise(self.owner, programs, init):
             programs = self.compiled.programs(self.owner.loss)
         self.changes.begin()
         if (other := _RUNS.get(id(self.compiled.model))) is not None and other.alive:
@@ -250,7 +251,7 @@ class Run:
                 type(self.compiled.model).__name__,
             )
         _RUNS[id(self.compiled.model)] = self
-        resume, self._resume = self._resume, None
+        resume, self.resume = self.resume, None
         self._seed = self._base_seed(len(programs), resume)
         executor = self._launch(programs)
         try:
@@ -274,7 +275,7 @@ class Run:
     def _choose_order(self, tensors: Sequence[Tensor], target: Any) -> None:
         """A resumed run goes on in the order that it was saved with, unless another was asked for."""
         self._along = follow_batch(tensors)
-        saved = {} if self._resume is None else self._resume.counters.get("order", {})
+        saved = {} if self.resume is None else self.resume.counters.get("order", {})
         config = self.config.decided(**saved) if saved else self.config
         if config.is_open or config.parts > 1:
             config = self.compiled.choose_order(config, tensors, target)
@@ -334,7 +335,7 @@ class Run:
         self.drain()
         names = self.owner.first_names()
         stages = [] if self.executor is None else self.executor.call("training_state", names)
-        return (self._resume or self.gather(stages)).to_write(self.owner)
+        return (self.resume or self.gather(stages)).to_write(self.owner)
 
     def gather(self, stages: Sequence[Any]) -> RunState:
         """From what the stages gave (`Answers.training_state`)."""
@@ -350,7 +351,7 @@ class Run:
         """Go on from what is saved there; how far that run was."""
         if self.closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        state = RunState.read(self.world.read(path), os.fspath(path))
+        state = RunState.read(self.world.read(path, self.owner), os.fspath(path))
         self.adopt(state)
         return state.counters
 
@@ -363,7 +364,7 @@ class Run:
             self.history.restore(state.counters)
             self.joiner.updates = state.counters["updates"]
             if self.executor is None:
-                self._resume = state
+                self.resume = state
             else:
                 self._hand_over(self.executor, state)
                 self.changes.note()
@@ -372,6 +373,7 @@ class Run:
         """Bring the stages to a loaded state."""
         if self._seed is not None and state.counters["seed"] is not None:
             self._seed = state.counters["seed"]
+        state = self.world.complete(state, self.owner)
         executor.call("load_state", *state.modules())
         executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))
 

@@ -11,8 +11,9 @@ Two levels of plain data, section -> name -> value, free of stages:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -102,6 +103,12 @@ class RunState:
         counters: Mapping[str, Any] = self.content["counters"]
         return counters
 
+    @property
+    def partial(self) -> bool:
+        """Whether only some of its tensors were read; others are on the meta device."""
+        named = chain(by_name(self.content).items(), *(self.content[key].items() for key in SECTIONS))
+        return any(isinstance(value, Tensor) and value.is_meta for _, value in named)
+
     def to_write(self, owner: Owner) -> dict[str, Any]:
         """All sections, with the modules' present state."""
         return {**self.content, **owner.state()}
@@ -137,6 +144,19 @@ class RunState:
         saved = {key: self.content[key] for key in (*SECTIONS, "training")}
         ambient = None if draws_here else self.content["ambient"]
         return saved, self.counters["seed"], ambient, owner.first_names()
+
+
+def concerns(entry: str, names: Collection[str], *, training: bool) -> bool:
+    """Whether an entry of a saved folder is needed where parameters and buffers of these names are;
+    ``training``: with what the optimizer keeps of them."""
+    section, _, name = entry.partition(".")
+    if section in SECTIONS:
+        kind, _, rest = name.partition(".")
+        if section == "optimizer" and kind != "state":
+            return True  # options are compared
+        name = rest.rpartition(".")[0] if section == "optimizer" else name
+        return training and (not name or name in names)  # without a name: the optimizer's as a whole
+    return section not in ("model", "extra", "loss") or (entry if section == "loss" else name) in names
 
 
 def check_builds(owner: Owner, config: TrainConfig) -> Optimizer:

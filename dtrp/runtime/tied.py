@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 
+import torch
 from torch import Tensor
 
 from .batch import Update
@@ -81,9 +82,10 @@ class TiedGradients:
             message = yield from receive(self.links, self.meter, channel, slot)
             for name, gradient in zip(self.owned[guest], message.values, strict=True):
                 total[name] = _add(total[name], gradient)
+            del message
         for name in self.names:
             parameter = self.weights.trainable[name]
-            parameter.grad = _add(self.earlier.pop(name), _add(total[name], parameter.grad))
+            parameter.grad = _add(self.earlier.pop(name), _add(total.pop(name), parameter.grad))
 
     def give_up(self, slot: int) -> Generator[None, None, None]:
         """The slot is skipped: tell the owner; take in and drop what guests say of it; no step comes."""
@@ -127,6 +129,7 @@ class TiedGradients:
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum, in the second one's memory: a tied embedding is large."""
     if a is None or b is None:
         return b if a is None else a
-    return a + b
+    return b.add_(a) if b.layout is torch.strided else a + b
