@@ -217,16 +217,16 @@ class Pipeline(AsModel):
             Whether the cuts are moved during the run, where what stages really take says that this gains
             more than 3 % and pays back within the run. ``"auto"``: a look every 20 s, the first after a
             minute, at worker processes, unless `compile` was given a plan. An int: a look whenever so many
-            batches are done. Under a launcher cuts stay where they are. From a move on the bits are those of
-            a run saved there and loaded under the new plan; as it depends on the clock, ``False`` pins the
-            cuts, and with them the bits.
+            batches are done. From a move on the bits are those of a run saved there and loaded under the new
+            plan; as it depends on the clock, ``False`` pins the cuts, and with them the bits.
         autosave : (path, seconds), optional
             Save the run to this file (`Trainer.save`) when so many seconds have passed since the last time.
 
         init : callable or path, optional
             Under a launcher, for a model on the meta device: each rank makes its own stage's tensors real,
             with values that ``init(name, tensor)`` fills in, or that a folder has by name (of safetensors
-            files, or of `Trainer.save`). No rank holds the whole then.
+            files, or of `Trainer.save`); not read where a saved folder is loaded before the first step. No
+            rank holds the whole then.
 
         Returns
         -------

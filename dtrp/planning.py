@@ -31,6 +31,7 @@ from .programs import make_programs
 from .rebalancing import better_cut, recut_model
 from .runtime import launched
 from .runtime.config import TrainConfig
+from .runtime.joint_norm import alone
 from .runtime.optim import OptimizerKind
 from .runtime.program import StageProgram
 from .runtime.rebalance import Move
@@ -105,12 +106,13 @@ class Planning:
             for value in (*args, *kwargs.values()):
                 if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
                     raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
-            base = compile_model(self.model, self.request, args, kwargs)
+            with alone():
+                base = compile_model(self.model, self.request, args, kwargs)
             self.request = self.request.in_order(base.plan.placement)
             on_host = all(device.type == "cpu" for device in self.request.devices)
             measured = self.request.costs == "measured" and not self.request.speed
-            alone = launched.world_size() == 1  # ranks would all try at once, each with all stages
-            if measured and on_host and alone and self.n_stages > 1:
+            by_itself = launched.world_size() == 1  # ranks would all try at once, each with all stages
+            if measured and on_host and by_itself and self.n_stages > 1:
                 tensors = base.captured.signature.flatten(args, kwargs)
                 base = tried(base, self.request, self.model, tensors)
             self._variants[base.captured.flags, True] = base

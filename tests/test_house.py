@@ -65,6 +65,13 @@ def test_each_mechanism_has_its_home(what: str) -> None:
     assert places <= HOMES[what]
 
 
+def test_accelerators_are_asked_in_one_file() -> None:
+    """A kind of device that another file knows is one that others do not work like."""
+    words = ("torch.cuda", "torch.accelerator", "get_device_module", ".is_cuda")
+    found = {f.name for f in PACKAGE.rglob("*.py") for word in words if word in f.read_text(encoding="utf-8")}
+    assert found <= {"accelerators.py"}
+
+
 def surface() -> str:
     """Every public name, with the parameters of what can be called."""
     lines = [f"dtrp.{name}" for name in sorted(dtrp.__all__)]

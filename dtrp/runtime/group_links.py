@@ -65,7 +65,7 @@ class GroupLinks:
         device: torch.device | str = "cpu",
     ) -> None:
         self.stage, self.on_host = stage, payload is None
-        device = "cpu" if self.on_host else device
+        device = self._device = "cpu" if self.on_host else device
         self.news: News | None = None
         groups, payloads = (down, up), payload or (down, up)
         self._senders: dict[int, _Sender] = {}
@@ -77,7 +77,21 @@ class GroupLinks:
                 self._senders[target] = _Sender(target, *end, device, on_host=self.on_host)
             elif target == stage:
                 self._receivers[source] = _Receiver(source, *end, device, on_host=self.on_host)
+        if payload is not None:
+            self._greet(sorted(pairs), payload)
         self._inboxes: dict[Channel, deque[tuple[Message, list[Work]]]] = defaultdict(deque)
+
+    def _greet(
+        self, pairs: Iterable[tuple[int, int]], payload: tuple[dist.ProcessGroup, dist.ProcessGroup]
+    ) -> None:
+        """The first message of a pair makes their connection, for which NCCL holds up both hosts: all do so
+        now, in one order, rather than when others wait for them."""
+        for source, target in pairs:
+            group, one = payload[int(source > target)], torch.zeros(1, device=self._device)
+            if source == self.stage:
+                _wait([group.send([one], target, 0)], target)
+            elif target == self.stage:
+                _wait([group.recv([one], source, 0)], source)
 
     def allow(self, places: Callable[[int], int]) -> None:
         """How many messages may be on their way to each stage."""
@@ -204,7 +218,10 @@ class _Receiver:
         else:
             posted = self.ahead.pop(note.form) if note.form in self.ahead else self._post_payload(note.form)
             tensors, works = posted
-            if self.tagged and self.last == note.form and len(self.ahead) < AHEAD:
+            tied = KINDS[note.kind].startswith(
+                "tied"
+            )  # large and rare: memory that the plan knows nothing of
+            if self.tagged and self.last == note.form and len(self.ahead) < AHEAD and not tied:
                 self.ahead[note.form] = self._post_payload(note.form)
             self.last = note.form
         values = put_together(form, behind, tensors)

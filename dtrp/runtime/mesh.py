@@ -18,14 +18,15 @@ import pickle
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from .. import accelerators
 from . import launched
 from .transfer import dumps, loads
 
@@ -33,6 +34,14 @@ _c10d: Any = dist  # what it exports, but does not say so
 
 FOREVER = timedelta(days=365)
 NOBODY = 2**20  # a tag that nobody sends with
+
+
+class OnDevice(NamedTuple):
+    """Communicators of the devices' own kind: of the pipeline, for either direction, and of one stage."""
+
+    down: dist.ProcessGroup
+    up: dist.ProcessGroup
+    sums: dist.ProcessGroup
 
 
 class Mesh:
@@ -46,8 +55,8 @@ class Mesh:
     Attributes
     ----------
     rank, size, stage, replica, replicas : int
-    pipeline, peers : ProcessGroup
-        The stages of this replica; this stage in all replicas.
+    pipeline, peers, sums : ProcessGroup
+        The stages of this replica; this stage in all replicas, twice.
     down, up : ProcessGroup
         Of the pipeline, for what goes to later stages, and to earlier ones.
     everyone : ProcessGroup
@@ -79,8 +88,8 @@ class Mesh:
             backend_override={"replicate": "gloo", "stage": "gloo"},
         )
         self.pipeline, self.peers = self.mesh.get_group("stage"), self.mesh.get_group("replicate")
-        ranks = [self.replica * n_stages + k for k in range(n_stages)]
-        self.down, self.up = (_group(ranks) for _ in range(2))
+        self._make_ways()
+        self.sums = _group(self._alike)
         self.everyone = _group(list(range(self.size)))
         self.on_devices: tuple[dist.ProcessGroup, ...] = ()
         for group in self._groups():
@@ -89,8 +98,27 @@ class Mesh:
         dist.all_gather_object(found, self.address, group=self.everyone)
         self.addresses: list[str] = found
 
+    def _make_ways(self) -> None:
+        self.down, self.up = _group(self._ours), _group(self._ours)
+
+    @property
+    def _ours(self) -> list[int]:
+        """This pipeline's ranks."""
+        return list(range(self.replica * self.n_stages, (self.replica + 1) * self.n_stages))
+
+    @property
+    def _alike(self) -> list[int]:
+        """The ranks that have this stage."""
+        return list(range(self.stage, self.size, self.n_stages))
+
+    def renew(self) -> None:
+        """Other ways for other stages: in the old ones, receives are posted for what will not come."""
+        self._drop((self.down, self.up, *self.on_devices))
+        self.on_devices = ()
+        self._make_ways()
+
     def _groups(self) -> Iterator[dist.ProcessGroup]:
-        yield from (self.pipeline, self.peers, self.down, self.up, self.everyone)
+        yield from (self.pipeline, self.peers, self.sums, self.down, self.up, self.everyone)
 
     @property
     def store_address(self) -> str:
@@ -110,18 +138,17 @@ class Mesh:
     def names(self) -> list[str]:
         return [self.name(rank) for rank in range(self.size)]
 
-    def payload(self, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
-        """Communicators for values that stay on the stages' devices, for both directions; ``None`` where they
-        go through host memory: on CPUs, on devices of several kinds, and where stages share a device."""
-        places = self.gather("devices", (self.address, str(device), device.type))
+    def on_device(self, device: torch.device) -> OnDevice | None:
+        """Communicators for what stays on the stages' devices; ``None`` where it goes through host memory:
+        on CPUs, on devices of several kinds, and where ranks share a device."""
+        places = self.gather("devices", (self.address, str(device), device.type), all_replicas=True)
         alike = len({kind for *_, kind in places}) == 1 and len(set(places)) == len(places)
-        if device.type == "cpu" or not alike:
+        if not accelerators.is_one(device) or not alike:
             return None
         backend = dist.get_default_backend_for_device(device.type)
-        ranks = [self.replica * self.n_stages + k for k in range(self.n_stages)]
-        groups = _group(ranks, backend), _group(ranks, backend)
-        self.on_devices += groups
-        return groups
+        found = OnDevice(*(_group(ranks, backend) for ranks in (self._ours, self._ours, self._alike)))
+        self.on_devices = tuple(found)
+        return found
 
     # ---- what several say or do together -------------------------------------------------------------------
 
@@ -214,7 +241,10 @@ class Mesh:
 
     def close(self) -> None:
         """Let go of the groups that this run made."""
-        for group in (self.down, self.up, self.everyone, *self.on_devices):
+        self._drop((self.down, self.up, self.sums, self.everyone, *self.on_devices))
+
+    def _drop(self, groups: Iterable[dist.ProcessGroup]) -> None:
+        for group in groups:
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group(group)
 
@@ -279,10 +309,8 @@ def _store(rank: int, size: int) -> Any:
 
 def _backend() -> str:
     """gloo, and what torch names for the accelerator that is there."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return "cpu:gloo"
-    return f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator.type)}"
+    kinds = {device.type for device in accelerators.here()}
+    return ",".join(["cpu:gloo", *(f"{k}:{dist.get_default_backend_for_device(k)}" for k in kinds)])
 
 
 def _address() -> str:

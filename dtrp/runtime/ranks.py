@@ -18,9 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import accelerators
 from ..errors import WorkerError
 from . import launched
 from .batch import Feed, Loss, Skip
@@ -28,6 +29,7 @@ from .config import TrainConfig
 from .evaluation import Measure
 from .group_links import GroupLinks
 from .inline import Results, as_in_workers, finish, owned, private, told
+from .joint_norm import join_norms
 from .news import News
 from .peers import Failure, Peers
 from .processes import talking
@@ -76,15 +78,24 @@ class Ranks:
         # Of a model on the meta device each rank holds its own stage alone.
         self.partial = any(t.is_meta for p in programs for t in p.module.parameters())
         mine = programs[mesh.stage]
-        mine = private(replace(mine, device=place(mine.device)))
+        mine = private(replace(mine, device=place(mine.device)), apart=not self.partial)
         with self._told("starting"):
-            if mine.device.type != "cpu":
-                torch.accelerator.set_device_index(mine.device)
-            pairs, payload = talking(mine, config), mesh.payload(mine.device)
+            if accelerators.is_one(mine.device):
+                accelerators.use(mine.device)
+            ways = mesh.on_device(mine.device)
             self.links = GroupLinks(
-                mesh.stage, pairs, mesh.down, mesh.up, payload=payload, device=mine.device
+                mesh.stage,
+                talking(mine, config),
+                mesh.down,
+                mesh.up,
+                payload=None if ways is None else (ways.down, ways.up),
+                device=mine.device,
             )
-            self.replicas = Replicas(mesh.peers) if mesh.replicas > 1 else None
+            sums = mesh.sums if ways is None else ways.sums
+            self.replicas = None
+            if mesh.replicas > 1:
+                self.replicas = Replicas(mesh.peers, sums, on_device=ways is not None)
+            join_norms(mine.module, self.replicas)
             seed = self._own_seed(seed)
             self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)
         self.links.allow(partial(self.stage.schedule.places, mesh.stage))
@@ -112,7 +123,12 @@ class Ranks:
         with self._told("draining", draws=True):
             finish(self.stage.drain(close_group=close_group))
             if self.replicas is not None:
-                self.replicas.first(self.stage.module.buffers())
+                self.replicas.settle(self.stage.module.buffers(), self._waiting())
+
+    def _waiting(self) -> list[nn.Parameter]:
+        """Parameters whose gradients wait for more of them."""
+        own = self.stage.weights.own
+        return list(own.names.values()) if own is not None and own.waiting else []
 
     def weight(self, count: int) -> float:
         """This replica's share in a mini-batch, of which it has so many."""
@@ -194,6 +210,8 @@ class Ranks:
             arguments = (saved, self._own_seed(seed), *rest)
         with self._told(method):
             answer = getattr(self.stage.answers, method)(*arguments)
+            if self.replicas is not None and method == "load_training_state":
+                self.replicas.keep_first(self._waiting())
             return self.mesh.gather(method, answer) if method in QUESTIONS else [answer]
 
     def parts(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -284,9 +302,10 @@ def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def place(device: torch.device) -> torch.device:
     """A stage's device on this host: one that was named without a number is the one of this rank."""
-    if device.type == "cpu" or device != torch.device(device.type):
+    if not accelerators.is_one(device) or device != torch.device(device.type):
         return device
-    return torch.device(device.type, launched.local_rank() % torch.accelerator.device_count())
+    there = accelerators.here()
+    return there[launched.local_rank() % len(there)]
 
 
 def _digest(feeds: Sequence[Feed], before: int) -> int:

@@ -87,8 +87,8 @@ class Rebalancer:
     Parameters
     ----------
     when : "auto", False or int
-        ``"auto"``: once a minute or so, worker processes only, and a move needs two looks that agree. A
-        number: a look whenever so many batches are done, of which the first half warms up.
+        ``"auto"``: once a minute or so, not inline, and a move needs two looks that agree. A number: a look
+        whenever so many batches are done, of which the first half warms up. Under a launcher rank 0 looks.
     """
 
     def __init__(self, when: Literal["auto", False] | int) -> None:
@@ -111,6 +111,9 @@ class Rebalancer:
         """A batch went in; whether the cuts were moved."""
         if not self._due(trainer):
             return False
+        if trainer._run.owner.on_meta:  # stages on other ranks have not what a move would bring
+            self.when = False
+            return False
         stats, fed = trainer.stats, trainer._history.fed
         before, self._since = self._since, stats
         self._batch, self._begun = fed, time.monotonic()
@@ -119,20 +122,25 @@ class Rebalancer:
         self._looks += 1
         window = [s.since(b) for s, b in zip(stats, before, strict=True)]
         try:
-            move = trainer._run.compiled.better_cut(trainer._run.expected, window)
+            move = trainer._run.world.first("rebalancing", lambda: self._look(trainer, window, fed))
         except Exception as e:  # training goes on as it is
             log.warning("no other cut is looked for any more: %s", e)
             self.when = False
             return False
+        if move is not None:
+            self._move(trainer, replace(move, batch=fed))
+        return move is not None
+
+    def _look(self, trainer: Trainer, window: list[StageStats], fed: int) -> Move | None:
+        """The move that is to be made, if one is."""
+        move = trainer._run.compiled.better_cut(trainer._run.expected, window)
         self._agreed = 0 if move is None else self._agreed + 1
-        if move is None or self._agreed < (LOOKS if self.when == "auto" else 1) or not self._pays(move, fed):
-            return False
-        self._move(trainer, replace(move, batch=fed))
-        return True
+        agreed = self._agreed >= (LOOKS if self.when == "auto" else 1)
+        return move if move is not None and agreed and self._pays(move, fed) else None
 
     def _due(self, trainer: Trainer) -> bool:
         kind = trainer._run.world.executor
-        if self.when is False or trainer._run.executor is None or kind == "torchrun":
+        if self.when is False or trainer._run.executor is None:
             return False
         if trainer._run.wiring.n_stages < 2 or not trainer._run.compiled.model.training:
             return False
@@ -140,10 +148,9 @@ class Rebalancer:
         if self.when != "auto":
             warm_up = self.when // 2
             return done >= (warm_up if self._since is None else self.when - (0 if self._looks else warm_up))
-        if kind != "workers":
-            return False
         batches, seconds = WARM_UP if self._since is None else LATER if self._looks else FIRST
-        return done >= batches and time.monotonic() - self._begun >= seconds
+        due = kind != "inline" and done >= batches
+        return due and trainer._run.world.due("rebalancing", self._begun + seconds)
 
     def _pays(self, move: Move, fed: int) -> bool:
         """Within what is left of the run; unless that is known, as much again as has been."""

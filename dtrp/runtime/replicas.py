@@ -2,19 +2,23 @@
 
 What is trained is what one pipeline would train on the joined batch. Each replica's loss is weighted by its
 share of that batch, so that the sum of the replicas' gradients is the gradient of the joint mean, whatever
-their sizes. The sum is taken once per update, in one buffer for each dtype, before norms and clipping; tied
+their sizes. The sum is taken once per update, in buckets (`_Bucket`), before norms and clipping; tied
 parameters are summed at their owner, before guests hear of them. A batch that one replica gives up is given
 up by all. Buffers (BatchNorm's statistics) are the first replica's whenever the pipeline is drained, as
-DistributedDataParallel has them in every pass.
+DistributedDataParallel has them in every pass; so are gradients that wait for their update then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+BYTES = 25 * 2**20  # of a bucket, as DistributedDataParallel has them
 
 
 class Replicas:
@@ -23,15 +27,25 @@ class Replicas:
     Parameters
     ----------
     peers : ProcessGroup
-        gloo's, of this stage in all replicas.
+        gloo's, of this stage in all replicas, for what a pass asks for, in the order of its list.
+    sums : ProcessGroup
+        Likewise, for gradients, which come in an order of their own.
+    on_device : bool
+        Whether ``sums`` takes them where they are; else they go through host memory.
     """
 
-    def __init__(self, peers: dist.ProcessGroup) -> None:
-        self.peers = peers
+    def __init__(self, peers: dist.ProcessGroup, sums: dist.ProcessGroup, *, on_device: bool = False) -> None:
+        self.peers, self.sums, self.on_device = peers, sums, on_device
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: dict[Tensor, _Bucket] = {}
+        self._open = False  # gradients that come now are those of the update
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        return self  # copies of a module agree with the same peers
 
     def sum(self, value: Tensor) -> Tensor:
         """Over all replicas."""
-        total = value.detach().cpu().clone()
+        total = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.peers)
         return total.to(value.device)
 
@@ -43,6 +57,32 @@ class Replicas:
         """This replica's share in what all have together."""
         return count / float(self.sum(torch.tensor(float(count), device="cpu", dtype=torch.float64)))
 
+    # ---- gradients -----------------------------------------------------------------------------------------
+
+    def watch(self, pairs: Iterable[tuple[nn.Parameter, Tensor]], without: Collection[nn.Parameter]) -> None:
+        """Gradients that a backward pass leaves on the second of each pair are the first's: their sums may
+        begin while the pass goes on; not ``without``'s, to which other stages add something."""
+        others = set(map(id, without))
+        for own, target in pairs:
+            if id(own) in others or not own.requires_grad:
+                continue
+
+            def arrived(target: Tensor, own: nn.Parameter = own) -> None:
+                if self._open:
+                    before = None if target is own else own.grad
+                    assert target.grad is not None
+                    self._bucket_of[own].add(own, target.grad, before)
+                    self._launch()
+
+            target.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def begin(self, parameters: Collection[nn.Parameter]) -> None:
+        """The backward pass that comes is the last one before the update of these."""
+        if not self._buckets:
+            self._buckets = list(_buckets(parameters, on_device=self.on_device))
+            self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.places}
+        self._open = True
+
     def add_gradients(self, parameters: Collection[nn.Parameter]) -> None:
         """Make every gradient the sum of all replicas'. One that no replica has stays none.
 
@@ -51,34 +91,106 @@ class Replicas:
         TypeError
             A gradient is sparse.
         """
-        for members in _alike(parameters):
-            for p in members:
-                if p.grad is not None and p.grad.layout is not torch.strided:
-                    raise TypeError(
-                        f"a gradient of shape {tuple(p.shape)} is sparse, which replicas cannot add; use "
-                        f"sparse=False in the embedding"
-                    )
-            given = torch.tensor([float(p.grad is not None) for p in members], dtype=members[0].dtype)
-            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
-            flat = torch.cat([*(g.detach().reshape(-1).cpu() for g in parts), given])
-            dist.all_reduce(flat, group=self.peers)
-            *sums, counts = torch.split(flat, [*(p.numel() for p in members), len(members)])
-            for p, part, total, count in zip(members, parts, sums, counts.tolist(), strict=True):
-                p.grad = part.copy_(total.view(p.shape)) if count else None
+        self.begin(parameters)
+        self._open = False
+        for bucket in self._buckets:
+            for p in bucket.places:
+                if p not in bucket.there:
+                    bucket.add(p, p.grad, None)
+        self._launch()
+        owned = [p for bucket in self._buckets for p in bucket.places]
+        given = self.sum(torch.tensor([float(p.grad is not None) for p in owned], device="cpu")).tolist()
+        exist = {p for p, count in zip(owned, given, strict=True) if count}
+        for bucket in self._buckets:
+            bucket.finish(exist)
 
-    def first(self, buffers: Iterable[Tensor]) -> None:
-        """Make buffers the first replica's."""
+    def _launch(self) -> None:
+        """Buckets that are complete go on their way; in their order, which is the same in all replicas."""
+        for bucket in self._buckets:
+            if len(bucket.there) < len(bucket.places):
+                return
+            if bucket.work is None:
+                bucket.work = dist.all_reduce(bucket.flat, group=self.sums, async_op=True)
+
+    # ---- between segments ----------------------------------------------------------------------------------
+
+    def settle(self, buffers: Iterable[Tensor], waiting: Collection[nn.Parameter]) -> None:
+        """Buffers become the first replica's; so do the gradients of parameters that wait for an update,
+        which are then the sum of all replicas'."""
         for buffer in buffers:
             if buffer.numel():
                 whole = buffer.detach().cpu().contiguous()
                 dist.broadcast(whole, group=self.peers, group_src=0)
                 with torch.no_grad():
                     buffer.copy_(whole)
+        if waiting:
+            self.add_gradients(waiting)
+            self.keep_first(waiting)
+
+    def keep_first(self, waiting: Iterable[nn.Parameter]) -> None:
+        """All other replicas begin with none."""
+        for p in waiting if self.peers.rank() else ():
+            p.grad = None
 
 
-def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """By dtype."""
-    groups: dict[torch.dtype, list[nn.Parameter]] = {}
-    for p in parameters:
-        groups.setdefault(p.dtype, []).append(p)
-    return list(groups.values())
+class _Bucket:
+    """Some parameters' gradients, one after the other in one buffer."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device | str) -> None:
+        ends = list(accumulate(p.numel() for p in parameters))
+        self.places = dict(zip(parameters, pairwise([0, *ends]), strict=True))
+        self.size, self.dtype, self.device = ends[-1], parameters[0].dtype, device
+        self.there: set[Tensor] = set()
+        self.work: Any = None
+        self.flat = torch.empty(0)
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor | None, before: Tensor | None) -> None:
+        """One gradient, and what earlier passes gave."""
+        if parameter in self.there:
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(parameter.shape)} came twice in one backward "
+                f"pass, when its sum over replicas was on its way: use torch.utils.checkpoint with "
+                f"use_reentrant=False"
+            )
+        if not self.there:
+            self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self.there.add(parameter)
+        if gradient is None:
+            return
+        if gradient.layout is not torch.strided:
+            raise TypeError(
+                f"a gradient of shape {tuple(parameter.shape)} is sparse, which replicas cannot add; use "
+                f"sparse=False in the embedding"
+            )
+        part = self._part(parameter).copy_(gradient)
+        if before is not None:
+            part += before.to(part.device)
+
+    def finish(self, exist: set[nn.Parameter]) -> None:
+        """Wait for the sums, and put them in their places."""
+        self.work.wait()
+        for p in exist & self.places.keys():
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(self._part(p))
+        self.work, self.flat = None, torch.empty(0)
+        self.there.clear()
+
+    def _part(self, parameter: nn.Parameter) -> Tensor:
+        start, end = self.places[parameter]
+        return self.flat[start:end].view(parameter.shape)
+
+
+def _buckets(parameters: Iterable[nn.Parameter], *, on_device: bool) -> Iterator[_Bucket]:
+    """The last parameters, whose gradients come first, in the first ones; each of one dtype."""
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for p in reversed(list(parameters)):
+        by_dtype.setdefault(p.dtype, []).append(p)
+    for alike in by_dtype.values():
+        some: list[nn.Parameter] = []
+        for p in alike:
+            if some and sum(q.nbytes for q in some) + p.nbytes > BYTES:
+                yield _Bucket(some, some[0].device if on_device else "cpu")
+                some = []
+            some.append(p)
+        yield _Bucket(some, some[0].device if on_device else "cpu")

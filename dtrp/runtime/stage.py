@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -96,6 +97,9 @@ class Stage:
         self.weights = Weights(self.module, program.guests, config, shrink, self.stage)
         per_update = config.scheduler_step == "update"
         self.tied = TiedGradients(program, self.weights, links, self.meter, scheduled=per_update)
+        if replicas is not None:
+            tied = [self.weights.trainable[name] for name in self.tied.names]
+            self.weights.watch(partial(replicas.watch, without=tied))
         trained, lag = program.train.trained, config.max_grad_norm_lag
         self.takes_part = self.stage in trained  # gradients come to it
         self.norms = Norms(self.schedule, self.stage, trained, links, self.meter, lag=lag)
@@ -224,7 +228,7 @@ class Stage:
         if before is not None and not bool(torch.isfinite(value)):
             before.restore()
             flight.skip = True
-        elif before is None and not value.is_cuda:  # before anything is trained with it
+        elif before is None and value.device.type == "cpu":  # before anything is trained with it
             check_finite(float(value), f"the loss of batch {feed.batch}")
         self.in_flight[slot] = flight
         self.tied.forwarded(slot, feed.update)
@@ -268,6 +272,7 @@ class Stage:
         if not flight.skip:
             mark = self.meter.start("backward")
             self.tied.before_backward()
+            self.updates.expect(feed)
             self._differentiate(flight)
             if twin is not None:
                 self.weights.absorb(twin)

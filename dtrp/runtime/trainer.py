@@ -153,7 +153,7 @@ class Trainer:
         loss = self.losses[-1] if self.losses else None
         if self._autosave is not None:
             path, seconds = self._autosave
-            if self._run.world.due(self._history.fed, self._saved + seconds):
+            if self._run.world.due("autosave", self._saved + seconds):
                 self.save(path)
         return loss
 

@@ -67,6 +67,14 @@ class Updates:
         """Mini-batches count from 0 again."""
         self.come = self.stepped = 0
 
+    def expect(self, feed: Feed) -> None:
+        """A slot's backward pass begins: where an update surely follows, replicas' sums may begin in it."""
+        own, config = self.weights.own, self.config
+        if self.replicas is None or own is None or not feed.closes or config.gives_up:
+            return
+        if own.waiting + 1 >= config.accumulate:
+            self.replicas.begin(own.names.values())
+
     def decide(self, feed: Feed, scale: float) -> Generator[None, None, bool]:
         """Whether a complete mini-batch brings an update; its gradients are then ready for it."""
         config, own = self.config, self.weights.own

@@ -10,7 +10,7 @@ True weights are never overwritten by predicted ones, so there is nothing to res
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .optim import ParameterSet
 from .twins import Twin
+
+Watch = Callable[[Iterable[tuple[nn.Parameter, Tensor]]], None]
 
 
 class Weights:
@@ -57,8 +59,14 @@ class Weights:
         self._targets: dict[Twin, list[list[nn.Parameter]]] = {}  # their parameters, as `sets` have them
         self._ahead: Twin | None = None
         self._first: Twin | None = None
+        self._watch: Watch | None = None
         self._versions: dict[Twin, int] = {}  # with parameters of their own; how many graphs are on each
         self._written: dict[Twin, object] = {}  # of what they hold the values
+
+    def watch(self, watch: Watch) -> None:
+        """``watch`` is to know on which tensors gradients appear: pairs of a parameter and such a tensor."""
+        self._watch = watch
+        watch((p, p) for p in self.own_parameters)
 
     def loaded(self) -> None:
         """To be called after weights or optimizers were overwritten."""
@@ -130,6 +138,8 @@ class Weights:
         into: dict[Tensor, nn.Parameter] = {}
         into.update(zip(self.module.parameters(), twin.module.parameters(), strict=True))
         self._targets[twin] = [[into[p] for p in parameters.parameters] for parameters in self.sets]
+        if self._watch is not None:
+            self._watch((p, into[p]) for p in self.own_parameters if p.requires_grad)
         return twin
 
     def _made_of(self, horizons: tuple[float, float], lr_scale: float) -> object:

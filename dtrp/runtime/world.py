@@ -10,6 +10,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,18 +26,18 @@ from .config import TrainConfig
 from .folder import existing
 from .handback import Owner, only
 from .inline import Inline
+from .joint_norm import alone, synchronises
 from .loss import ignored_target
 from .materialise import materialise
 from .program import StageProgram
 from .random import random_state, set_random_state
+from .run_state import RunState, concerns
 from .training_state import SECTIONS
 
 if TYPE_CHECKING:
     from .ranks import Ranks
     from .run import Run
     from .workers import Workers
-
-LOOKS = 16  # batches between two looks at the clock that all share
 
 log = logging.getLogger("dtrp")
 
@@ -98,20 +100,34 @@ class Alone:
         """The share of this process's mini-batch in that of all replicas."""
         return 1.0
 
-    def due(self, batch: int, moment: float) -> bool:
-        """Whether this moment (`time.monotonic`) is over, after so many batches."""
+    def due(self, what: str, moment: float) -> bool:
+        """Whether this moment (`time.monotonic`) is over. To be asked after every batch."""
         return time.monotonic() >= moment
 
     def write(self, path: Any, run: Run, *, folder: bool) -> None:
         """Write a run to disk."""
         write_checkpoint(path, run.content(), folder=folder)
 
-    def read(self, path: Any) -> dict[str, Any]:
-        """What a run on disk holds."""
+    def read(self, path: Any, owner: Owner) -> dict[str, Any]:
+        """What a run on disk holds, as far as this process's own tensors are concerned."""
         return read_checkpoint(path)
+
+    def complete(self, state: RunState, owner: Owner) -> RunState:
+        """What `read` gave, with all that the stages here need."""
+        return state
 
     def leave(self, error: BaseException | None) -> None:
         """The script is done with its trainer."""
+
+
+@dataclass
+class _Asked:
+    """When rank 0 was asked about a moment."""
+
+    at: float
+    last: int = 0
+    batches: int = 0
+    again: int = 1
 
 
 class Together(Alone):
@@ -129,6 +145,9 @@ class Together(Alone):
         # Loaders shuffle by these, and every process of torch starts with a seed of its own.
         set_random_state(self.first("the generators", random_state))
         self.stages: Ranks | None = None
+        self._asked: dict[str, _Asked] = {}
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(alone())
         if self.rank == 0:
             replicas = f", {self.mesh.replicas} times" if self.mesh.replicas > 1 else ""
             log.info("%d stages on as many ranks of a launcher%s", n_stages, replicas)
@@ -158,6 +177,15 @@ class Together(Alone):
     ) -> Ranks:
         from .ranks import Ranks
 
+        if self.mesh.replicas > 1 and config.gives_up and any(synchronises(p.module) for p in programs):
+            raise ValueError(
+                "a model with SyncBatchNorm in several replicas cannot give up batches (on_nonfinite='skip', "
+                "autocast=torch.float16), since one replica would not come to where the others wait for it: "
+                "use BatchNorm, or on_nonfinite='raise' and torch.bfloat16"
+            )
+        if there is not None:  # other cuts
+            there.close()
+            self.mesh.renew()
         made = [
             (p.train.stages, p.evaluate.stages, [n for n, _ in p.module.named_parameters()]) for p in programs
         ]
@@ -192,20 +220,39 @@ class Together(Alone):
             tensors = [t for _, t in (*owner.named_parameters(), *owner.named_buffers())]
             self.mesh.spread([t for t in tensors if isinstance(t, torch.Tensor)])
 
-    def due(self, batch: int, moment: float) -> bool:
-        """Rank 0's clock counts; all ask at the same batches, now and then, since asking holds them up."""
-        return batch % LOOKS == 0 and bool(self.first("autosave", lambda: time.monotonic() >= moment))
+    def due(self, what: str, moment: float) -> bool:
+        """Rank 0's clock counts. Asking it holds all up, so it says when to ask again: half-way to the
+        moment, as batches go."""
+        asked = self._asked.setdefault(what, _Asked(time.monotonic()))
+        asked.batches += 1
+        if asked.batches < asked.again:
+            return False
+
+        def look() -> tuple[bool, int]:
+            now = time.monotonic()
+            since, pace = asked.batches - asked.last, (now - asked.at) / (asked.batches - asked.last)
+            half = int((moment - now) / max(pace, 1e-6) / 2)
+            asked.at, asked.last = now, asked.batches
+            return now >= moment, asked.batches + max(1, min(half, 2 * since))
+
+        over, asked.again = self.first(what, look)
+        return bool(over)
 
     def write(self, path: Any, run: Run, *, folder: bool) -> None:
         """A folder by all ranks at once; a file by rank 0, for which all is gathered."""
-        if not folder and self.stages is not None and self.stages.partial:
+        if (not folder or self.stages is None) and run.owner.on_meta:
             raise CheckpointError(
                 f"{path}: no rank holds the whole of a model on the meta device, so that it is saved as a "
-                f"folder; let the path end in '/', or pass format='dcp'"
+                f"folder, after the first step; let the path end in '/', or pass format='dcp'"
             )
         if not folder or self.stages is None:
-            content = run.content()
-            self.first("saving", lambda: write_checkpoint(path, content, folder=folder))
+            content, loaded = run.content(), run.resume
+
+            def write() -> None:  # what was loaded in part is there as a whole
+                whole = None if loaded is None or not loaded.partial else read_checkpoint(loaded.origin)
+                write_checkpoint(path, whole or content, folder=folder)
+
+            self.first("saving", write)
             return
         run.drain()
         parts = self.stages.parts(run.owner.first_names())
@@ -218,16 +265,30 @@ class Together(Alone):
         with self.peers.at("saving"):
             write_together(path, content, self.mesh)
 
-    def read(self, path: Any) -> dict[str, Any]:
-        """Of a folder each rank reads what it needs; a file is rank 0's to read."""
+    def read(self, path: Any, owner: Owner) -> dict[str, Any]:
+        """Of a folder each rank reads what it has a place for; a file is rank 0's to read."""
         if self.first("loading", lambda: existing(Path(path)).is_dir()):
-            return read_checkpoint(path)
+            named = chain(owner.named_parameters(all_names=True), owner.named_buffers())
+            real = {name for name, tensor in named if not tensor.is_meta}
+            return read_checkpoint(path, lambda entry: concerns(entry, real, training=False))
         content: dict[str, Any] = self.first("loading", lambda: read_checkpoint(path))
         return content
+
+    def complete(self, state: RunState, owner: Owner) -> RunState:
+        assert self.stages is not None
+        if not state.partial:
+            return state
+        module, first = self.stages.stage.module, owner.first_names()
+        names = {n for n, _ in chain(module.named_parameters(), module.named_buffers())}
+        names |= {first[n] for n in names if n in first}
+        with self.peers.at("loading", waits=False):
+            content = read_checkpoint(state.origin, lambda entry: concerns(entry, names, training=True))
+        return RunState.read(content, state.origin)
 
     def leave(self, error: BaseException | None) -> None:
         if error is not None and self.stages is not None:
             self.stages.abandon(error)
+        self._open.close()
         with contextlib.suppress(Exception):
             self.peers.close()
             if self.peers.failure is None:

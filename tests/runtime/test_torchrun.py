@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import dtrp
+from dtrp.runtime import world
 
 from .ranks import Ranks, ended, run
-from .toys import SGD, cross_entropy, mlp
+from .toys import SGD, compiled, cross_entropy, mlp
 
 SAME = """
-    from torch import nn
-
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-            self.head = nn.Linear(8, 3)
-            self.c.weight = self.a.weight
-
-        def forward(self, x):
-            first = torch.tanh(self.a(x))
-            return self.head(self.c(torch.tanh(self.b(first))) + first)
-
     def fresh(tied, norm):
         torch.manual_seed(0)
         return Tied() if tied else mlp(norm=norm)
@@ -94,16 +83,71 @@ def test_payloads_that_stay_on_their_devices(tmp_path: Path) -> None:
         + """
     from dtrp.runtime import mesh
 
-    def payload(self, device):
-        return mesh._group(list(range(K))), mesh._group(list(range(K)))
-
-    mesh.Mesh.payload = payload
+    mesh.Mesh.on_device = lambda self, device: mesh.OnDevice(*(mesh._group(list(range(K))) for _ in range(3)))
     K = 3
     compare(schedule="lean", micro_batches=3, tied=True, optimizer=ADAMW)
     compare(max_grad_norm=0.1)
     """
     )
     assert run(tmp_path, 3, script).count("SAME") == 6
+
+
+@pytest.mark.slow
+def test_cuts_move_on_ranks(tmp_path: Path) -> None:
+    """As inline: a move is a save and a load. Rank 0 decides; all make new links, in which nothing of the old
+    stages' is on its way."""
+    script = """
+    from pathlib import Path
+    from dtrp import planning
+    from dtrp.runtime.rebalance import Move
+    from tests.runtime.test_rebalance import AT, KNOBS, saved_and_loaded, two_plans
+
+    plan, other = two_plans()
+
+    def decide(made, request, stats):
+        assert rank == 0
+        if made.plan.stage_of != other.stage_of:
+            return Move((2.0, 1.0), (1.5, 1.5), 200.0, 150.0, 3, (made.graph, other, request.training))
+
+    planning.better_cut = decide
+    model = mlp()
+    pipe = compiled(model, plan=plan)
+    with trainer(pipe, "auto", rebalance=AT, **KNOBS) as t:
+        for x, y in batches(16):
+            t.step(x, y)
+        t.flush()
+        losses, moves = list(t.losses), t.report.moves
+    assert [move.batch for move in moves] == [AT]
+    assert pipe.plan.stage_of == other.stage_of
+    expected, theirs = saved_and_loaded(Path(f"run.{rank}"))
+    assert same(model.state_dict(), expected)
+    assert losses == theirs
+    print("SAME")
+    """
+    assert run(tmp_path, 2, script).count("SAME") == 2
+
+
+def test_rank_0s_clock_is_asked_rarely_and_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking holds all ranks up. An interval of ten minutes of batches that take 0.1 s, then 2 s: noticed at
+    the second batch after its end at the latest, with few questions."""
+    now, questions = [0.0], [0]
+    monkeypatch.setattr(world.time, "monotonic", lambda: now[0])
+    ranks = object.__new__(world.Together)
+    ranks._asked = {}
+
+    def first(what: str, function: Callable[[], object]) -> object:
+        questions[0] += 1
+        return function()
+
+    monkeypatch.setattr(ranks, "first", first)
+    for pace in (0.1, 2.0):
+        moment = now[0] + 600.0
+        while not ranks.due("autosave", moment):
+            now[0] += pace
+            assert now[0] < moment + 2 * pace
+        assert now[0] >= moment
+        assert questions[0] < 30
+        questions[0] = 0
 
 
 @pytest.mark.slow
@@ -159,6 +203,17 @@ def test_what_makes_no_whole_pipelines_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="3 processes cannot make pipelines of 2 stages"):
         pipe.trainer(cross_entropy, SGD)
     assert dtrp.compile(mlp()).n_stages == 3
+
+
+def test_the_launcher_says_how_many_stages_share_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the planner would put the border between hosts where there is none."""
+    here = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": "1"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    for local, nodes in (("1", (0, 1, 2)), ("3", (0, 0, 0))):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        pipe = compiled(mlp(), 3, bandwidth={"node": "10GB", "net": "1GB"})
+        assert (pipe.plan.node_of or (0, 0, 0)) == nodes  # empty: one host
 
 
 FAULTS = """

@@ -51,6 +51,54 @@ def test_what_ranks_save_loads_anywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_replicas_save_loads_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    """Written by two replicas of two stages, in the middle of an accumulated group: on one replica of three,
+    in workers, inline and in the plain model it goes on as inline does from the file. The gradients that wait
+    are those of both replicas; in float64, since their sum may come about in another order."""
+    before = (
+        "    torch.set_default_dtype(torch.float64)"
+        + SAVED
+        + """
+    replica, model = rank // 2, mlp(norm=False, dropout=0.0)
+    parts = [(x[replica::2], y[replica::2]) for x, y in DATA[:8]]
+    trained("auto", 2, parts, save=["run/", "run.ckpt"], model=copy.deepcopy(model))
+    trained("inline", 2, DATA[:8], save=[f"alone.{rank}"], model=model)
+    file, theirs = read_checkpoint("run.ckpt"), read_checkpoint(f"alone.{rank}")
+    assert len(file["gradients"]) == 12
+    for section in ("model", "gradients"):
+        for name, value in theirs[section].items():
+            torch.testing.assert_close(file[section][name], value, rtol=1e-12, atol=1e-13)
+    assert file["waiting"] == theirs["waiting"]
+    print("SAME")
+    """
+    )
+    assert run(tmp_path, 4, before).count("SAME") == 4
+    after = (
+        "    torch.set_default_dtype(torch.float64)"
+        + SAVED
+        + """
+    def fresh():
+        return mlp(seed=1, norm=False, dropout=0.0)
+
+    def goes_on(executor, n, path):
+        return trained(executor, n, DATA[8:], load=path, model=fresh())
+
+    expected = goes_on("inline", 3, "run.ckpt")
+    for path in ("run/", "run.ckpt"):
+        assert same(goes_on("auto", 3, path), expected)
+        plain = fresh()
+        dtrp.load_weights(plain, path)
+        assert same(plain.state_dict(), read_checkpoint("run.ckpt")["model"])
+    if rank == 0:
+        assert same(goes_on("workers", 3, "run/"), expected)
+        assert same(goes_on("inline", 3, "run/"), expected)
+    print("SAME")
+    """
+    )
+    assert run(tmp_path, 3, after).count("SAME") == 3
+
+
+@pytest.mark.slow
 def test_a_restarted_run_trains_what_it_would_have_trained(tmp_path: Path) -> None:
     """Ranks are killed twice, in the middle of an epoch and at its end, and torchrun starts them again."""
     script = """
@@ -85,8 +133,9 @@ def test_a_restarted_run_trains_what_it_would_have_trained(tmp_path: Path) -> No
 
 
 def test_a_model_on_meta_is_made_real_stage_by_stage(tmp_path: Path) -> None:
-    """From safetensors files and by a function: each rank's own parameters alone, which then train to the
-    bits of a model that was real from the start; what ranks save together loads into it."""
+    """From safetensors files, by a function and from a run that ranks saved: each rank's own parameters
+    alone, and of the run nothing else is read; they train to the bits of a model that was real from the
+    start, into which what they save together loads."""
     script = (
         SAVED
         + """
@@ -106,23 +155,41 @@ def test_a_model_on_meta_is_made_real_stage_by_stage(tmp_path: Path) -> None:
         tensor.copy_(real.get_parameter(name) if "running" not in name and "num" not in name
                      else real.get_buffer(name))
 
-    made = []
-    for init in ("weights", fill):
+    def on_meta():
         with torch.device("meta"):
-            model = mlp(dropout=0.0)
+            return mlp(dropout=0.0)
+
+    def read(path, wanted=lambda name: True, read=read_folder):
+        found = read(path, wanted)
+        counted.append(sum(not t.is_meta for t in found["model"].values()))
+        return found
+
+    from dtrp.runtime import checkpoint
+    checkpoint.read_folder, counted = read, []
+    made = []
+    for init in ("weights", fill, "nowhere"):
+        model = on_meta()
         made.append(model)
         pipe = compiled(model, 2)
-        with trainer(pipe, "auto", init=init) as t:
-            for x, y in DATA:
-                t.step(x, y)
+        with trainer(pipe, "auto", init=init, optimizer=ADAMW) as t:
+            if init == "nowhere":  # a run that was saved in the middle
+                t.load("half/")
+            for i, (x, y) in enumerate(DATA):
+                if init != "nowhere" or i >= 6:
+                    t.step(x, y)
+                if init != "nowhere" and i == 5:
+                    t.save("half/")
             t.save(f"saved.{callable(init)}/")
         here = {n for n, p in model.named_parameters() if not p.is_meta}
         assert here and len(here) < len(list(model.parameters())), here
     whole = mlp(seed=3, dropout=0.0)
     plain = dtrp.compile(real, n_gpus=2, example_inputs=DATA[0][0], plan=pipe.plan)
-    with trainer(plain, "inline") as t:
-        for x, y in DATA:
+    assert counted and max(counted) < len(real.state_dict()), counted  # of the run that was loaded
+    with trainer(plain, "inline", optimizer=ADAMW) as t:
+        for i, (x, y) in enumerate(DATA):
             t.step(x, y)
+            if i == 5:
+                t.flush()
     dtrp.load_weights(whole, "saved.True/")
     assert same(whole.state_dict(), real.state_dict())
     for model in made:

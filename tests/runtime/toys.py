@@ -31,6 +31,22 @@ def mlp(depth: int = 5, *, dropout: float = 0.1, norm: bool = True, seed: int = 
         return nn.Sequential(*layers, nn.Linear(8, 3))
 
 
+class Tied(nn.Module):
+    """A weight that the first stage and a later one hold, and a value that skips what is between them."""
+
+    def __init__(self, norm: type[nn.Module] | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.c.weight = self.a.weight
+        self.norms = nn.ModuleList(nn.Identity() if norm is None else norm(8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.tanh(self.norms[0](self.a(x)))
+        y: Tensor = self.head(self.norms[1](self.c(torch.tanh(self.b(first)))) + first)
+        return y
+
+
 def batches(n: int, size: int = 4, *, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(size, 8, generator=g), torch.randint(0, 3, (size,), generator=g)) for _ in range(n)]
