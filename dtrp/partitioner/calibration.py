@@ -137,6 +137,7 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
     pairs = tuple(zip(large[::2], large[1::2], strict=True))
     seconds = best_time(lambda: [torch.add(x, 1.0, out=y) for x, y in pairs], device, budget=0.12)
     bandwidth = len(large) * large[0].nbytes / seconds
+    del large, pairs  # and from now on glibc keeps blocks of their size, as in the workers
     tiny = torch.ones(8, device=device, requires_grad=True)
 
     def many() -> None:
