@@ -132,12 +132,6 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
             out = torch.empty_like(a)
             seconds = best_time(functools.partial(torch.mm, a, a, out=out), device, budget=0.06)
             flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
-    # Over more memory than a core's own caches hold, as training goes, which keeps what it computes.
-    large = [torch.ones((256 if cuda else 8) * 2**20 // 4, device=device) for _ in range(2 if cuda else 16)]
-    pairs = tuple(zip(large[::2], large[1::2], strict=True))
-    seconds = best_time(lambda: [torch.add(x, 1.0, out=y) for x, y in pairs], device, budget=0.12)
-    bandwidth = len(large) * large[0].nbytes / seconds
-    del large, pairs  # and from now on glibc keeps blocks of their size, as in the workers
     tiny = torch.ones(8, device=device, requires_grad=True)
 
     def many() -> None:
@@ -148,7 +142,7 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
     spec = DeviceSpec(
         name=accelerators.name(device) if cuda else f"CPU ({_cpu_name()})",
         flops=flops,
-        memory_bandwidth=bandwidth,
+        memory_bandwidth=_memory_bandwidth(device),
         launch_overhead=overhead,
         memory_bytes=float(accelerators.memory(device) if cuda else _cpu_memory()),
         link_bandwidth=link_bandwidth,
@@ -157,6 +151,16 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
         threads=0 if cuda else torch.get_num_threads(),
     )
     return spec if cuda else replace(spec, kernels=_kernels(spec))
+
+
+def _memory_bandwidth(device: torch.device) -> float:
+    """Over more memory than a core's own caches hold, as training goes, which keeps what it computes. (Freed
+    again, blocks of that size are from now on glibc's to keep, as in the workers, and not mapped anew.)"""
+    cuda = device.type == "cuda"
+    large = [torch.ones((256 if cuda else 8) * 2**20 // 4, device=device) for _ in range(2 if cuda else 16)]
+    pairs = tuple(zip(large[::2], large[1::2], strict=True))
+    seconds = best_time(lambda: [torch.add(x, 1.0, out=y) for x, y in pairs], device, budget=0.12)
+    return len(large) * large[0].nbytes / seconds
 
 
 def _kernels(spec: DeviceSpec) -> Kernels:
