@@ -95,7 +95,7 @@ def _warn(training: Training, n_stages: int) -> None:
             "micro_batches=%d or more, fewer stages, or method='1f1b' avoid that (docs/recipe.md)",
             training.staleness(0, n_stages),
             price,
-            n_stages - 1,
+            2 * (n_stages - 1),
         )
 
 

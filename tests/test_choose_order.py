@@ -200,7 +200,8 @@ def test_tiny_stages_get_the_papers_order_whole():
         (0.03, "auto", False, 3),
         (0.03, "fig1", False, 3),  # older weights, dearer delay
         (0.2, "auto", False, 1),  # a tick 1.2 times as long buys less than it costs
-        (0.2, "auto", True, 3),  # but not with Adam, which delay costs dear
+        (0.2, "auto", True, 4),
+        (0.05, "auto", True, 5),  # but not with Adam, which delay costs dear
     ],
 )
 def test_parts_are_worth_what_they_cost(slot, order, adaptive, parts):

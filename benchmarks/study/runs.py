@@ -114,7 +114,7 @@ RUNS: list[Run] = [
     *group(R14, EARLIER),
     *group(images("resnet-8-gn", 4), ("bp", "default", "lean")),
     *group(GPT, ("bp", "default"), seeds=3),
-    *group(GPT, ("lean", "fig1")),
+    *group(GPT, ("lean", "lean, 2 parts", "lean, 4 parts", "fig1")),
     *(nadam(GPT, label) for label in ("bp", "lean", "default")),
     *group(text("adamw", 4, epochs=4), ("bp", "default")),
     *group(text("adamw", 2), ("default",)),  # back-propagation is that of four stages, bit for bit

@@ -63,10 +63,12 @@ class Result:
         return [float(row["train_loss"]) for row in self.rows]
 
     @property
-    def key(self) -> tuple[int, int]:
-        """Of back-propagation that this is compared with: its parts, and the seed."""
-        statistics = self.run["model"] in ("resnet-8", "resnet-14")  # parts train otherwise there
-        return int(self.rows[-1]["parts"]) if statistics else 1, self.run["seed"]
+    def key(self) -> tuple[Any, ...]:
+        """Of back-propagation that this is compared with: in as many parts, where there is BatchNorm."""
+        statistics = self.run["model"] in ("resnet-8", "resnet-14")
+        parts = int(self.rows[-1]["parts"]) if statistics else 1
+        optimizer = self.run["optimizer"].removesuffix(" with error feedback")
+        return self.run["model"], optimizer, self.run["epochs"], self.run["seed"], parts
 
     def last(self, column: str) -> float:
         return float(self.rows[-1][column])
@@ -92,12 +94,11 @@ def spread(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    """Of one group, ways in the order of their declaration."""
+def table(results: Sequence[Result], exact: dict[tuple[Any, ...], Result]) -> list[str]:
+    """Of one group, ways in the order of their declaration; ``exact``: all back-propagation by key."""
     ways: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         ways[result.run["label"]].append(result)
-    exact = {(int(r.rows[-1]["parts"]), r.run["seed"]): r for r in results if r.run["label"].startswith("bp")}
     with_accuracy = results[0].rows[-1]["accuracy"] != "nan"
     lines = [
         "| | order | parts | seeds | train loss | test loss | "
@@ -177,12 +178,13 @@ def grouped(folder: Path) -> dict[str, list[Result]]:
 
 def page() -> str:
     """The whole document."""
-    parts = [HEAD]
-    for name, results in grouped(CSVS).items():
+    parts, groups = [HEAD], grouped(CSVS)
+    exact = {r.key: r for results in groups.values() for r in results if r.run["label"].startswith("bp")}
+    for name, results in groups.items():
         run = results[0].run
         budget = f"{run['epochs']} epochs of {run['batches']} batches of {run['batch_size']}"
         parts.append(f"## {run['model']}, {run['stages']} stages\n\n{budget}; {run['optimizer']}.\n")
-        parts.append("\n".join(table(results)) + "\n")
+        parts.append("\n".join(table(results, exact)) + "\n")
         commits: dict[str, set[str]] = defaultdict(set)
         for r in results:
             commits["torch {torch}, Python {python}, {machine}".format(**r.where)].add(r.where["commit"])
