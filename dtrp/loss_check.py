@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .partitioner.capture import Captured
-from .partitioner.capture.sizes import batch_of
+from .partitioner.capture.example_values import batch_of
 from .runtime.batch import WithExtra
 from .runtime.config import TrainConfig
 from .runtime.loss import as_scalar, call_loss, own_loss, told

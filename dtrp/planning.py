@@ -147,7 +147,7 @@ class Planning:
             fits = self._fits.get(id(captured))
             if fits is None:
                 fits = self._fits[id(captured)] = Fits(captured)
-            fits.check(tensors, args, kwargs, self.model.training)
+            fits.check(tensors, self.model.training)
         return tensors
 
     def planned(self) -> str:

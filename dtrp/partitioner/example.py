@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .capture.sizes import batch_of
+from .capture.example_values import batch_of
 
 SAMPLES = 8
 

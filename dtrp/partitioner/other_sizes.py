@@ -27,8 +27,7 @@ def graph_at(captured: Captured, graph: nx.DiGraph, sizes: Any) -> nx.DiGraph:
         As `PartitionReport.at` says.
     """
     tensors = _inputs(captured, sizes)
-    args, kwargs = captured.signature.unflatten(tensors)
-    Fits(captured).check(tensors, args, kwargs, training=True, run=True)
+    Fits(captured).check(tensors, training=True, run=True)
     specs = graph.graph["specs"]
     found = cost_graph(captured, device=specs, bandwidth=graph.graph["links"], inputs=tensors)
     if graph.graph["mode"] != "analytic":

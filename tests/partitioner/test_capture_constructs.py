@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import random
+import re
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
+from dtrp.partitioner.capture.custom import OtherSizes
 
 from .test_capture import assert_faithful
 
@@ -170,7 +172,7 @@ def test_opening_what_cannot_be_opened_is_refused(inner, x):
         capture(Part(inner_then_b, inner), (x,), opened=["inner"])
 
 
-@pytest.mark.parametrize("way", ["fx", "record"])
+@pytest.mark.parametrize("way", ["record", "fixed sizes"])
 def test_a_counter_of_the_root_is_refused(way, x):
     """No way may freeze it: the comparison cannot call the model often enough to see a change."""
 
@@ -293,8 +295,7 @@ def test_the_same_tensor_for_two_arguments(x):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
-@pytest.mark.parametrize("way", ["fx", "record"])
-def test_any_batch_size(way, batch):
+def test_any_batch_size(batch):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -305,16 +306,28 @@ def test_any_batch_size(way, batch):
             y = self.mix(x.reshape(b * t, c)).view(b, t, 2, c // 2).permute(0, 2, 1, 3)
             return y.reshape(b * 2, t, -1).expand(b * 2, t, c // 2).sum(0)
 
-    captured = capture(Model(), (torch.randn(2, 5, 6),), ways=[way])
+    captured = capture(Model(), (torch.randn(2, 5, 6),))
     assert not captured.notes
     x = torch.randn(batch, 5, 6)
     torch.testing.assert_close(captured.graph(True)(x), captured.model(x))
 
 
-def test_a_fixed_batch_is_noted():
-    model = Part(lambda m, x: m.a(x.view(3, 4)))
-    captured = capture(model, (torch.randn(3, 4),), ways=["record"])
-    assert "the batch size 3 of the example is fixed in the graph" in captured.notes[0]
+def test_a_fixed_size_is_noted():
+    """Else nobody knows, before a batch is refused, what keeps the model from taking it."""
+    model = Part(lambda m, x: m.a(x) * max(range(len(x))))
+    captured = capture(model, (torch.randn(3, 4),))
+    assert re.search(
+        r"size 0 of 'args\[0\]' is fixed at 3: .*test_capture_constructs.py:\d+", captured.notes[0]
+    )
+
+
+def test_code_that_takes_plain_sizes_alone_gets_them(x):
+    """For want of more: the graph is right for the example's sizes and refuses others."""
+    model = Part(lambda m, x: m.a(x) * {int: 2.0}[type(x.shape[0])])
+    captured = assert_faithful(model, (x,))
+    assert captured.method == "fixed sizes"
+    with pytest.raises(OtherSizes, match="needs a plain Python value that depends on sizes, which is 9 now"):
+        captured.graph(True)(torch.randn(9, *x.shape[1:]))
 
 
 def test_constants_and_unregistered_tensors(x):
@@ -559,6 +572,6 @@ def test_factories_in_other_threads_are_left_alone(x):
         return m.a(x) + torch.ones(x.shape[0], 1)
 
     captured = assert_faithful(Part(forward), (x,))
-    assert captured.method == "fx"
+    assert captured.method == "record"
     assert len(found) > 1
     assert all(type(t) is torch.Tensor for t in found)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dtrp
-from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
 
 from .test_capture import assert_faithful
@@ -129,16 +128,11 @@ thorough = settings(
 )
 
 
-@given(modules(), st.integers(0, 2**31 - 1), st.sampled_from(["fx", "record"]))
+@given(modules(), st.integers(0, 2**31 - 1), st.sampled_from(["record", "fixed sizes"]))
 @thorough
-def test_every_way_that_accepts_is_faithful(node, seed, way):
+def test_every_way_is_faithful(node, seed, way):
     model, args = drawn(node, seed)
-    try:
-        captured = capture(model, args, ways=[way])
-    except CaptureError:
-        assert way != "record"
-        return
-    assert_faithful(model, args, captured=captured)
+    assert_faithful(model, args, captured=capture(model, args, ways=[way]))
 
 
 @given(modules(), st.integers(0, 2**31 - 1), st.integers(1, 4))

@@ -45,8 +45,8 @@ def same_size(value: Any, expected: Any, place: str) -> None:
     """
     if value != expected:
         raise OtherSizes(
-            f"the model's code at {place} needs a plain Python value that depends on sizes, which is {value} "
-            f"now and was {expected} when the model was compiled"
+            f"the model's code{place and ' at ' + place} needs a plain Python value that depends on sizes, "
+            f"which is {value} now and was {expected} when the model was compiled"
         )
 
 

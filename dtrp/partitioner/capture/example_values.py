@@ -8,6 +8,7 @@ to its arguments is run on the example's inputs; only what large layers would co
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -117,6 +118,16 @@ class ExampleCalls:
             if source is not None:
                 real, *others = [partial(call.of, *source) for call in self._calls]
                 self._world.meet(tensor, real, others)
+
+
+def batch_of(tensors: Sequence[torch.Tensor]) -> tuple[int, tuple[int, ...]]:
+    """The batch size (the most common first dimension) and the indices of the tensors that have it."""
+    sizes = Counter(t.shape[0] for t in tensors if t.dim() > 0)
+    if not sizes:
+        return 0, ()
+    # Among equally common ones, the first tensor's.
+    size = max(sizes, key=lambda s: sizes[s])
+    return size, tuple(i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == size)
 
 
 def repeated(

@@ -18,17 +18,18 @@ from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
 from .modes import BothModes, Flags
 from .operators import Walk
-from .record import record
-from .second_look import MAX_FLOPS, cost_of_running, look
+from .record import record, record_fixed
+from .recorder import VALUE_DEPENDENT
+from .second_look import look
 from .snapshot import untouched
-from .symbolic import trace_symbolically
 from .task import Task
 from .verify import verify
+from .writer import CannotRecord
 
 Way = Callable[[Task], BothModes]
 
-# In the order in which they are tried. "fx" is quick and keeps sizes open; "record" follows any Python code.
-WAYS: Mapping[str, Way] = {"fx": trace_symbolically, "record": record}
+# In the order in which they are tried.
+WAYS: Mapping[str, Way] = {"record": record, "fixed sizes": record_fixed}
 
 
 def capture(
@@ -90,6 +91,8 @@ def capture(
                 walks = _check(task, both, run)
         except Exception as error:
             failures.append(Failure(name, error))
+            if isinstance(error, (CannotRecord, *VALUE_DEPENDENT)):  # whatever the sizes are
+                break
             continue
         return _accepted(task, both, name, walks)
     raise capture_error(model, failures) from failures[0].error
@@ -121,14 +124,13 @@ def _refuse_unsuitable(model: nn.Module) -> None:
 
 def _check(task: Task, both: BothModes, run: bool) -> dict[bool, Walk]:
     """Compare the graphs with the model; what their nodes did, by mode."""
-    walks = {}
+    walks: dict[bool, Walk] = {}
     for training in (True, False):
         traced = both.train if training else both.eval
         traced.graph.lint()
-        walks[training] = verify(task, traced, training)
-    if run and cost_of_running(task, both.train, walks[True]) <= MAX_FLOPS:
-        look(task, both.train, True)
-        look(task, both.eval, False)
+        walks[training] = walks[True] if both.alike and walks else verify(task, traced, training)
+    if run:
+        look(task, both, walks[True])
     return walks
 
 

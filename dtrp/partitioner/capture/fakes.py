@@ -265,28 +265,16 @@ def _known(tensor: torch.Tensor, fakes: dict[int, torch.Tensor]) -> torch.Tensor
     return fakes[id(tensor)]
 
 
-def fake_inputs(
-    world: FakeWorld,
-    tensors: Sequence[torch.Tensor],
-    batch: tuple[int, ...] = (),
-    size: int | tuple[int, ...] = 0,
-) -> list[torch.Tensor]:
-    """Fake tensors like a call's; those at the indices in ``batch`` with ``size`` samples, or its own."""
+def fake_inputs(world: FakeWorld, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Fake tensors like a call's."""
     result = []
     with world.mode:
-        for i, tensor in enumerate(tensors):
-            shape, strides = list(tensor.shape), tensor.stride()
-            if i in batch:
-                shape[0] = size if isinstance(size, int) else size[batch.index(i)]
+        for tensor in tensors:
             device = torch.device("cpu") if tensor.is_meta else tensor.device
             # New ones each: the same tensor may be given for two arguments, which are two placeholders.
-            if i in batch and strides[0] < max(strides):
-                fake = torch.empty(shape, dtype=tensor.dtype, device=device)
-            else:
-                fake = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device)
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             result.append(fake.requires_grad_(tensor.requires_grad))
-            if tuple(shape) == tuple(tensor.shape):
-                world.meet(result[-1], partial(_with_data, tensor))
+            world.meet(result[-1], partial(_with_data, tensor))
     return result
 
 

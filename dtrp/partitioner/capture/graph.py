@@ -124,8 +124,6 @@ class ModeGraph:
 
     module: GraphModule
     out_spec: pytree.TreeSpec
-    batch_fixed: bool = False  # it is for the example's batch size alone
-    follows_batch: bool = True  # numbers in it follow sizes that are equal in the example, perhaps by chance
     walk: Walk = field(default_factory=Walk)  # what each node did on fake tensors, in the graph's mode
 
     def __call__(self, *tensors: Any) -> Any:

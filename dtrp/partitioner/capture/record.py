@@ -1,7 +1,8 @@
-"""Second way: the model's own code runs on fake tensors, and what it calls is recorded.
+"""The model's own code runs on fake tensors, once, and what it calls is recorded.
 
-Sizes are plain numbers while the model runs. To keep the batch size out of the graph, the model runs with
-another batch size too, and numbers that changed are computed from tensors in the graph (`sizes`).
+Sizes that it asks for are numbers that know where they come from (`sizes`), so the graph takes all sizes that
+the code leaves open. What code makes of sizes that a module kept whole computes from values is only seen by
+running it with other ones.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .decisions import Decisions
-from .example_values import repeated
+from .example_values import batch_of, repeated
 from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
 from .leaves import has_hooks
@@ -21,28 +23,22 @@ from .location import raised_at
 from .modes import BothModes
 from .patches import ObservedFakeMode, observed
 from .recorder import VALUE_DEPENDENT, Recorder
-from .sizes import Differs, batch_of, free_the_batch, unify
 from .snapshot import foreign_randomness
 from .state import changes_of, state_of, within
 from .structure import flatten_output
 from .task import Task
-from .traced import Traced
+from .traced import Traced, differs_at
 from .writer import CannotRecord
 
 
 def record(task: Task) -> BothModes:
     """Record the model in both modes."""
-    # What is kept whole in one mode need not be in the other.
-    recordings = {training: _Recording(task, training) for training in (True, False)}
-    both = BothModes.of(lambda training: recordings[training]())
-    freed = {}
-    for training, traced in both.each():
-        run = recordings[training]
-        closed = run.closed
-        freed[training] = free_the_batch(traced, run, task, training)
-        if run.closed != closed:  # with the other batch size it had to keep more whole than at first
-            freed[training] = free_the_batch(run(), run, task, training)
-    return BothModes(freed[True], freed.get(False, freed[True]))
+    return BothModes.of(lambda training: _Recording(task, training)())
+
+
+def record_fixed(task: Task) -> BothModes:
+    """The same with the example's sizes as plain numbers, for code that takes no others; with guards."""
+    return BothModes.of(lambda training: _Recording(task, training, sizes_open=False)())
 
 
 @dataclass(frozen=True)
@@ -60,23 +56,17 @@ class _Recording:
 
     _LEFT = ": let forward return it, or move this code into a submodule, which is then kept whole"
 
-    def __init__(self, task: Task, training: bool) -> None:
-        self._task, self._training = task, training
+    def __init__(self, task: Task, training: bool, sizes_open: bool = True) -> None:
+        self._task, self._training, self._sizes_open = task, training, sizes_open
         self._closed = dict(task.closed)
         self._by_methods = False  # methods that cannot be recorded are kept whole
         self._decisions: Decisions | None = None  # the first recording's; later ones repeat them
-        self._sized = False  # by values, as the example showed
 
-    @property
-    def closed(self) -> frozenset[str]:
-        """What is kept whole by now."""
-        return frozenset(self._closed)
-
-    def __call__(self, batch: tuple[int, ...] = (), size: int = 0) -> Traced:
-        """Record with ``size`` samples in the inputs ``batch``; as the example is if not given."""
+    def __call__(self) -> Traced:
+        """Record."""
         while True:  # each attempt closes at least one module more
             try:
-                found = self._once(batch, size)
+                found = self._once()
             except VALUE_DEPENDENT:
                 if self._by_methods:
                     raise
@@ -84,54 +74,45 @@ class _Recording:
                 continue
             # Some modules may have been given up half-way and replaced by single nodes. Record again with
             # these closed from the start: their half-run code may have left something behind.
-            self._sized |= found.sized_by_values
-            failures = found.failures or (self._follow_sizes(found, batch, size) if self._sized else {})
+            failures = found.failures or (self._other_course(found) if found.sized_by_values else {})
             if failures is None:
                 self._by_methods = True
             elif not failures:
-                self._decisions = self._decisions or found.decisions
                 return found.traced
             else:
                 self._closed.update(failures)
 
-    def apart(self, batch: tuple[int, ...], sizes: tuple[int, ...]) -> Traced:
-        """Record with a size for each of the inputs ``batch``; all that is kept whole is so already."""
-        found = self._once(batch, sizes)
-        failures = found.failures or (self._follow_sizes(found, batch, sizes) if self._sized else {})
-        if failures is None or failures:
-            raise CannotRecord("more would have to be kept whole")
-        return found.traced
+    def _other_course(self, found: _Found) -> dict[str, str] | None:
+        """Modules whose code takes another course with other sizes that are made from values, and why.
 
-    def _follow_sizes(
-        self, found: _Found, batch: tuple[int, ...], size: int | tuple[int, ...]
-    ) -> dict[str, str] | None:
-        """Let the graph follow sizes that a module kept whole makes from values; or name what does not.
-
-        Such sizes are only an example's. The code behind them runs again with others. None: what does not
-        follow may be a method.
+        Such sizes are only an example's. The code behind them runs again with others. None: what takes
+        another course may be a method.
         """
         text = "takes another course with another size, which is computed from values"
+        self._decisions = self._decisions or found.decisions
         try:
-            others = [self._once(batch, size, "other")]
+            others = [self._once("other")]
             try:
-                others.append(self._once(batch, size, "none"))
+                others.append(self._once("none"))
             except VALUE_DEPENDENT:  # a module kept whole that takes nothing empty
                 if self._same_sizes(found.traced, others[0].traced):
                     raise
-            failures = {name: why for other in others for name, why in other.failures.items()}
-            if not failures:
-                unify([found.traced, *(other.traced for other in others)], by_values=True)
-            return failures
-        except Differs as difference:
-            if difference.module and difference.module not in self._closed:
-                return {difference.module: f"{text} ({difference})"}
-            if not self._by_methods:
-                return None
-            error, place = CannotRecord(f"{text}: {difference}"), difference.place
         except Exception as failure:
             if isinstance(failure, VALUE_DEPENDENT) and not self._by_methods:
                 return None
             error, place = CannotRecord(f"{text}: {failure}"), raised_at(failure)
+        else:
+            failures = {name: why for other in others for name, why in other.failures.items()}
+            nodes = [differs_at(found.traced, other.traced) for other in others]
+            node = next((n for n in nodes if n is not None), None)
+            if failures or node is None:
+                return failures
+            module, place = _caller(node), node.meta["location"]
+            if module and module not in self._closed:
+                return {module: f"{text}, at {place}"}
+            if not self._by_methods:
+                return None
+            error = CannotRecord(f"{text}: at {place} its graph is another one")
         error.place = place
         raise error
 
@@ -143,25 +124,31 @@ class _Recording:
         ]
         return shapes[0] == shapes[1]
 
-    def _once(self, batch: tuple[int, ...], size: int | tuple[int, ...], sizes: Sizes = "found") -> _Found:
+    def _once(self, sizes: Sizes = "found") -> _Found:
         model, tensors, closed = self._task.model, self._task.tensors, self._closed
         mode = ObservedFakeMode()
         world = FakeWorld(mode, self._task.runs)
-        world.sizes, world.compares = sizes, not batch
+        world.sizes = sizes
         run = self._task.run(self._training)
         with run, world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
             decisions = Decisions(model, world, tensors, self._decisions)
-            recorder = Recorder(model, world, closed, self._task.opened, decisions)
-            inputs = fake_inputs(world, tensors, batch, size)
+            recorder = Recorder(model, world, closed, self._task.opened, decisions, self._sizes_open)
+            inputs = fake_inputs(world, tensors)
             for i, tensor in enumerate(inputs):
                 recorder.placeholder(f"input_{i}", tensor)
-            recorder.know_examples(model, _calls(tensors, inputs))
+            recorder.know_examples(model, _calls(tensors))
+            if not self._sizes_open:
+                recorder.fix_sizes()
             args, kwargs = self._task.signature.unflatten(inputs)
             mode.observer = recorder
             if self._by_methods:
                 recorder.watch_methods(model)
             state = state_of(model)
-            with torch.compiler.set_stance("force_eager"), observed(recorder, model), recorder:
+            with (
+                torch.compiler.set_stance("force_eager"),
+                observed(recorder, model),
+                recorder.all_seen(model),
+            ):
                 states = foreign_randomness()
                 output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
                 if foreign_randomness() != states:
@@ -184,9 +171,12 @@ class _Recording:
             recorder.writer.graph,
             out_spec,
             kept,
-            tuple(
-                f"the model's check at {place} became a guard in the graph"
-                for place in dict.fromkeys(decisions.places)
+            (
+                *(
+                    f"the model's check at {place} became a guard in the graph"
+                    for place in dict.fromkeys(decisions.places)
+                ),
+                *recorder.sizes.pinned_inputs(self._task.signature.tensor_names),
             ),
             asks_grad=recorder.asks_grad,
             answers=tuple(decisions.made),
@@ -196,10 +186,18 @@ class _Recording:
         return _Found(traced, recorder.failures, decisions, world.sized_by_values)
 
 
-def _calls(example: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The example in the sizes of ``inputs``, and with its samples in another order or one for all."""
-    size, batch = batch_of(inputs)
+def _calls(example: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The example, and the same with its samples in another order or one for all."""
+    size, batch = batch_of(example)
     last = size - 1
     orders = (range(size), range(last, -1, -1), [0] * size, [last] * size)
     with _disable_current_modes():
         return [repeated(example, batch, list(order)) for order in orders]
+
+
+def _caller(node: Node) -> str:
+    """What made the node: a module (of a layer's node, the one that the layer is in), or a method."""
+    module = str(node.meta["module"])
+    if not module or (node.op == "call_module" and "." not in module):
+        return str(node.meta.get("method", ""))
+    return module.rpartition(".")[0] if node.op == "call_module" else module

@@ -33,16 +33,17 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
 from .checkpointed import Checkpointed, reentrant, updates_buffers, versions
-from .custom import GradientFunction, SameForm, Under
+from .custom import GradientFunction, SameForm, Under, same_size
 from .decisions import Decisions, Undecided
 from .example_values import ExampleCalls
 from .fakes import FakeWorld, light
 from .leaves import is_leaf
 from .location import raised_at, user_location
 from .methods import KeptMethod, own_methods
+from .sizes import Sizes, plain
 from .snapshot import foreign_randomness, preserved_randomness
 from .structure import Step, mirror, mutable, replace_tensors, tensors_in
-from .targets import node_form, property_name
+from .targets import is_property, node_form, property_name
 from .writer import CannotKeep, CannotRecord, GraphWriter
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
@@ -68,10 +69,13 @@ class Recorder(TorchFunctionMode):
         closed: Collection[str],
         opened: Collection[str],
         decisions: Decisions,
+        sizes_open: bool = True,
     ) -> None:
         super().__init__()
         self.writer = GraphWriter(model, world)
         self.paused = False
+        self.sizes = Sizes(self.writer, lambda: self.paused)
+        self.sizes.finished = not sizes_open
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
         self.left: dict[tuple[str, str], torch.Tensor] = {}  # tensors assigned to attributes: module, name
         self._world = world
@@ -103,6 +107,19 @@ class Recorder(TorchFunctionMode):
         """The inputs' real tensors in the example's call, and in some others that the model may get."""
         self._examples = ExampleCalls(model, self._world, self.writer, calls)
 
+    def fix_sizes(self) -> None:
+        """Guard that the inputs' sizes are the example's."""
+        for node in list(self.writer.graph.nodes):
+            for d, size in enumerate(node.meta["val"].shape):
+                found = self.writer.node("call_method", "size", (node, d), {}, size)
+                self.writer.node("call_function", same_size, (found, size, ""), {}, None)
+
+    @contextmanager
+    def all_seen(self, model: nn.Module) -> Iterator[None]:
+        """Inside, what the model calls is recorded."""
+        with self.sizes.followed(model), self:
+            yield
+
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
         for name, value in self._updates.items():
@@ -111,6 +128,7 @@ class Recorder(TorchFunctionMode):
             node.meta["update"] = name
         self.asks_grad |= self._checkpointed.write(self.writer)
         self.writer.output(leaves)
+        self.sizes.tidy()
 
     # What the model does
 
@@ -287,7 +305,7 @@ class Recorder(TorchFunctionMode):
         ``kept``: the name of what is kept whole because it could not be recorded.
         """
         given = args, kwargs
-        args, kwargs = self._fake(given)
+        args, kwargs = plain(self._fake(given))
         before = self._fake(given)
         inputs = [t for _, t in tensors_in(before)]
         versions = [_version(t) for t in inputs]
@@ -301,12 +319,14 @@ class Recorder(TorchFunctionMode):
             mirror(given, (args, kwargs), lambda x: x)
         args, kwargs = before
         changed = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
+        name = property_name(function) if is_property(function) else getattr(function, "__name__", "")
         if not outputs and not changed:
-            return result  # a question, answered
+            return self.sizes.answer(name, args, lambda: form(function, args, kwargs), result)
         for tensor in changed:
             if name := self.writer.attribute_name(tensor):
                 self._checkpointed.refuse(name)
         node = self.writer.node(*self._written(form(function, args, kwargs), bool(changed)), result)
+        self.sizes.parted(name, node, result)
         if kept:
             self.writer.node("call_function", SameForm.of(kept, result), (node,), {}, None)
         return self._learn_all(result, outputs, node, inputs, changed)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from .custom import OtherSizes
+from .example_values import batch_of
+from .modes import BothModes
 from .operators import Walk
-from .sizes import batch_of
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
@@ -29,28 +31,38 @@ _LEAST = 1e-5  # what is smaller is the noise of sums that should be zero
 _TOLERANCE = 1e-3  # relative to the largest element; most graphs are equal bit for bit
 
 
-def cost_of_running(task: Task, traced: Traced, walk: Walk) -> float:
-    """FLOPs of a forward pass in training, for comparison; infinite if the model cannot run."""
-    model, tensors = task.model, task.tensors
-    state: list[torch.Tensor] = [*model.parameters(), *model.buffers(), *tensors]
-    if any(t.is_meta for t in state):
-        return float("inf")
-    size, _ = batch_of(tensors)
-    fewer = not traced.batch_fixed and size > _SAMPLES
-    return walk.flops * _SAMPLES / size if fewer else walk.flops
-
-
-def look(task: Task, traced: Traced, training: bool) -> None:
-    """Run the model and its graph in one mode and compare.
+def look(task: Task, both: BothModes, walk: Walk) -> None:
+    """Run the model and its graphs and compare, with few samples or all, if that is cheap.
 
     Raises
     ------
     Unfaithful
         They differ; the message says in what.
     """
-    model, tensors = task.model, task.tensors
+    state: list[torch.Tensor] = [*task.model.parameters(), *task.model.buffers(), *task.tensors]
+    if any(t.is_meta for t in state):
+        return
+    size, _ = batch_of(task.tensors)
+    for samples in (_SAMPLES, size) if size > _SAMPLES else (size,):
+        if walk.flops * samples > MAX_FLOPS * max(size, 1):
+            return
+        try:
+            _compare(task, both.train, True, samples)
+            _compare(task, both.eval, False, samples)
+        except OtherSizes:
+            continue
+        except Unfaithful:
+            raise
+        except Exception:
+            if samples == size:
+                raise
+            continue  # the model does not take fewer samples
+        return
+
+
+def _compare(task: Task, traced: Traced, training: bool, samples: int) -> None:
+    inputs, model = _fewer(task.tensors, samples), task.model
     module = traced.graph_module(model)
-    inputs = list(tensors) if traced.batch_fixed else _fewer(tensors)
 
     def plain(given: list[torch.Tensor]) -> Any:
         args, kwargs = task.signature.unflatten(given)
@@ -59,13 +71,7 @@ def look(task: Task, traced: Traced, training: bool) -> None:
     def graph(given: list[torch.Tensor]) -> Any:
         return pytree.tree_unflatten(list(module(*given)), traced.out_spec)
 
-    try:
-        expected = _behaviour(task, plain, inputs, training)
-    except Exception:
-        if traced.batch_fixed:
-            raise
-        inputs = list(tensors)  # the model does not take fewer samples
-        expected = _behaviour(task, plain, inputs, training)
+    expected = _behaviour(task, plain, inputs, training)
     found = _behaviour(task, graph, inputs, training)
     for (name, a), (other, b) in zip(expected, found, strict=False):
         if name != other:
@@ -122,11 +128,9 @@ def _backward(leaves: Sequence[Any]) -> None:
         torch.stack([t.to(terms[0].device) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
 
 
-def _fewer(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _fewer(tensors: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
     size, batch = batch_of(tensors)
-    if size <= _SAMPLES:
-        return list(tensors)
-    return [t[:_SAMPLES] if i in batch else t for i, t in enumerate(tensors)]
+    return [t[:samples] if samples < size and i in batch else t for i, t in enumerate(tensors)]
 
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,303 +1,338 @@
-"""Freeing a recorded graph of the example's batch size.
+"""Sizes that know their value, and which node of the recording computes it.
 
-The model is recorded with the example's batch and with another. The recordings must be the same calls;
-where a number in them changed with the batch, it is a size (or was computed from sizes), and is replaced by
-nodes that compute it:
+The model's code gets them wherever it asks a tensor for its sizes. They pass for ``int`` (and torch takes
+them for its own `torch.SymInt`), so the code takes its usual course:
 
-    recorded with 4 and 5 samples:   view(x, 32, -1)   view(x, 40, -1)
-    becomes:                         size(x, 0) * 8    -> view(x, ., -1)
+- what is computed with a size is a size again, and nodes of the graph compute it,
+- where a true number or truth is needed (``if t > 10``, ``range(t)``), it is the example's, and the graph
+  gets a guard that refuses other sizes with the line that asked.
 
-The tensor that is asked for its size is one of the same call if possible, else the latest that has the size,
-so that few sizes travel from stage to stage.
+    y.view(n, t // 2, -1)        size_1 = y.size(1);  half = size_1 // 2;  y.view(size, half, -1)
+
+Tensors themselves have the example's sizes throughout: nothing is solved for, and running costs no more.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import builtins
+import math
 import operator
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch import nn
+from torch.fx import Node
 
-from .fakes import FakeWorld, fake_inputs
-from .propagate import propagate
-from .task import Task
-from .traced import Traced
+from .custom import same_size
+from .location import user_location
+from .patches import replaced
+from .state import kinds_of
+from .writer import GraphWriter
 
-
-class Run(Protocol):
-    """Records the model again."""
-
-    def __call__(self, batch: tuple[int, ...], size: int) -> Traced:
-        """With ``size`` samples in the tensors at the indices in ``batch``."""
-
-    def apart(self, batch: tuple[int, ...], sizes: tuple[int, ...]) -> Traced:
-        """With a size for each of them; nothing is kept whole that was not."""
-
-
-_Numbers = tuple[int, ...]  # one number of the graph, as it was in each recording
-_NEAR = 64  # how many earlier nodes are searched for a tensor that has the size
+_ASKED = {"size", "shape", "numel", "nelement", "stride", "storage_offset", "nbytes", "__len__"}
+_PARTED = {"unbind", "split", "unsafe_split", "__iter__"}  # give more tensors of larger ones
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
+_UNARY = {
+    "neg": operator.neg, "pos": operator.pos, "abs": operator.abs,
+    "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc, "round": round,
+}  # fmt: skip
+_MATH = ("sqrt", "exp", "log", "log2", "log10", "pow")
 
 
-def free_the_batch(example: Traced, run: Run, task: Task, training: bool) -> Traced:
-    """Replace numbers in a recording that follow the batch size, found by recording again with another.
+class _Node:
+    """What torch's C++ code may ask a `torch.SymInt` for: its value, as a plain number."""
 
-    The result is checked by running it, on fake tensors, with a third batch size. Where the model takes no
-    other batch size, or takes another course with it, the example's is kept and a note says so.
-    """
-    tensors = task.tensors
-    size, batch = batch_of(tensors)
-    if not batch:
-        return example
-    problem = ""
-    for second, third in ((size + 1, size + 3), (2 * size, 3 * size)):
-        try:
-            other = run(batch, second)
-        except Exception as error:
-            problem = f"with {second} samples instead of {size} it fails: {_first_line(error)}"
-            continue
-        original = example.copy()
-        try:
-            follows = unify([example, other])
-            if follows and len(batch) > 1:
-                # Their sizes may be equal by chance: does the model take them apart?
-                with contextlib.suppress(Exception):
-                    each = run.apart(batch, tuple(second + i for i in range(len(batch))))
-                    freed = original.copy()
-                    unify([freed, other, each])
-                    example, follows = freed, False
-            world = FakeWorld()
-            world.compares = False
-            inputs = fake_inputs(world, tensors, batch, third)
-            held = {**example.constants, **example.methods}
-            with task.run(training):
-                propagate(task.model, example.graph, world, inputs, held)
-            return dataclasses.replace(example, follows_batch=follows)
-        except Differs as difference:
-            problem = str(difference)
-        except Exception as error:
-            problem = f"with {third} samples instead of {size} its graph fails: {_first_line(error)}"
-        example = original
-    note = f"the batch size {size} of the example is fixed in the graph ({problem})"
-    return dataclasses.replace(example, notes=(*example.notes, note), batch_fixed=True)
+    def __init__(self, pinned: Callable[[], Any]) -> None:
+        self.int_ = self.bool_ = pinned
+        self.guard_int = self.guard_float = self.guard_size_oblivious = lambda *_: pinned()
+        self.is_nested_int = self.is_bool = self.is_constant = self.is_symbolic = lambda: False
+        self.maybe_as_int = self.maybe_as_float = lambda: None
+        self.has_hint = lambda: True
+        self.is_int = lambda: True
+        self.is_float = lambda: False
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+class _Known:
+    """A number that knows its value."""
+
+    def __init__(self, sizes: Sizes, node: Node, value: Any) -> None:
+        self.node: Any = _Node(self.pinned)
+        self.sizes, self.source, self.value = sizes, node, value
+
+    @property
+    def __class__(self) -> type:  # so ``isinstance(size, int)`` is true
+        return type(self.value)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise TypeError("the class of a size is fixed")
+
+    def pinned(self, *_: Any) -> Any:
+        """The example's value, which the graph then is for."""
+        return self.sizes.pin(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("value", "sizes", "source") or not hasattr(self.value, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.pinned(), name)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self.value), (self.value,)
+
+    def __repr__(self) -> str:
+        return repr(self.pinned())
+
+    def __str__(self) -> str:
+        return str(self.pinned())
+
+    def __format__(self, form: str) -> str:
+        return format(self.pinned(), form)
+
+    def __bool__(self) -> bool:
+        return bool(self != 0)
+
+    def __int__(self) -> int:
+        return int(self.pinned())
+
+    def __float__(self) -> float:
+        return float(self.pinned())
+
+    def __hash__(self) -> int:
+        return hash(self.pinned())
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other  # type: ignore[operator]
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
 
-def batch_of(tensors: Sequence[torch.Tensor]) -> tuple[int, tuple[int, ...]]:
-    """The batch size (the most common first dimension) and the indices of the tensors that have it."""
-    sizes = Counter(t.shape[0] for t in tensors if t.dim() > 0)
-    if not sizes:
-        return 0, ()
-    # Among equally common ones, the first tensor's.
-    size = max(sizes, key=lambda s: sizes[s])
-    return size, tuple(i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == size)
+class Size(_Known, torch.SymInt):
+    """An ``int``."""
+
+    def __index__(self) -> int:
+        return operator.index(self.pinned())
 
 
-class Differs(Exception):
-    """Two recordings are not the same calls, or a number follows the sizes in no known way."""
-
-    def __init__(self, text: str, node: Node | None = None) -> None:
-        self.place = node.meta["location"] if node is not None else ""
-        self.module = "" if node is None else _caller(node)
-        super().__init__(f"{text}, at {self.place}" if self.place else text)
+class Ratio(_Known, torch.SymFloat):
+    """A ``float``."""
 
 
-def _caller(node: Node) -> str:
-    """What made the node: a module (of a layer's node, the one that the layer is in), or a method."""
-    module = str(node.meta["module"])
-    if not module or (node.op == "call_module" and "." not in module):
-        return str(node.meta.get("method", ""))
-    return module.rpartition(".")[0] if node.op == "call_module" else module
+def _method(function: Callable[..., Any], reflected: bool = False) -> Any:
+    def method(self: _Known, *others: Any) -> Any:
+        return self.sizes.compute(function, (*others, self) if reflected else (self, *others))
+
+    return method
 
 
-def unify(recordings: Sequence[Traced], by_values: bool = False) -> bool:
-    """Replace, in the first recording, the numbers in which the others, of other sizes, differ.
-
-    With ``by_values`` the sizes are those that modules make from values. They stand for no other size that
-    happens to be equal: a later call does not take numbers from them.
-
-    Returns
-    -------
-    bool
-        Whether there were any.
-
-    Raises
-    ------
-    Differs
-        The recordings cannot be one graph; the message says why, and at which line.
-    """
-    graph = recordings[0].graph
-    columns = list(zip(*(r.graph.nodes for r in recordings), strict=False))
-    if any(r.out_spec != recordings[0].out_spec for r in recordings):
-        raise Differs("its output has another structure with another size")
-    for column in columns:
-        if any(n.op != column[0].op or not _same_target(n.target, column[0].target) for n in column):
-            raise Differs("it makes other calls with another size", column[0])
-    if len({len(r.graph.nodes) for r in recordings}) > 1:
-        raise Differs("it makes more calls with another size", columns[-1][0])
-    rank = {n: i for i, column in enumerate(columns) for n in column}
-    replacements: list[tuple[Node, Any, Any]] = []
-    sizes = _Sizes(graph, columns)
-    for i, column in enumerate(columns):
-        try:
-            args = _merge([n.args for n in column], rank, sizes, i)
-            kwargs = _merge([n.kwargs for n in column], rank, sizes, i)
-        except Differs as difference:
-            raise Differs(str(difference), column[0]) from None
-        replacements.append((column[0], args, kwargs))
-    for node, args, kwargs in replacements:
-        node.args, node.kwargs = sizes.written(node, args), sizes.written(node, kwargs)
-    if by_values:
-        for i, column in enumerate(columns):
-            column[0].meta["sized_by_values"] = {dim for dim, _ in sizes.varying[i]}
-    return bool(sizes.written_nodes)
+for _kind in (Size, Ratio):
+    for _name in (*_BINARY, *_COMPARED):
+        setattr(_kind, f"__{_name}__", _method(getattr(operator, f"__{_name}__")))
+    for _name in _BINARY:
+        setattr(_kind, f"__r{_name}__", _method(getattr(operator, f"__{_name}__"), reflected=True))
+    for _name, _function in _UNARY.items():
+        setattr(_kind, f"__{_name}__", _method(_function))
 
 
-class _Size:
-    """A number that is to be computed: ``tensor.size(dim) * times // over + plus``."""
-
-    def __init__(self, source: int, dim: int, times: int = 1, over: int = 1, plus: int = 0) -> None:
-        self.source, self.dim, self.times, self.over, self.plus = source, dim, times, over, plus
+def is_size(value: Any) -> bool:
+    """Whether it is a size that knows its value."""
+    return type(value) is Size or type(value) is Ratio
 
 
-class _Sizes:
-    """Finds tensors of the graph that have a given size."""
+def plain(value: Any) -> Any:
+    """``value`` with plain numbers in place of sizes."""
+    kind = type(value)
+    if kind is Size or kind is Ratio:
+        return value.value
+    if kind is slice:
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    if kind in (tuple, list, torch.Size):
+        return kind(map(plain, value))
+    if issubclass(kind, tuple) and hasattr(value, "_fields"):
+        return kind(*map(plain, value))
+    if kind is dict:
+        return {k: plain(v) for k, v in value.items()}
+    return value
 
-    def __init__(self, graph: Graph, columns: Sequence[tuple[Node, ...]]) -> None:
-        self._graph = graph
-        self._columns = columns
-        self.written_nodes: dict[tuple[int, int, int, int, int], Node] = {}
-        self.varying = [self._dims(column) for column in columns]
 
-    def _dims(self, column: tuple[Node, ...]) -> list[tuple[int, _Numbers]]:
-        """The dimensions of a node's tensor that change with the batch."""
-        values = [v for v in (n.meta.get("val") for n in column) if isinstance(v, torch.Tensor)]
-        if len(values) < len(column) or len({v.dim() for v in values}) > 1:
-            return []
-        shapes = zip(*(v.shape for v in values), strict=True)
-        taken = column[0].meta.get("sized_by_values", ())
-        return [(d, sizes) for d, sizes in enumerate(shapes) if len(set(sizes)) > 1 and d not in taken]
+def holds_sizes(value: Any) -> bool:
+    """Whether there are sizes in a call's arguments."""
+    kind = type(value)
+    if kind is Size or kind is Ratio:
+        return True
+    if kind is slice:
+        return holds_sizes((value.start, value.stop, value.step))
+    if kind is dict:
+        return any(map(holds_sizes, value.values()))
+    return issubclass(kind, (tuple, list)) and any(map(holds_sizes, value))
 
-    def find(self, numbers: _Numbers, at: int, near: Sequence[int]) -> _Size:
-        """An expression that gives ``numbers``, from tensors before node ``at``, preferring ``near``."""
-        candidates = [*near, *self._before(at)]
-        for form in (_equal, _multiple, _fraction, _affine):
-            for source in candidates:
-                for dim, sizes in self.varying[source]:
-                    fit = form(numbers, sizes)
-                    if fit is not None:
-                        return _Size(source, dim, *fit)
-        raise Differs(f"it computes {numbers[0]} from sizes in an unknown way (else {numbers[1:]})")
 
-    def _before(self, at: int) -> Iterator[int]:
-        seen = 0
-        for i in range(at - 1, -1, -1):
-            if self.varying[i] and (seen < _NEAR or self._columns[i][0].op == "placeholder"):
-                seen += 1
-                yield i
+class Sizes:
+    """Gives the model's code sizes, and writes down what it does with them."""
 
-    def written(self, node: Node, value: Any) -> Any:
-        """``value`` with each `_Size` replaced by nodes that compute it, placed before ``node``."""
-        if isinstance(value, _Size):
-            return self._nodes(node, value)
-        if isinstance(value, (tuple, list)):
-            items = [self.written(node, x) for x in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, dict):
-            return {k: self.written(node, v) for k, v in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self.written(node, x) for x in (value.start, value.stop, value.step)))
-        return value
+    def __init__(self, writer: GraphWriter, asleep: Callable[[], bool]) -> None:
+        """``asleep``: whether it is not the model's code that runs."""
+        self._writer, self._asleep, self._thread = writer, asleep, threading.get_ident()
+        self._made: dict[Any, Node] = {}
+        self._guards: dict[Any, Node] = {}
+        self.finished = False
 
-    def _nodes(self, node: Node, size: _Size) -> Node:
-        key = (size.source, size.dim, size.times, size.over, size.plus)
-        if key in self.written_nodes:
-            return self.written_nodes[key]
-        source = self._columns[size.source][0]
-        value = int(source.meta["val"].shape[size.dim])
-        with self._graph.inserting_before(node):
-            result = self._new("call_method", "size", (source, size.dim), value, node)
-            for function, operand, neutral in (
-                (operator.mul, size.times, 1),
-                (operator.floordiv, size.over, 1),
-                (operator.add, size.plus, 0),
-            ):
-                if operand != neutral:
-                    value = function(value, operand)
-                    result = self._new("call_function", function, (result, operand), value, node)
-        self.written_nodes[key] = result
-        return result
+    @property
+    def _unseen(self) -> bool:
+        return self.finished or self._asleep() or threading.get_ident() != self._thread
 
-    def _new(self, op: str, target: Any, args: Any, value: int, user: Node) -> Node:
-        node = self._graph.create_node(op, target, args)
-        node.meta.update(val=value, module=user.meta["module"], location=user.meta["location"])
+    def answer(self, name: str, given: tuple[Any, ...], form: Callable[[], Any], result: Any) -> Any:
+        """What the model's code gets for a question (of that name, about ``given``) instead of ``result``."""
+        if self.finished or name not in _ASKED or not isinstance(given[0], torch.Tensor):
+            return result
+        source = self._writer.argument(given[0])
+        if not source.meta["open"]:
+            return result
+        kind, target, args, kwargs = form()
+        if type(result) is torch.Size:
+            return torch.Size(
+                [self._size("call_method", "size", (source, d), n) for d, n in enumerate(result)]
+            )
+        if type(result) is tuple:  # strides
+            return tuple(self._size(kind, target, (source, d), n) for d, n in enumerate(result))
+        args = (source, *map(self._written, args[1:]), *map(self._written, kwargs.values()))
+        return self._size(kind, target, args, result)
+
+    def parted(self, name: str, node: Node, result: Any) -> None:
+        """Guard how many tensors a node gives, as the code goes on for so many."""
+        if not self.finished and name in _PARTED and type(result) in (tuple, list) and node.meta["open"]:
+            self._guard(self._node("call_function", len, (node,), len(result)), len(result))
+
+    def compute(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """``function(*args)`` of numbers."""
+        if not all(isinstance(a, (int, float)) for a in args):
+            return NotImplemented
+        value = function(*map(plain, args))
+        if self._unseen:
+            return value
+        node = self._node("call_function", function, tuple(map(self._written, args)), value)
+        if isinstance(value, bool):
+            self._guard(node, value)
+            return value
+        return self._known(node, value)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A plain function of numbers or shapes."""
+        value = function(*plain(args))
+        if self._unseen or not holds_sizes(args):
+            return value
+        node = self._node("call_function", function, tuple(map(self._written, args)), value)
+        if type(value) is torch.Size:
+            items = (self._size("call_function", operator.getitem, (node, i), n) for i, n in enumerate(value))
+            return torch.Size(items)
+        return self._known(node, value)
+
+    def pin(self, number: _Known) -> Any:
+        """The plain value, for which the graph is guarded."""
+        if not self._unseen:
+            self._guard(self._written(number), number.value)
+        return number.value
+
+    def pinned_inputs(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Notes of the sizes that are the example's for good, and where; of the inputs with these names."""
+        inputs = self._writer.graph.find_nodes(op="placeholder")
+        known = dict(zip(inputs, names, strict=True))
+        found = {}
+        for (node, _, value), guard in self._guards.items():
+            asked = node.args[0] if node.target == "size" else None
+            if asked in known and not guard._erased:
+                text = f"size {node.args[1]} of {known[asked]!r} is fixed at {value}"
+                found[node] = f"{text}: {guard.args[2]} needs it as a plain number"
+        return tuple(found.values())
+
+    def tidy(self) -> None:
+        """Take out what was asked and not used; from now on sizes are plain numbers."""
+        self.finished = True
+        for node in reversed(self._made.values()):
+            if not node._erased and not node.users:
+                node.graph.erase_node(node)
+
+    def _written(self, value: Any) -> Any:
+        return self._writer.argument(value)
+
+    def _size(self, op: str, target: Any, args: tuple[Any, ...], value: Any) -> Any:
+        return self._known(self._node(op, target, args, value), value)
+
+    def _known(self, node: Node, value: Any) -> Any:
+        return (Ratio if isinstance(value, float) else Size)(self, node, value)
+
+    def _node(self, op: str, target: Any, args: tuple[Any, ...], value: Any) -> Node:
+        key = target, *((type(a), a) for a in args)
+        node = self._made.get(key)
+        if node is None or node._erased:
+            node = self._made[key] = self._writer.node(op, target, args, {}, value)
         return node
 
+    def _guard(self, node: Node, value: Any) -> None:
+        key = node, type(value), value
+        if key not in self._guards or self._guards[key]._erased:
+            args = node, value, user_location()
+            self._guards[key] = self._writer.node("call_function", same_size, args, {}, None)
 
-def _equal(numbers: _Numbers, sizes: _Numbers) -> tuple[int, ...] | None:
-    return () if numbers == sizes else None
+    @contextmanager
+    def followed(self, model: nn.Module) -> Iterator[None]:
+        """Inside, Python's and torch's functions that would ask a size for its value make nodes instead."""
+        length = builtins.len
 
+        def sized(value: Any) -> Any:
+            if issubclass(type(value), torch.Tensor) and not self._unseen:
+                return value.size(0)
+            return length(value)
 
-def _multiple(numbers: _Numbers, sizes: _Numbers) -> tuple[int, ...] | None:
-    times = numbers[0] // sizes[0] if sizes[0] else 0
-    return (times,) if times and all(n == times * s for n, s in zip(numbers, sizes, strict=True)) else None
+        def made(function: Any) -> Any:
+            return lambda *args: self.call(function, *args) if not self._unseen else function(*args)
 
-
-def _fraction(numbers: _Numbers, sizes: _Numbers) -> tuple[int, ...] | None:
-    over = sizes[0] // numbers[0] if numbers[0] else 0
-    fits = over > 1 and all(n * over == s for n, s in zip(numbers, sizes, strict=True))
-    return (1, over) if fits else None
-
-
-def _affine(numbers: _Numbers, sizes: _Numbers) -> tuple[int, ...] | None:
-    run, rise = sizes[1] - sizes[0], numbers[1] - numbers[0]
-    if not run or rise % run:
-        return None
-    times, plus = rise // run, numbers[0] - rise // run * sizes[0]
-    fits = all(n == times * s + plus for n, s in zip(numbers, sizes, strict=True))
-    return (times, 1, plus) if fits else None
-
-
-def _merge(values: Sequence[Any], rank: dict[Node, int], sizes: _Sizes, at: int) -> Any:
-    """One value that stands for all of ``values``, with a `_Size` where they differ."""
-    near: list[int] = []
-    torch.fx.map_arg(values[0], lambda n: near.append(rank[n]))
-    return _merge_in(values, rank, sizes, at, near)
-
-
-def _merge_in(values: Sequence[Any], rank: dict[Node, int], sizes: _Sizes, at: int, near: list[int]) -> Any:
-    first = values[0]
-    if any(type(v) is not type(first) for v in values):
-        raise Differs("it hands other kinds of values on with another size")
-    if isinstance(first, Node):
-        if len({rank[v] for v in values}) > 1:
-            raise Differs("it uses other tensors with another size")
-        return first
-    if isinstance(first, (tuple, list)):
-        if len({len(v) for v in values}) > 1:
-            raise Differs("it hands more values on with another size")
-        items = [_merge_in(column, rank, sizes, at, near) for column in zip(*values, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    if isinstance(first, dict):
-        if any(list(v) != list(first) for v in values):
-            raise Differs("it hands other arguments on with another size")
-        return {k: _merge_in([v[k] for v in values], rank, sizes, at, near) for k in first}
-    if isinstance(first, slice):
-        bounds = [(v.start, v.stop, v.step) for v in values]
-        return slice(*_merge_in(bounds, rank, sizes, at, near))
-    if all(v is first or v == first or v != v for v in values):
-        return first
-    if type(first) is int:
-        return sizes.find(tuple(values), at, near)
-    raise Differs(f"the value {first!r} changes with the size")
+        files = {kind.__module__ for kind in kinds_of(model)}
+        scopes = [
+            vars(sys.modules[f]) for f in files if f in sys.modules and "int" not in vars(sys.modules[f])
+        ]
+        with replaced(
+            (builtins, "len", sized),
+            (torch, "broadcast_shapes", made(torch.broadcast_shapes)),
+            *((math, name, made(getattr(math, name))) for name in _MATH),
+        ):
+            for scope in scopes:
+                scope["int"] = Int
+            try:
+                yield
+            finally:
+                for scope in scopes:
+                    del scope["int"]
 
 
-def _same_target(a: Any, b: Any) -> bool:
-    return bool(a is b or a == b)
+class _IntLike(type):
+    """Stands for ``int`` in the model's files: ``int(x.shape[0])`` stays a size."""
+
+    def __call__(cls, *args: Any) -> Any:
+        if len(args) == 1 and is_size(args[0]):
+            return args[0] if type(args[0]) is Size else math.trunc(args[0])
+        return int(*args)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, int)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, int)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is int or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(int)
+
+
+class Int(metaclass=_IntLike):
+    """See `_IntLike`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,21 +23,12 @@ class Traced:
     out_spec: pytree.TreeSpec
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()
-    batch_fixed: bool = False  # takes no other number of samples than the example's; a note says why
-    follows_batch: bool = True  # numbers in it follow sizes that are equal in the example, perhaps by chance
     asks_grad: bool = False  # the model's code asks whether gradients are enabled
     answers: tuple[bool, ...] = ()  # to checks of values in the root's code, in their order
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     # Methods that are kept whole, by the names that ``call_module`` nodes give them.
     methods: Mapping[str, nn.Module] = field(default_factory=dict)
-
-    def copy(self) -> Traced:
-        """The same with a graph of its own, to be changed."""
-        graph = Graph()
-        graph.output(graph.graph_copy(self.graph, {}))
-        graph.output_node().meta.update(self.graph.output_node().meta)
-        return replace(self, graph=graph)
 
     def module(self, model: nn.Module, name: str) -> nn.Module:
         """The module that a ``call_module`` node calls."""
@@ -54,7 +45,7 @@ class Traced:
 
     def mode_graph(self, model: nn.Module, walk: Walk) -> ModeGraph:
         """What capturing gives for the mode."""
-        return ModeGraph(self.graph_module(model), self.out_spec, self.batch_fixed, self.follows_batch, walk)
+        return ModeGraph(self.graph_module(model), self.out_spec, walk)
 
 
 def _resolve(model: nn.Module, name: str, constants: Mapping[str, Any]) -> Any:
@@ -68,16 +59,19 @@ def _resolve(model: nn.Module, name: str, constants: Mapping[str, Any]) -> Any:
 
 def same_graph(a: Traced, b: Traced) -> bool:
     """Whether two traces are equal node by node, in targets, arguments and output structure."""
-    if a.out_spec != b.out_spec or len(a.graph.nodes) != len(b.graph.nodes):
-        return False
+    return a.out_spec == b.out_spec and len(a.graph.nodes) == len(b.graph.nodes) and differs_at(a, b) is None
+
+
+def differs_at(a: Traced, b: Traced) -> Node | None:
+    """The first node of ``a`` that has another target or other arguments than that of ``b`` in its place."""
     position: dict[Node, int] = {}
-    for i, (x, y) in enumerate(zip(a.graph.nodes, b.graph.nodes, strict=True)):
+    for i, (x, y) in enumerate(zip(a.graph.nodes, b.graph.nodes, strict=False)):
         position[x] = position[y] = i
         if x.op != y.op or (x.target is not y.target and x.target != y.target):
-            return False
+            return x
         if not _same_value((x.args, x.kwargs), (y.args, y.kwargs), position):
-            return False
-    return True
+            return x
+    return None
 
 
 def _same_value(a: Any, b: Any, position: dict[Node, int]) -> bool:

@@ -92,6 +92,7 @@ class GraphWriter:
 
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = light(value)
+        node.meta["open"] = node.op == "placeholder" or any(n.meta["open"] for n in node.all_input_nodes)
         node.meta["module"] = self.module
         node.meta["method"] = self.method
         node.meta["location"] = user_location() if node.op.startswith("call") else ""
@@ -174,6 +175,8 @@ class GraphWriter:
             return slice(*(self.argument(x, cut) for x in (value.start, value.stop, value.step)))
         if isinstance(value, np.generic):
             return value.item()
+        if issubclass(type(value), (torch.SymInt, torch.SymFloat)):
+            return self._size_node(value)
         if isinstance(value, (*base_types, enum.Enum, range)) or value is None or value is ...:
             return value
         attributes = opened_object(value)
@@ -182,6 +185,13 @@ class GraphWriter:
         names, parts = attributes
         arguments = tuple(self.argument(part, cut) for part in parts)
         return self.node("call_function", Rebuild(type(value), names), arguments, {}, value)
+
+    def _size_node(self, size: Any) -> Any:
+        if size.source.graph is not self.graph:  # kept by user code from an earlier recording
+            return size.value
+        if size.source._erased:
+            raise CannotRecord("uses a size that is known only inside a module that is kept whole")
+        return size.source
 
     def _tensor_node(self, tensor: torch.Tensor) -> Node:
         known = self._known.get(id(tensor))

@@ -109,8 +109,7 @@ def _write_and_verify(
     """All stages' files: with all sizes open if that can be, else with the batch's, else with none."""
     placeholders = captured.eval.module.graph.find_nodes(op="placeholder")
     inputs = [node.meta["val"] for node in placeholders]
-    # In a recorded graph other sizes than the batch stand as numbers.
-    levels = [(True, True)] * (captured.method == "fx") + [(True, False)] if dynamic else []
+    levels = [(True, True), (True, False)] if dynamic else []
     reason = ""
     for batch, others in (*levels, (False, False)):
         found = study(

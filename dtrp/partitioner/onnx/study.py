@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 from ...errors import ExportError
 from ...wiring import CALLER, Source
 from ..capture.ambient import quiet
+from ..capture.example_values import batch_of
 from ..capture.fakes import FakeWorld
 from ..capture.graph import Signature
-from ..capture.sizes import batch_of
 from ..split import SplitGraph
 from .axes import Axis, Fixed, Member, find_axes
 from .names import identifier
