@@ -316,9 +316,7 @@ def test_a_fixed_size_is_noted():
     """Else nobody knows, before a batch is refused, what keeps the model from taking it."""
     model = Part(lambda m, x: m.a(x) * max(range(len(x))))
     captured = capture(model, (torch.randn(3, 4),))
-    assert re.search(
-        r"size 0 of 'args\[0\]' is fixed at 3: .*test_capture_constructs.py:\d+", captured.notes[0]
-    )
+    assert re.search(r"size 0 of 'x' is fixed at 3: .*test_capture_constructs.py:\d+", captured.notes[0])
 
 
 def test_code_that_takes_plain_sizes_alone_gets_them(x):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,19 @@ from .custom import guard
 from .fakes import FakeWorld
 from .location import asking_frame
 from .snapshot import preserved_randomness
+
+_TELLING = (
+    "_assert",
+    "warn",
+    "warning",
+    "warning_once",
+    "info",
+    "info_once",
+    "debug",
+    "error",
+    "log",
+    "print",
+)
 
 
 class Undecided(Exception):
@@ -159,22 +172,45 @@ def passing_answer(test: ast.expr, wanted: bool) -> bool | None:
     return None
 
 
+def is_told() -> bool:
+    """Whether the line that runs now is part of a message: of a check, a warning or a log."""
+    frame = asking_frame()
+    if frame is None:
+        return False
+    line = frame.f_lineno
+    return any(a <= line <= b for a, b in _messages(frame.f_code.co_filename))
+
+
+@functools.lru_cache(maxsize=32)
+def _messages(file: str) -> tuple[tuple[int, int], ...]:
+    calls = (n for n in _nodes(file) if isinstance(n, ast.Call))
+    return tuple((n.lineno, n.end_lineno or n.lineno) for n in calls if _name(n) in _TELLING)
+
+
 @functools.lru_cache(maxsize=32)
 def _conditional_statements(file: str) -> tuple[ast.If | ast.Assert, ...]:
+    return tuple(n for n in _nodes(file) if isinstance(n, (ast.If, ast.Assert)))
+
+
+def _nodes(file: str) -> Iterator[ast.AST]:
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
+        yield from ast.walk(ast.parse("".join(linecache.getlines(file))))
     except SyntaxError:
-        return ()
-    return tuple(n for n in ast.walk(tree) if isinstance(n, (ast.If, ast.Assert)))
+        return
+
+
+def _name(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def _refuses(statement: ast.stmt) -> bool:
     """Whether a statement raises: ``raise``, or a call of ``torch._assert`` on False."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        function = statement.value.func
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         first = statement.value.args[0] if statement.value.args else None
-        return name == "_assert" and isinstance(first, ast.Constant) and first.value is False
+        return (
+            _name(statement.value) == "_assert" and isinstance(first, ast.Constant) and first.value is False
+        )
     return isinstance(statement, ast.Raise)
 
 

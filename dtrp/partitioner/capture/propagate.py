@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Interpreter
 
 from .fakes import FakeWorld
+from .structure import mutable
 
 
 class _Propagator(Interpreter):
@@ -20,6 +21,7 @@ class _Propagator(Interpreter):
         self.extra_traceback = False
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = mutable((args, kwargs))
         try:
             return super().call_module(target, args, kwargs)
         except Exception as error:

@@ -8,7 +8,7 @@ running it with other ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -27,7 +27,7 @@ from .snapshot import foreign_randomness
 from .state import changes_of, state_of, within
 from .structure import flatten_output
 from .task import Task
-from .traced import Traced, differs_at
+from .traced import Traced, differs_at, same_graph
 from .writer import CannotRecord
 
 
@@ -47,6 +47,7 @@ class _Found:
 
     traced: Traced
     failures: dict[str, str]  # modules that were given up half-way, and why
+    changes: dict[str, str]  # modules that change plain state, and which
     decisions: Decisions
     sized_by_values: bool
 
@@ -125,65 +126,70 @@ class _Recording:
         return shapes[0] == shapes[1]
 
     def _once(self, sizes: Sizes = "found") -> _Found:
-        model, tensors, closed = self._task.model, self._task.tensors, self._closed
         mode = ObservedFakeMode()
         world = FakeWorld(mode, self._task.runs)
         world.sizes = sizes
-        run = self._task.run(self._training)
+        run, model = self._task.run(self._training), self._task.model
         with run, world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
-            decisions = Decisions(model, world, tensors, self._decisions)
-            recorder = Recorder(model, world, closed, self._task.opened, decisions, self._sizes_open)
-            inputs = fake_inputs(world, tensors)
-            for i, tensor in enumerate(inputs):
-                recorder.placeholder(f"input_{i}", tensor)
-            recorder.know_examples(model, _calls(tensors))
-            if not self._sizes_open:
-                recorder.fix_sizes()
-            args, kwargs = self._task.signature.unflatten(inputs)
-            mode.observer = recorder
-            if self._by_methods:
-                recorder.watch_methods(model)
-            state = state_of(model)
-            with (
-                torch.compiler.set_stance("force_eager"),
-                observed(recorder, model),
-                recorder.all_seen(model),
-            ):
-                states = foreign_randomness()
-                output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
-                if foreign_randomness() != states:
-                    raise CannotRecord("draws random numbers from Python's or numpy's generator")
-            mode.observer = None
-            whole = {*closed, *recorder.failures}
-            changes = changes_of(model, state, whole, recorder.left)
-            changes.update((p, why) for p, why in recorder.keepers().items() if not within(p, whole))
-            if "" in changes:
-                raise CannotRecord(changes[""] + self._LEFT)
-            recorder.failures.update(changes)
-            leaves, out_spec = flatten_output(output)
-            recorder.finish(leaves)
-        kept = tuple(
-            KeptWhole(name, why)
-            for name, why in closed.items()
-            if not within(name, [c for c in closed if c != name])
-        )
+            found = self._recorded(world, mode)
+            change = found.changes.get("")
+            if not change:
+                return replace(found, failures={**found.failures, **found.changes})
+            if self._by_methods or not self._settled(found, world, mode):
+                raise CannotRecord(change + self._LEFT)
+        note = f"it {change}, as its first call does; calls of the pipeline do not"
+        return replace(found, traced=replace(found.traced, notes=(*found.traced.notes, note)))
+
+    def _settled(self, found: _Found, world: FakeWorld, mode: ObservedFakeMode) -> bool:
+        """Whether a second call, after what the first one changed, changes nothing and does the same."""
+        try:
+            again = self._recorded(world, mode)
+        except Exception:
+            return False
+        return not again.changes and same_graph(found.traced, again.traced)
+
+    def _recorded(self, world: FakeWorld, mode: ObservedFakeMode) -> _Found:
+        model, tensors, closed = self._task.model, self._task.tensors, self._closed
+        decisions = Decisions(model, world, tensors, self._decisions)
+        recorder = Recorder(model, world, closed, self._task.opened, decisions, self._sizes_open)
+        inputs = fake_inputs(world, tensors)
+        for i, tensor in enumerate(inputs):
+            recorder.placeholder(f"input_{i}", tensor)
+        recorder.know_examples(model, _calls(tensors))
+        if not self._sizes_open:
+            recorder.fix_sizes()
+        args, kwargs = self._task.signature.unflatten(inputs)
+        mode.observer = recorder
+        if self._by_methods:
+            recorder.watch_methods(model)
+        state, states = state_of(model), foreign_randomness()
+        with torch.compiler.set_stance("force_eager"), observed(recorder, model), recorder.all_seen(model):
+            output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
+        if foreign_randomness() != states:
+            raise CannotRecord("draws random numbers from Python's or numpy's generator")
+        mode.observer, recorder.paused = None, True
+        whole = {*closed, *recorder.failures}
+        changes = changes_of(model, state, whole, recorder.left)
+        changes.update((p, why) for p, why in recorder.keepers().items() if not within(p, whole))
+        leaves, out_spec = flatten_output(output)
+        recorder.finish(leaves)
+        checks = [f"the model's check at {p} became a guard in the graph" for p in decisions.places]
+        sizes = recorder.sizes.pinned_inputs(self._task.signature.tensor_names)
         traced = Traced(
             recorder.writer.graph,
             out_spec,
-            kept,
-            (
-                *(
-                    f"the model's check at {place} became a guard in the graph"
-                    for place in dict.fromkeys(decisions.places)
-                ),
-                *recorder.sizes.pinned_inputs(self._task.signature.tensor_names),
+            tuple(
+                KeptWhole(name, why)
+                for name, why in closed.items()
+                if not within(name, [c for c in closed if c != name])
             ),
+            tuple(dict.fromkeys((*checks, *sizes))),
             asks_grad=recorder.asks_grad,
             answers=tuple(decisions.made),
             constants=recorder.writer.constants,
             methods=recorder.writer.methods,
         )
-        return _Found(traced, recorder.failures, decisions, world.sized_by_values)
+        return _Found(traced, recorder.failures, changes, decisions, world.sized_by_values)
 
 
 def _calls(example: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -28,6 +28,7 @@ from torch import nn
 from torch.fx import Node
 
 from .custom import same_size
+from .decisions import is_told
 from .location import user_location
 from .patches import replaced
 from .state import kinds_of
@@ -42,6 +43,9 @@ _UNARY = {
     "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc, "round": round,
 }  # fmt: skip
 _MATH = ("sqrt", "exp", "log", "log2", "log10", "pow")
+
+
+_length = len
 
 
 class _Node:
@@ -88,13 +92,14 @@ class _Known:
         return type(self.value), (self.value,)
 
     def __repr__(self) -> str:
-        return repr(self.pinned())
+        # A text may be a key; but what is told to somebody decides nothing.
+        return repr(self.value if is_told() else self.pinned())
 
     def __str__(self) -> str:
-        return str(self.pinned())
+        return repr(self)
 
     def __format__(self, form: str) -> str:
-        return format(self.pinned(), form)
+        return format(self.value if is_told() else self.pinned(), form)
 
     def __bool__(self) -> bool:
         return bool(self != 0)
@@ -209,7 +214,7 @@ class Sizes:
     def parted(self, name: str, node: Node, result: Any) -> None:
         """Guard how many tensors a node gives, as the code goes on for so many."""
         if not self.finished and name in _PARTED and type(result) in (tuple, list) and node.meta["open"]:
-            self._guard(self._node("call_function", len, (node,), len(result)), len(result))
+            self._guard(self._node("call_function", _length, (node,), _length(result)), _length(result))
 
     def compute(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """``function(*args)`` of numbers."""
@@ -285,12 +290,11 @@ class Sizes:
     @contextmanager
     def followed(self, model: nn.Module) -> Iterator[None]:
         """Inside, Python's and torch's functions that would ask a size for its value make nodes instead."""
-        length = builtins.len
 
         def sized(value: Any) -> Any:
             if issubclass(type(value), torch.Tensor) and not self._unseen:
                 return value.size(0)
-            return length(value)
+            return _length(value)
 
         def made(function: Any) -> Any:
             return lambda *args: self.call(function, *args) if not self._unseen else function(*args)

@@ -37,7 +37,7 @@ def frozen(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, torch.Tensor):
         return "tensor"
     if isinstance(value, _SIMPLE):
-        return type(value).__name__, repr(value)
+        return value.__class__.__name__, repr(value)
     if depth and isinstance(value, (dict, OrderedDict)):
         return "{", *((_key(k), frozen(v, depth - 1)) for k, v in value.items())
     if depth and isinstance(value, (set, frozenset)):

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 # One step into a value, as the fx function that makes it: (operator.getitem, key) or (getattr, name).
 Step = tuple[Callable[..., Any], Any]
 
-_CODE = (type, FunctionType, MethodType, ModuleType, partial, nn.Module)
+_CODE = (type, FunctionType, MethodType, ModuleType, partial, nn.Module, torch.SymInt, torch.SymFloat)
 _DEPTH = 8  # how far objects are opened; what holds its parent is not followed for ever
 _MANY = 10_000  # parts of an object that are looked at
 

@@ -29,7 +29,7 @@ from .location import user_location
 from .methods import held_name, own_methods
 from .operators import Access, Event, OperatorLog, Walk, join, storages_in
 from .patches import observed
-from .structure import flatten_output, map_tensors, mirror, tensors_in
+from .structure import flatten_output, map_tensors, mirror, mutable, tensors_in
 from .task import Task
 from .traced import Traced
 
@@ -350,6 +350,7 @@ class _Runner(Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
+        args, kwargs = mutable((args, kwargs))  # as the graph's own code hands it dicts and lists
         return whole(self.log, self._world, target, module, module, args, kwargs)
 
 
