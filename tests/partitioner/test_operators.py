@@ -255,7 +255,7 @@ def test_custom_backwards_and_autocast_are_right_at_any_size(function, device):
 
 def test_the_first_operator_that_differs_is_named():
     task, good = traced(Big(by_type), torch.randn(4, 64), record)
-    bad = good.copy()
+    bad = copied(good)
     for node in bad.graph.nodes:
         if node.target is torch.tanh:
             node.target = torch.sin

@@ -168,10 +168,15 @@ def test_in_the_model_itself_it_is_refused_by_name(make):
     assert (COUNTS["calls"], ByClass.shared) == (0, 0)
 
 
+def by_turns(m, x):
+    m.ready = not m.ready
+    return m.a(x)
+
+
 class Reader(nn.Module):
-    def __init__(self):
+    def __init__(self, inner=by_turns):
         super().__init__()
-        self.inner, self.b = Part(by_bool), nn.Linear(4, 2)
+        self.inner, self.b = Part(inner), nn.Linear(4, 2)
 
     def forward(self, x):
         y = self.inner(x)
@@ -183,6 +188,26 @@ def test_code_outside_that_reads_it():
         capture(Reader(), (batches(1)[0],))
     captured = capture(nn.Sequential(Reader(), nn.Linear(2, 2)), (batches(1)[0],))
     assert [k.module for k in captured.kept_whole] == ["0"]
+
+
+def test_what_changes_once_and_for_all_is_no_reason_to_refuse():
+    """As transformers' classifiers, which write into their config what kind of labels they were given."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.kind = nn.Linear(4, 4), None
+
+        def forward(self, x):
+            self.kind = self.kind or "regression"
+            return self.a(x) * (1 if self.kind == "regression" else 2)
+
+    xs = batches(2)
+    for model in (Classifier(), Reader(by_bool)):
+        pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=xs[0])
+        plain = copy.deepcopy(model)
+        assert any("as its first call does" in note for note in pipe.report.notes)
+        assert all(torch.equal(pipe(x), plain(x)) for x in (*xs, *xs))
 
 
 class Loss(nn.Module):

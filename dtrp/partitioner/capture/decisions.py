@@ -30,18 +30,7 @@ from .fakes import FakeWorld
 from .location import asking_frame
 from .snapshot import preserved_randomness
 
-_TELLING = (
-    "_assert",
-    "warn",
-    "warning",
-    "warning_once",
-    "info",
-    "info_once",
-    "debug",
-    "error",
-    "log",
-    "print",
-)
+_TELLING = ["_assert", "warn", "warning", "warning_once", "info", "debug", "error", "log", "print"]
 
 
 class Undecided(Exception):
@@ -208,9 +197,8 @@ def _refuses(statement: ast.stmt) -> bool:
     """Whether a statement raises: ``raise``, or a call of ``torch._assert`` on False."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
         first = statement.value.args[0] if statement.value.args else None
-        return (
-            _name(statement.value) == "_assert" and isinstance(first, ast.Constant) and first.value is False
-        )
+        never = isinstance(first, ast.Constant) and first.value is False
+        return never and _name(statement.value) == "_assert"
     return isinstance(statement, ast.Raise)
 
 
