@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .ambient import quiet
+from .ambient import ambient_state, plain_attention, quiet
 from .custom import OtherSizes, same_size
 from .fakes import FakeWorld, fake_inputs
 from .graph import Captured, ModeGraph
@@ -72,7 +72,7 @@ class Fits:
             model, captured.signature, tensors, captured.opened, runs=captured.runs, flags=captured.flags
         )
         try:
-            with quiet():
+            with quiet(), ambient_state(), plain_attention():
                 verify(task, traced, training)
         except Unfaithful as error:
             reason = str(error)
