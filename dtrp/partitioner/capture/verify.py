@@ -270,7 +270,7 @@ class _Watcher(Plain):
             return proceed(module, *args, **kwargs)
         outer, self.module = self.module, name
         try:
-            if name not in self._whole:
+            if name not in self._whole or self.within:  # as when it really runs
                 return proceed(module, *args, **kwargs)
             run = lambda *a, **k: proceed(module, *a, **k)  # noqa: E731
             return self._as_one(name, module, run, args, kwargs)
