@@ -38,7 +38,7 @@ _ASKED = {"size", "shape", "numel", "nelement", "stride", "storage_offset", "nby
 _PARTED = {"unbind", "split", "unsafe_split", "__iter__"}  # give more tensors of larger ones
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
-_UNARY = {
+_UNARY: dict[str, Callable[..., Any]] = {
     "neg": operator.neg, "pos": operator.pos, "abs": operator.abs,
     "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc, "round": round,
 }  # fmt: skip
@@ -102,7 +102,7 @@ class _Known:
         return format(self.value if is_told() else self.pinned(), form)
 
     def __bool__(self) -> bool:
-        return bool(self != 0)
+        return bool(self.sizes.compute(operator.ne, (self, 0)))
 
     def __int__(self) -> int:
         return int(self.pinned())
@@ -114,10 +114,10 @@ class _Known:
         return hash(self.pinned())
 
     def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other  # type: ignore[operator]
+        return operator.floordiv(self, other), operator.mod(self, other)
 
     def __rdivmod__(self, other: Any) -> Any:
-        return other // self, other % self
+        return operator.floordiv(other, self), operator.mod(other, self)
 
 
 class Size(_Known, torch.SymInt):

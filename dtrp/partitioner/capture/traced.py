@@ -65,6 +65,7 @@ def same_graph(a: Traced, b: Traced) -> bool:
 def differs_at(a: Traced, b: Traced) -> Node | None:
     """The first node of ``a`` that has another target or other arguments than that of ``b`` in its place."""
     position: dict[Node, int] = {}
+    x: Node
     for i, (x, y) in enumerate(zip(a.graph.nodes, b.graph.nodes, strict=False)):
         position[x] = position[y] = i
         if x.op != y.op or (x.target is not y.target and x.target != y.target):
