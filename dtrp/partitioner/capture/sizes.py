@@ -299,7 +299,7 @@ class Sizes:
         def made(function: Any) -> Any:
             return lambda *args: self.call(function, *args) if not self._unseen else function(*args)
 
-        files = {kind.__module__ for kind in kinds_of(model)}
+        files = {kind.__module__ for kind in kinds_of(model.modules())}
         scopes = [
             vars(sys.modules[f]) for f in files if f in sys.modules and "int" not in vars(sys.modules[f])
         ]
