@@ -44,6 +44,9 @@ class Pipeline(AsModel):
     def __init__(self, model: nn.Module, request: Request) -> None:
         super().__init__(Planning(model, request))
 
+    def __repr__(self) -> str:
+        return f"<dtrp.Pipeline of {type(self.model).__name__} for {self.n_stages} stages: print its report>"
+
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property failed: let it say why
             return object.__getattribute__(self, name)

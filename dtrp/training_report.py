@@ -159,6 +159,8 @@ class TrainingReport:
             console.print(f"Moved {move}")
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
+    __repr__ = __str__  # at a prompt, too
+
 
 def work_per_batch(stats: StageStats, parts: int) -> dict[str, float]:
     """Seconds of each kind of work per batch, from how long one piece takes: rounds that only filled or

@@ -597,6 +597,12 @@ def test_two_trainers_of_a_model(pipe: dtrp.Pipeline, caplog: pytest.LogCaptureF
         assert "another trainer of this Sequential has not been left yet" in caplog.text
 
 
+def test_at_a_prompt(pipe: dtrp.Pipeline) -> None:
+    """What is shown where `print` was forgotten."""
+    assert repr(pipe) == "<dtrp.Pipeline of Sequential for 2 stages: print its report>"
+    assert repr(pipe.report) == str(pipe.report)
+
+
 def test_what_a_trainer_is_not(pipe: dtrp.Pipeline) -> None:
     with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
         with pytest.raises(AttributeError, match=r"a Trainer has no 'zero_grad'; step\(x, y\) does forward"):

@@ -348,6 +348,8 @@ class PartitionReport:
 
         return text(self)
 
+    __repr__ = __str__  # at a prompt, too
+
     def __rich__(self) -> RenderableType:
         from dtrp.partitioner.report_text import renderable
 

@@ -193,6 +193,8 @@ class Simulation:
             console.print(f"more memory than the {size(int(self.memory))} there are: stages {names}")
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
+    __repr__ = __str__  # at a prompt, too
+
     def _table(self) -> Table:
         table = Table(pad_edge=False)
         for name in ("stage", "work", "idle", "updates behind", "in flight", "peak", "recompute"):
