@@ -16,7 +16,6 @@ over which the stages take the mean.
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import sys
 from collections import deque
@@ -90,8 +89,9 @@ class PipelineTrainer(_Trainer):
 
     Notes
     -----
-    A loss that is not finite ends the run (``training={"on_nonfinite": "skip"}`` gives such batches up);
-    ``logging_nan_inf_filter`` has nothing to filter. Callbacks that look at gradients find none.
+    ``fp16`` is honoured on the CPU, too, where the library trains in float32. While the pipeline fills, logs
+    have no loss. A loss that is not finite ends the run (``training={"on_nonfinite": "skip"}`` gives such
+    batches up); ``logging_nan_inf_filter`` has nothing to filter. Callbacks that look at gradients find none.
     """
 
     def __init__(
@@ -216,7 +216,10 @@ class PipelineTrainer(_Trainer):
         if self._run is not None and "loss" in logs:
             total, updates = self._window
             self._window = [0.0, 0.0]
-            logs["loss"] = total / updates if updates else math.nan
+            if updates:
+                logs["loss"] = total / updates
+            else:  # the pipeline fills
+                del logs["loss"]
             logs["grad_norm"] = self._run.grad_norm
             logs["learning_rate"] = self._rate if self.args.fp16 else logs["learning_rate"]
         super().log(logs, *args, **kwargs)

@@ -188,6 +188,14 @@ def test_the_rate_that_is_logged_is_the_one_that_was_used(fp16: bool, tmp_path: 
     assert logged(mine, "learning_rate") == pytest.approx([0.02, 0.02 * 2 / 3, 0.02 / 3])
 
 
+def test_no_loss_is_logged_before_one_has_come(tmp_path: Path) -> None:
+    """A NaN in the first line of a log looks like a run that has failed."""
+    mine = trained(tmp_path, PipelineTrainer, pipeline={"n_gpus": 3}, training=INLINE, max_steps=5)
+    assert len(logged(mine, "learning_rate")) == 5
+    assert 0 < len(logged(mine)) < 5
+    assert all(loss == loss for loss in logged(mine))
+
+
 @pytest.mark.parametrize("saved_by", ["pipeline", pytest.param("library", marks=pytest.mark.slow)])
 def test_resumes_from_the_librarys_checkpoints(saved_by: str, tmp_path: Path) -> None:
     """A run that stops after four updates and goes on equals one that goes through, by exact training; the
