@@ -92,10 +92,13 @@ class Wiring:
 
     def caller_inputs(self, stage: int) -> tuple[int, ...]:
         """Model inputs that go straight from the caller to ``stage``, in the order in which they travel."""
-        needed = {source.index for source in self.stages[stage].inputs if source.stage == CALLER}
-        if stage == self.n_stages - 1:
-            needed |= {s.index for s in self.result if isinstance(s, Source) and s.stage == CALLER}
-        return tuple(sorted(needed))
+        return self._from_caller[stage]
+
+    @cached_property
+    def _from_caller(self) -> list[tuple[int, ...]]:
+        needed = [{s.index for s in stage.inputs if s.stage == CALLER} for stage in self.stages]
+        needed[-1] |= {s.index for s in self.result if isinstance(s, Source) and s.stage == CALLER}
+        return [tuple(sorted(indices)) for indices in needed]
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The model's output in its own structure."""
