@@ -220,7 +220,7 @@ def owned(tree: Any) -> Any:
 
 
 def finish(job: Job) -> Any:
-    """Run what cannot have to wait."""
+    """Run what cannot have to wait: between processes links wait by themselves."""
     try:
         next(job)
     except StopIteration as end:

@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from .. import accelerators
 from .batch import Feed, Loss, Skip, Update
 from .config import TrainConfig
 from .environment import Environment
+from .inline import finish
 from .links import LostStage, Message
 from .program import StageProgram
 from .random import random_state, set_random_state
@@ -131,13 +132,13 @@ class Worker:
             if len(self.held) > self.stage.schedule.lag(self.stage.stage):
                 self._round()
             return
-        result = _finish(self.stage.answers.evaluate(feed))
+        result = finish(self.stage.answers.evaluate(feed))
         if self.stage.program.is_last:
             self.tell("result", result)
 
     def _round(self) -> None:
         assert self.stage is not None
-        _finish(self.stage.run(self.held.popleft()))
+        finish(self.stage.run(self.held.popleft()))
         self._tell_news()
 
     def do_spec(self, spec: pytree.TreeSpec) -> None:
@@ -171,7 +172,7 @@ class Worker:
         assert self.stage is not None
         while self.held:
             self._round()
-        _finish(self.stage.drain(close_group=close_group))
+        finish(self.stage.drain(close_group=close_group))
         self._tell_news()
 
     def do_call(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
@@ -197,12 +198,3 @@ class Worker:
     def _say_news(self) -> None:
         self.tell("news", self.unsaid)
         self.unsaid, self.said = [], time.monotonic()
-
-
-def _finish(job: Generator[None, None, Any]) -> Any:
-    """Run to the end what waits by itself."""
-    try:
-        next(job)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("links between processes wait by themselves")
