@@ -301,6 +301,11 @@ class Loss:
         loss: Tensor
         if self.function is None:
             loss = output[0] if isinstance(output, tuple) else own_loss(output)
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    f"the model gave a {type(output).__name__} without a loss: let batches have labels (as "
+                    f"DataCollatorForLanguageModeling makes them), or give the trainer a compute_loss_func"
+                )
         else:
             loss = self.function(output, target, num_items_in_batch=num_items)
         if scale is None:

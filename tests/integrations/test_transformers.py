@@ -188,6 +188,14 @@ def test_the_rate_that_is_logged_is_the_one_that_was_used(fp16: bool, tmp_path: 
     assert logged(mine, "learning_rate") == pytest.approx([0.02, 0.02 * 2 / 3, 0.02 / 3])
 
 
+def test_batches_without_labels_are_told(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: value for name, value in padded(rows).items() if name != "labels"}
+
+    with pytest.raises(TypeError, match="without a loss: let batches have labels"):
+        trained(tmp_path, PipelineTrainer, collate=collate, pipeline={"n_gpus": 2}, training=INLINE)
+
+
 def test_no_loss_is_logged_before_one_has_come(tmp_path: Path) -> None:
     """A NaN in the first line of a log looks like a run that has failed."""
     mine = trained(tmp_path, PipelineTrainer, pipeline={"n_gpus": 3}, training=INLINE, max_steps=5)
