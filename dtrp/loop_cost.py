@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -26,7 +27,7 @@ from .pipeline import Pipeline
 from .runtime.links import Channel, Message
 from .runtime.shared import SharedLinks, open_line
 
-_TICKS, _MESSAGES = 60, 30
+_TICKS, _WINDOWS, _MESSAGES = 15, 4, 30
 _WIDTH = 8
 _LARGE = 8 * 2**20  # bytes, of a message whose length counts
 
@@ -62,13 +63,13 @@ def _tick() -> float:
     x = torch.zeros(1, _WIDTH, dtype=torch.float32)
     optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     with pipe.trainer(nn.functional.mse_loss, optimizer, executor="inline", seed=0, threads=1) as trainer:
-        for _ in range(_TICKS // 4):
-            trainer.step(x, x)
-        warm = trainer.stats
-        for _ in range(_TICKS):
-            trainer.step(x, x)
-        spent = [s.since(w) for s, w in zip(trainer.stats, warm, strict=True)]
-    return statistics.mean(s.cpu_time / s.ticks for s in spent)
+        looks = []
+        for _ in range(_WINDOWS + 1):  # the first warms up
+            for _ in range(_TICKS):
+                trainer.step(x, x)
+            looks.append(trainer.stats)
+    spent = ([s.since(b) for s, b in zip(now, then, strict=True)] for then, now in itertools.pairwise(looks))
+    return min(statistics.mean(s.cpu_time / s.ticks for s in window) for window in spent)
 
 
 def _transfer(n_bytes: int) -> float:
