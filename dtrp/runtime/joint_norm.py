@@ -18,6 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .replicas import Replicas
 
+_THEIRS = nn.SyncBatchNorm.forward
+_INSIDE: list[None] = []
+
 
 class JointNorm(nn.SyncBatchNorm):
     """What a stage has in a SyncBatchNorm's place."""
@@ -85,9 +88,11 @@ def synchronises(module: nn.Module) -> bool:
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside, SyncBatchNorm is BatchNorm: what one rank tries with the whole model, others don't."""
-    theirs = nn.SyncBatchNorm.forward
+    _INSIDE.append(None)
     nn.SyncBatchNorm.forward = _BatchNorm.forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.SyncBatchNorm.forward = theirs  # type: ignore[method-assign]
+        _INSIDE.pop()
+        if not _INSIDE:  # whichever of several trainers is left last
+            nn.SyncBatchNorm.forward = _THEIRS  # type: ignore[method-assign]

@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import nn
+
+from dtrp.runtime.joint_norm import alone
 
 from .ranks import run
 
@@ -47,6 +50,18 @@ JOINED = """
 def test_replicas_train_as_one_pipeline_does(tmp_path: Path) -> None:
     """Two pipelines of two stages, parts of unequal size, momentum, a clipped norm over tied weights."""
     assert run(tmp_path, 4, JOINED + "\n    compare(max_grad_norm=0.3)\n").count("SAME") == 4
+
+
+def test_sync_batch_norm_is_itself_again_after_the_last_trainer() -> None:
+    """Whatever the order in which two are left: else the script's own DistributedDataParallel would not
+    synchronise any more."""
+    theirs = nn.SyncBatchNorm.forward
+    first, second = alone(), alone()
+    with first:
+        second.__enter__()
+    assert nn.SyncBatchNorm.forward is not theirs
+    second.__exit__(None, None, None)
+    assert nn.SyncBatchNorm.forward is theirs
 
 
 @pytest.mark.slow
