@@ -42,7 +42,10 @@ class Settings:
         return self._look() != self._found
 
     def _look(self) -> list[object]:
-        found: list[object] = [p.requires_grad for p in self._model.parameters()]
+        found: list[object] = []
+        for p in self._model.parameters():
+            hooks = *(p._backward_hooks or ()), *(p._post_accumulate_grad_hooks or ())
+            found.append((p.requires_grad, *hooks))
         for module in self._model.modules():
             own = vars(module)
             found.append(own["training"])

@@ -71,18 +71,40 @@ class StageModule(nn.Module):
             self._forward[True] = torch.compile(self._forward[True])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_forward"}
+        state = {k: v for k, v in self.__dict__.items() if k != "_forward"}
+        return {**state, "_hooks": _gradient_hooks(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        hooks = state.pop("_hooks")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters():
+            if name in hooks and parameter.requires_grad and not any(_hooks_of(parameter)):
+                for before in hooks[name][0]:
+                    parameter.register_hook(before)
+                for after in hooks[name][1]:
+                    parameter.register_post_accumulate_grad_hook(after)
         self._make_forward()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageModule:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        state = {k: v for k, v in self.__getstate__().items() if k != "_code"}
-        new.__setstate__({**copy.deepcopy(state, memo), "_code": self._code})
+        state = self.__getstate__()
+        as_it_is = {name: state.pop(name) for name in ("_code", "_hooks")}
+        new.__setstate__({**copy.deepcopy(state, memo), **as_it_is})
         return new
+
+
+Hooks = tuple[list[Callable[..., Any]], list[Callable[..., Any]]]
+
+
+def _hooks_of(parameter: nn.Parameter) -> Hooks:
+    before, after = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    return list((before or {}).values()), list((after or {}).values())
+
+
+def _gradient_hooks(module: nn.Module) -> dict[str, Hooks]:
+    """Hooks on parameters' gradients, which torch neither copies nor pickles with them."""
+    return {name: hooks for name, p in module.named_parameters() if any(hooks := _hooks_of(p))}
 
 
 @dataclass(frozen=True)

@@ -629,3 +629,26 @@ def test_an_interrupted_run_has_its_losses() -> None:
             interrupted(t)
         found.append(t.losses)
     assert found[0] == found[1] != []
+
+
+@pytest.mark.parametrize("way", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["dtrp", "fdg", "bp"])
+def test_hooks_on_gradients(method: str, executor: str, way: str) -> None:
+    """A parameter whose gradient a hook sets to zero stays, also where a copy of it has the gradient."""
+    model = mlp(3)
+    kept = [model[0].weight, model[-1].weight]
+    for p in kept:
+        getattr(p, way)((lambda g: g * 0) if way == "register_hook" else _drop)
+    before = [p.detach().clone() for p in kept]
+    others = model[4].weight.detach().clone()
+    with trainer(compiled(model), executor, method=method) as t:
+        for x, y in batches(6):
+            t.step(x, y)
+    assert all(torch.equal(p, was) for p, was in zip(kept, before, strict=True))
+    assert not torch.equal(model[4].weight, others)
+
+
+def _drop(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.zero_()
