@@ -52,6 +52,17 @@ class Planning:
         self._fits: dict[int, Fits] = {}
         self.example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
 
+    def __getstate__(self) -> dict[str, Any]:
+        plan = None if self._compiled is None else self.planned()
+        return {"model": self.model, "request": self.request, "call": self._call, "plan": plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy captures its own model, and follows the plan that was made."""
+        Planning.__init__(self, state["model"], state["request"])
+        if state["plan"] is not None:
+            self.adopt(state["plan"])
+            self.prepare(*state["call"])
+
     @property
     def n_stages(self) -> int:
         return len(self.request.devices)

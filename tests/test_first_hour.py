@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import threading
 from collections import namedtuple
 from functools import cache, partial
@@ -683,3 +685,27 @@ def test_weights_after_a_mistake_are_as_before(no_workers: None) -> None:
         train(goes_back, model=model)
     assert same(before, model.state_dict())
     assert all(p.grad is None for p in model.parameters())
+
+
+def torch_saved(pipe: dtrp.Pipeline) -> dtrp.Pipeline:
+    file = io.BytesIO()
+    torch.save(pipe, file)
+    file.seek(0)
+    copied: dtrp.Pipeline = torch.load(file, weights_only=False)
+    return copied
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, torch_saved], ids=["deepcopy", "saved"])
+def test_a_copy_of_a_pipeline(pipe: dtrp.Pipeline, way: Any) -> None:
+    """With a model of its own, in the same stages; what it trains is not the original's."""
+    copied = way(pipe)
+    assert copied.plan == pipe.plan
+    pipe.eval()
+    copied.eval()
+    assert torch.equal(copied(X), pipe(X))
+    pipe.train()
+    before = {name: value.clone() for name, value in pipe.state_dict().items()}
+    with copied.trainer(F.cross_entropy, SGD, executor="inline") as t:
+        t.step(X, Y)
+    assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+    assert not torch.equal(copied.model[0].weight, pipe.model[0].weight)
