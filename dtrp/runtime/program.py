@@ -80,9 +80,9 @@ class StageModule(nn.Module):
         for name, parameter in self.named_parameters():
             if name in hooks and parameter.requires_grad and not any(_hooks_of(parameter)):
                 for before in hooks[name][0]:
-                    parameter.register_hook(before)
+                    parameter.register_hook(before)  # type: ignore[no-untyped-call]
                 for after in hooks[name][1]:
-                    parameter.register_post_accumulate_grad_hook(after)
+                    parameter.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
         self._make_forward()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageModule:
