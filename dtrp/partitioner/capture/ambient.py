@@ -7,6 +7,7 @@ functorch or of forward-mode differentiation that nobody exits poisons every lat
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,10 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch asks a tensor that code has left on a module (old weight norms do) for its gradient.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            yield
     finally:
         logging.disable(before)
 
