@@ -49,8 +49,6 @@ _KNOWN = (
     (
         (
             "DataDependentOutput",
-            "control flow",
-            "Could not guard on data-dependent",
             "_local_scalar_dense",
             "is_nonzero",
         ),
