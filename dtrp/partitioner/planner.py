@@ -95,9 +95,7 @@ def make_plan(
     specs: Sequence[DeviceSpec] = graph.graph["specs"]
     index = device_indices(graph, devices, n_stages)
     limits = memory_limits(memory_limit, n_stages)
-    groups = [set(group) & set(graph) for group in hazards.groups]
-    groups += _parameters_with_their_users(graph)
-    order = [(u, v) for u, v in hazards.order if u in graph and v in graph]
+    groups, order = _of_graph(graph, hazards)
     fixed = _fixed(graph, pins or {})
 
     def attempt(choice: bool | str | Sequence[bool], limit: Sequence[float | None]) -> Partition:
@@ -276,17 +274,17 @@ def arrange(
         )
         for kind in kinds
     ]
-    transfer = transfer_attribute(overlaps(graph, index))
+    overlapping, (groups, order) = overlaps(graph, index), _of_graph(graph, hazards)
     try:
         found = partition(
             graph,
             k,
-            transfer=transfer,
-            overlap=overlaps(graph, index),
+            transfer=transfer_attribute(overlapping),
+            overlap=overlapping,
             size="transfer_bytes",
             classes=classes,
-            colocate=_together(graph, hazards),
-            order=[(u, v) for u, v in hazards.order if u in graph and v in graph],
+            colocate=[group for group in groups if len(group) > 1],
+            order=order,
             time_limit=time_limit,
         )
     except InfeasiblePlanError as e:
@@ -296,9 +294,10 @@ def arrange(
     return tuple(places[c].pop(0) for c in found.class_of)
 
 
-def _together(graph: nx.DiGraph, hazards: Rules) -> list[set[str]]:
+def _of_graph(graph: nx.DiGraph, hazards: Rules) -> tuple[list[set[str]], list[tuple[str, str]]]:
+    """Which of a graph's nodes stay together, and which come first."""
     groups = [set(group) & set(graph) for group in hazards.groups] + _parameters_with_their_users(graph)
-    return [group for group in groups if len(group) > 1]
+    return groups, [(u, v) for u, v in hazards.order if u in graph and v in graph]
 
 
 def cost_digest(graph: nx.DiGraph, training: Training = ASSUMED) -> str:
