@@ -192,7 +192,7 @@ def predict_all(
     s: float,
     targets: Sequence[Tensor],
 ) -> None:
-    """Write what ``predictor`` says of ``weights``, all of one group, into ``targets``."""
+    """Write what ``predictor`` says of ``weights``, all of one group, into ``targets``; under ``no_grad``."""
     if not isinstance(predictor, Formula):  # a user's own
         for weight, state, target in zip(weights, states, targets, strict=True):
             target.copy_(predictor.predict(weight.detach(), group, state, s))

@@ -150,7 +150,8 @@ def test_many_tensors_at_once_are_what_each_is_alone(kind: Any, predictor: Any) 
     chosen = make_predictor(predictor, kind)
     targets = [torch.full_like(w, 9.0) for w in weights]
     before = [w.detach().clone() for w in weights]
-    predict_all(chosen, weights, group, states, 1.5, targets)
+    with torch.no_grad():
+        predict_all(chosen, weights, group, states, 1.5, targets)
     for w, state, target, was in zip(weights, states, targets, before, strict=True):
         assert torch.equal(w, was)
         alone = chosen.predict(w.detach(), group, state, 1.5)
