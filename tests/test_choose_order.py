@@ -196,11 +196,11 @@ def test_tiny_stages_get_the_papers_order_whole():
     [
         (0.001, "auto", False, 12),  # next to free: until the delay is a quarter of an update
         (0.01, "auto", False, 6),  # a twentieth of a tick is always spent
-        (0.06, "auto", False, 2),  # more where it pays: 1.06 x 1.03 beats 1 x 1.12 and 1.12 x 1
-        (0.03, "auto", False, 3),
+        (0.06, "auto", False, 2),  # more where it pays: 1.06 x 1.04 beats 1 x 1.12 and 1.12 x 1.02
+        (0.03, "auto", False, 2),
         (0.03, "fig1", False, 3),  # older weights, dearer delay
         (0.2, "auto", False, 1),  # a tick 1.2 times as long buys less than it costs
-        (0.2, "auto", True, 4),
+        (0.2, "auto", True, 3),
         (0.05, "auto", True, 5),  # but not with Adam, which delay costs dear
     ],
 )

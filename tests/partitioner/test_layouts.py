@@ -114,7 +114,7 @@ def test_price_is_what_was_measured_and_rises() -> None:
     ):  # docs/results.md
         found = Training(order="lean", adaptive=adaptive).price(behind + 1)
         assert found == pytest.approx(measured, rel=0.1)
-    assert Training(order="lean", micro_batches=4).price(4) == pytest.approx(1.0, abs=0.01)
+    assert Training(order="lean", micro_batches=4).price(4) == pytest.approx(1.0, abs=0.02)
     assert Training(order="1f1b", micro_batches=4).price(4) == 1.0
 
 
