@@ -16,7 +16,7 @@ with 0.6, 1.8 with 1.5, 3.7 with 3."""
 
 def price_of_delay(updates: float, *, adaptive: bool) -> float:
     """Epochs for each one of exact training, where stage 0 is so many updates behind (a fit)."""
-    return 1 + OF_DELAY[adaptive] * max(0.0, updates) ** 1.75
+    return 1 + OF_DELAY[adaptive] * float(max(0.0, updates) ** 1.75)
 
 
 @dataclass(frozen=True)
