@@ -43,17 +43,12 @@ def infinite(output: Tensor, target: Tensor) -> Tensor:
     return result
 
 
-@torch.fx.wrap
-def spoil(x: Tensor) -> Tensor:
-    result: Tensor = Spoiled.apply(x, math.nan) if len(x) == 3 else x
-    return result
-
-
 class Spoils(nn.Module):
-    """In the middle of a model: stages after it see nothing wrong."""
+    """In the middle of a model: stages after it see nothing wrong. It asks for values, and is kept whole."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return spoil(x)
+        result: Tensor = Spoiled.apply(x, math.nan) if len(x.tolist()) == 3 else x
+        return result
 
 
 def plain_model() -> nn.Module:
