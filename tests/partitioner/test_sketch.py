@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtrp.partitioner.capture import capture, facade
+from dtrp.partitioner.capture import capture, second_look
 from dtrp.partitioner.capture.real import RealRuns
 from dtrp.partitioner.sketch import Sketch
 
@@ -93,10 +93,10 @@ def test_their_flops_count_when_a_comparison_is_weighed(monkeypatch):
 
     flops = 2 * 2 * 4 * 64 * 4096
     looked: list[bool] = []
-    monkeypatch.setattr(facade, "look", lambda task, traced, training: looked.append(training))
-    monkeypatch.setattr(facade, "MAX_FLOPS", flops / 2 - 1)
+    monkeypatch.setattr(second_look, "_compare", lambda task, traced, training, n: looked.append(training))
+    monkeypatch.setattr(second_look, "MAX_FLOPS", flops / 2 - 1)
     capture(Model(), (torch.randn(4, 64),))
     assert looked == []
-    monkeypatch.setattr(facade, "MAX_FLOPS", flops / 2)
+    monkeypatch.setattr(second_look, "MAX_FLOPS", flops / 2)
     capture(Model(), (torch.randn(4, 64),))
     assert looked == [True, False]
