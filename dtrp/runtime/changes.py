@@ -44,8 +44,10 @@ class Settings:
     def _look(self) -> list[object]:
         found: list[object] = []
         for p in self._model.parameters():
-            hooks = *(p._backward_hooks or ()), *(p._post_accumulate_grad_hooks or ())
-            found.append((p.requires_grad, *hooks))
+            hooks = {**(p._backward_hooks or {}), **(p._post_accumulate_grad_hooks or {})}
+            # but those by which replicas notice gradients
+            theirs = [key for key, hook in hooks.items() if not str(hook.__module__).startswith("dtrp.")]
+            found.append((p.requires_grad, *theirs))
         for module in self._model.modules():
             own = vars(module)
             found.append(own["training"])

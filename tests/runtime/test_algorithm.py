@@ -94,7 +94,9 @@ def gradients(case: Case, n_stages: int, n_batches: int, **knobs: Any) -> dict[s
     pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=batches[0].args)
     seen: dict[int, list[Tensor]] = defaultdict(list)
     optimizer = partial(GradientRecorder, seen=seen)
-    with pipe.trainer(case.loss_fn, optimizer, executor="inline", seed=SEED, **knobs) as trainer:
+    with pipe.trainer(
+        case.loss_fn, optimizer, executor="inline", seed=SEED, micro_batches=1, **knobs
+    ) as trainer:
         for batch in batches:
             trainer.step(*batch.args, batch.target)
         trainer.flush()

@@ -463,7 +463,7 @@ def test_timeline(tmp_path: Any) -> None:
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrp.runtime.progress.PACE", 0.0)
     with trainer(compiled(), progress=True) as t:
-        t.fit(batches(6), 1)
+        t.fit(batches(100), 1)  # the screen is drawn ten times a second
     shown = capsys.readouterr().err
     assert "epoch 1/1" in shown
     assert "loss=" in shown

@@ -97,7 +97,7 @@ def compare(
         executor="inline",
         seed=SEED,
         lr_scheduler=lr_scheduler,
-        **knobs,
+        **{"schedule": "fig1", "micro_batches": 1, **knobs},
     )
     with trainer:
         for batch in batches:
