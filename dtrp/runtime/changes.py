@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import interrupts
+from .program import hooks_of
 from .run_state import RunState
 
 if TYPE_CHECKING:
@@ -44,10 +45,8 @@ class Settings:
     def _look(self) -> list[object]:
         found: list[object] = []
         for p in self._model.parameters():
-            hooks = {**(p._backward_hooks or {}), **(p._post_accumulate_grad_hooks or {})}
-            # but those by which replicas notice gradients
-            theirs = [key for key, hook in hooks.items() if not str(hook.__module__).startswith("dtrp.")]
-            found.append((p.requires_grad, *theirs))
+            before, after = hooks_of(p)
+            found.append((p.requires_grad, *map(id, before), *map(id, after)))
         for module in self._model.modules():
             own = vars(module)
             found.append(own["training"])

@@ -78,7 +78,7 @@ class StageModule(nn.Module):
         hooks = state.pop("_hooks")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, parameter in self.named_parameters():
-            if name in hooks and parameter.requires_grad and not any(_hooks_of(parameter)):
+            if name in hooks and parameter.requires_grad and not any(hooks_of(parameter)):
                 for before in hooks[name][0]:
                     parameter.register_hook(before)  # type: ignore[no-untyped-call]
                 for after in hooks[name][1]:
@@ -97,14 +97,16 @@ class StageModule(nn.Module):
 Hooks = tuple[list[Callable[..., Any]], list[Callable[..., Any]]]
 
 
-def _hooks_of(parameter: nn.Parameter) -> Hooks:
-    before, after = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
-    return list((before or {}).values()), list((after or {}).values())
+def hooks_of(parameter: nn.Parameter) -> Hooks:
+    """The user's hooks on a parameter's gradient, before and after it is added up."""
+    before, after = parameter._backward_hooks or {}, parameter._post_accumulate_grad_hooks or {}
+    of_replicas = f"{__package__}.replicas"  # by which they notice gradients
+    return list(before.values()), [hook for hook in after.values() if hook.__module__ != of_replicas]
 
 
 def _gradient_hooks(module: nn.Module) -> dict[str, Hooks]:
     """Hooks on parameters' gradients, which torch neither copies nor pickles with them."""
-    return {name: hooks for name, p in module.named_parameters() if any(hooks := _hooks_of(p))}
+    return {name: hooks for name, p in module.named_parameters() if any(hooks := hooks_of(p))}
 
 
 @dataclass(frozen=True)
