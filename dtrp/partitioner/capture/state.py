@@ -53,12 +53,16 @@ def _key(key: Any) -> Any:
     return repr(key) if isinstance(key, _SIMPLE) else id(key)
 
 
+# Whose objects stand for themselves; a LightningModule's trainer counts batches.
+_OTHERS = ("torch", "numpy", "logging", "typing", "builtins", "lightning", "pytorch_lightning")
+
+
 def _is_plain(value: Any) -> bool:
     return (
         hasattr(value, "__dict__")
         and not isinstance(value, (type, types.ModuleType))
         and not callable(value)
-        and type(value).__module__.split(".")[0] not in ("torch", "numpy", "logging", "typing", "builtins")
+        and type(value).__module__.split(".")[0] not in _OTHERS
     )
 
 
