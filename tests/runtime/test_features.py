@@ -461,14 +461,19 @@ def test_timeline(tmp_path: Any) -> None:
 
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever tqdm draws of it, which depends on the time and on its settings."""
+    from tqdm.auto import tqdm
+
+    said: dict[str, Any] = {}
+    true = tqdm.set_postfix
     monkeypatch.setattr("dtrp.runtime.progress.PACE", 0.0)
+    monkeypatch.setattr(tqdm, "set_postfix", lambda bar, row, **kw: (said.update(row), true(bar, row, **kw)))
     with trainer(compiled(), progress=True) as t:
-        t.fit(batches(100), 1)  # the screen is drawn ten times a second
+        t.fit(batches(6), 1)
+    assert {"loss", "samples/s", "balance", "train_loss"} <= said.keys()
     shown = capsys.readouterr().err
     assert "epoch 1/1" in shown
-    assert "loss=" in shown
-    assert "samples/s=" in shown
-    assert "balance=" in shown
+    assert "train_loss=" in shown
 
 
 class Talks(nn.Module):
