@@ -101,7 +101,9 @@ def hooks_of(parameter: nn.Parameter) -> Hooks:
     """The user's hooks on a parameter's gradient, before and after it is added up."""
     before, after = parameter._backward_hooks or {}, parameter._post_accumulate_grad_hooks or {}
     of_replicas = f"{__package__}.replicas"  # by which they notice gradients
-    return list(before.values()), [hook for hook in after.values() if hook.__module__ != of_replicas]
+    return list(before.values()), [
+        hook for hook in after.values() if getattr(hook, "__module__", "") != of_replicas
+    ]
 
 
 def _gradient_hooks(module: nn.Module) -> dict[str, Hooks]:
