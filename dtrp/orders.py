@@ -58,7 +58,7 @@ def choose_order(
         order = "lean" if hop <= HOP * max(stage.tick_time for stage in stages) / parts else "fig1"
     chosen_config = replace(config, order=order, micro_batches=parts, least_part=least)
     log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")
-    _warn(replace(training, order=order, micro_batches=parts), len(stages))
+    _warn(_known(training, chosen_config, len(stages)), len(stages))
     return chosen_config
 
 
@@ -73,7 +73,8 @@ def most_parts(stages: Sequence[StageReport], training: Training, config: TrainC
     order = "lean" if config.order == "auto" else config.order
 
     def price(parts: int) -> float:
-        return replace(training, order=order, micro_batches=parts).price(n_stages)
+        decided = replace(config, order=order, micro_batches=parts)
+        return _known(training, decided, n_stages).price(n_stages)
 
     def tick(parts: int) -> float:
         return max(stage.tick_time + (parts - 1) * stage.slot_time for stage in stages)
@@ -86,12 +87,18 @@ def most_parts(stages: Sequence[StageReport], training: Training, config: TrainC
     return max(parts for parts in candidates if parts == soonest or tick(parts) <= PRICE * tick(1))
 
 
+def _known(training: Training, config: TrainConfig, n_stages: int) -> Training:
+    """With the order and the parts of these settings; mini-batches that share an update are parts of it."""
+    schedule = config.schedule(n_stages)
+    return replace(training, order=schedule.order, micro_batches=schedule.parts * config.accumulate)
+
+
 def _warn(training: Training, n_stages: int) -> None:
     """Of delay that is known to cost more epochs than devices can win."""
     price = training.price(n_stages)
     if price > DEAR:
         log.warning(
-            "weights are %d updates old in stage 0: with steps like Adam's expect %.1f times the epochs; "
+            "weights are %d updates old in stage 0: with this optimizer expect %.1f times the epochs; "
             "micro_batches=%d or more, fewer stages, or method='1f1b' avoid that (docs/recipe.md)",
             training.staleness(0, n_stages),
             price,

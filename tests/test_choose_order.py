@@ -259,3 +259,14 @@ def test_old_weights_are_warned_of_where_they_are_dear(caplog):
         with pipe.trainer(F.mse_loss, optimizer, executor="inline") as trainer:
             trainer.step(x, x)
         assert ("weights are 3 updates old" in caplog.text) is told
+
+
+@pytest.mark.usefixtures("dear")
+@pytest.mark.parametrize("settings", [{"method": "bp"}, {"method": "1f1b"}, {"accumulate": 6}], ids=str)
+def test_no_warning_of_delay_that_is_not_there(settings, caplog):
+    """A false alarm would send users away from the very settings that avoid delay."""
+    x = torch.randn(1, 32)
+    pipe = dtrp.compile(dense(), n_gpus=4, example_inputs=x)
+    with pipe.trainer(F.mse_loss, torch.optim.AdamW, executor="inline", **settings) as trainer:
+        trainer.step(x, x)
+    assert "updates old" not in caplog.text
