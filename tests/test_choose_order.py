@@ -270,3 +270,14 @@ def test_no_warning_of_delay_that_is_not_there(settings, caplog):
     with pipe.trainer(F.mse_loss, torch.optim.AdamW, executor="inline", **settings) as trainer:
         trainer.step(x, x)
     assert "updates old" not in caplog.text
+
+
+@pytest.mark.usefixtures("dear")
+def test_delay_that_was_asked_for_is_warned_of_too(caplog):
+    """Who pins the order and the parts has not thereby been told what they cost with Adam."""
+    x = torch.randn(40, 32)
+    pipe = dtrp.compile(dense(), n_gpus=4, example_inputs=x)
+    settings = {"schedule": "lean", "micro_batches": 1}
+    with pipe.trainer(F.mse_loss, torch.optim.AdamW, executor="inline", **settings) as trainer:
+        trainer.step(x, x)
+    assert "weights are 3 updates old" in caplog.text

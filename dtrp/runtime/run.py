@@ -277,8 +277,7 @@ class Run:
         self._along = follow_batch(tensors)
         saved = {} if self.resume is None else self.resume.counters.get("order", {})
         config = self.config.decided(**saved) if saved else self.config
-        if config.is_open or config.parts > 1:
-            config = self.compiled.choose_order(config, tensors, target)
+        config = self.compiled.choose_order(config, tensors, target)
         mine = {name: getattr(config, name) for name in _ORDER}
         decided = self.world.first("choosing the order", lambda: mine)
         if decided != mine:
