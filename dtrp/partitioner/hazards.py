@@ -28,7 +28,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .capture.custom import SameForm
+from .capture.custom import same_form
 from .capture.gradients import regions
 from .capture.graph import Captured, ModeGraph
 from .capture.leaves import has_hooks
@@ -165,7 +165,7 @@ def _untransferable(gm: fx.GraphModule) -> list[set[str]]:
         elif not isinstance(node.meta.get("val"), TRAVELS):
             items = [u.name for u in node.users if u.op == "call_function" and u.target is operator.getitem]
             groups.append({node.name, *items})
-        checks = [u.name for u in node.users if isinstance(u.target, SameForm)]
+        checks = [u.name for u in node.users if u.target is same_form]
         groups.append({node.name, *checks})
     return groups
 

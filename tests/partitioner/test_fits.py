@@ -221,7 +221,7 @@ def test_shapes_that_were_found_right_are_not_looked_at_again(monkeypatch):
     fits = Fits(captured)
     longer = torch.randn(2, 6, 4)
     fits.check([longer], True)
-    monkeypatch.setattr("dtrp.partitioner.capture.fits.propagate", None)
+    monkeypatch.setattr("dtrp.partitioner.capture.fits.Runner", None)
     fits.check([longer], True)
     fits.check([x], True)
 

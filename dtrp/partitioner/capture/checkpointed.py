@@ -7,26 +7,14 @@ at the end of the graph, in the order in which a backward pass would come to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node, map_arg
 from torch.nn.modules.batchnorm import _NormBase
 
 from .writer import CannotRecord, GraphWriter
-
-
-def reentrant(args: tuple[Any, ...]) -> tuple[bool, Callable[..., Any], tuple[Any, ...]]:
-    """Whether gradients reach a region that ``CheckpointFunction`` was given, its function and its inputs.
-
-    They do not where no input requires any, whatever parameters it uses: torch warns, and so it is.
-    """
-    function, _, *inputs = args
-    flows = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-    return flows and torch.is_grad_enabled(), function, tuple(inputs)
 
 
 def updates_buffers(module: nn.Module, before: dict[str, int]) -> bool:

@@ -7,7 +7,7 @@ not pass is an error that names the line, as it is in the model.
 
 What the answer is for the example mostly follows from the check itself: ``if not valid.all(): raise`` must
 find ``valid.all()`` to be true. Otherwise (``if a and b: raise``) it is computed from the part of the graph
-that leads to it, if that needs no layer with parameters.
+that leads to it, if that needs no layer with parameters (`example_values`).
 """
 
 from __future__ import annotations
@@ -15,100 +15,48 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx import Node, map_arg
+from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .custom import guard
-from .fakes import FakeWorld
 from .location import asking_frame
-from .snapshot import preserved_randomness
 
 _TELLING = ["_assert", "warn", "warning", "warning_once", "info", "debug", "error", "log", "print"]
 
 
-class Undecided(Exception):
-    """A decision that cannot be made from the example."""
-
-
 class Decisions:
-    """Makes decisions, or repeats those of an earlier recording (of another batch size) in their order."""
+    """Makes decisions."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        world: FakeWorld,
-        example: Sequence[torch.Tensor],
-        earlier: Decisions | None = None,
-    ) -> None:
-        self._model, self._world, self._example = model, world, example
-        self._repeated = None if earlier is None else list(earlier.made)
+    def __init__(self, evaluate: Callable[[Node], Any]) -> None:
+        """``evaluate``: gives a node's real value in the example, None if it cannot be told."""
+        self._evaluate = evaluate
         self.made: list[bool] = []
         self.places: list[str] = []
 
-    def decide(self, condition: Node, place: str) -> tuple[bool, Any]:
-        """The answer to ``if condition:`` and the function of the guard."""
+    def decide(self, condition: Node, place: str) -> bool | None:
+        """The answer to ``if condition:``; None where it is a branch, not a check, or cannot be told."""
         frame = asking_frame()
         check = frame and check_at(frame.f_code.co_filename, frame.f_lineno)
         if check is None:
-            raise Undecided("it is a branch, not a check")
-        passed = passing_answer(*check)
-        if passed is not None:
-            answer = passed
-        elif self._repeated is not None:
-            if len(self.made) == len(self._repeated):
-                raise Undecided("with another batch size it decides more often")
-            answer = self._repeated[len(self.made)]
-        else:
-            answer = self._evaluate(condition)
+            return None
+        answer = passing_answer(*check)
+        if answer is None:
+            value = self._evaluate(condition)
+            if value is None:
+                return None
+            with _disable_current_modes():
+                answer = bool(value)
         self.made.append(answer)
         self.places.append(place)
-        return answer, guard
+        return answer
 
     def back_to(self, count: int) -> None:
         """Forget all but the first decisions: the code that made the others is recorded in another way."""
         del self.made[count:], self.places[count:]
-
-    def _evaluate(self, condition: Node) -> bool:
-        """The truth of a node's real value, computed with its ancestors from the example."""
-        if any(t.is_meta for t in self._example):
-            raise Undecided("what the example decides is unknown on the meta device")
-        needed = _ancestors(condition)
-        values: dict[Node, Any] = {}
-        placeholders = iter(self._example)
-        with _disable_current_modes(), preserved_randomness(), torch.no_grad():
-            for node in condition.graph.nodes:
-                if node.op == "placeholder":
-                    values[node] = next(placeholders).detach().clone()
-                elif node in needed:
-                    values[node] = self._run(node, values)
-            return bool(values[condition])
-
-    def _run(self, node: Node, values: dict[Node, Any]) -> Any:
-        args = map_arg(node.args, values.__getitem__)
-        kwargs = map_arg(node.kwargs, values.__getitem__)
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            fake = getattr(self._model.get_submodule(owner), name, None)
-            if fake is None:
-                raise Undecided("it depends on a tensor that is no part of the model")
-            return self._world.originals.get(id(fake), fake)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_module":
-            module = self._model.get_submodule(str(node.target))
-            if next(module.parameters(), None) is not None:
-                raise Undecided(f"it depends on what the layer {node.target!r} computes")
-            with self._world.left_by(module):
-                return module(*args, **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
 
 
 class Answers(TorchFunctionMode):
@@ -133,7 +81,9 @@ def check_at(file: str, line: int) -> tuple[ast.expr, bool] | None:
 
     That is: assert, or if ... raise.
     """
-    for statement in _conditional_statements(file):
+    for statement in _statements(file):
+        if isinstance(statement, ast.Call):
+            continue
         test = statement.test
         if test.lineno <= line <= (test.end_lineno or test.lineno):
             if isinstance(statement, ast.Assert):
@@ -167,25 +117,17 @@ def is_told() -> bool:
     if frame is None:
         return False
     line = frame.f_lineno
-    return any(a <= line <= b for a, b in _messages(frame.f_code.co_filename))
+    calls = (n for n in _statements(frame.f_code.co_filename) if isinstance(n, ast.Call))
+    return any(n.lineno <= line <= (n.end_lineno or n.lineno) and _name(n) in _TELLING for n in calls)
 
 
 @functools.lru_cache(maxsize=32)
-def _messages(file: str) -> tuple[tuple[int, int], ...]:
-    calls = (n for n in _nodes(file) if isinstance(n, ast.Call))
-    return tuple((n.lineno, n.end_lineno or n.lineno) for n in calls if _name(n) in _TELLING)
-
-
-@functools.lru_cache(maxsize=32)
-def _conditional_statements(file: str) -> tuple[ast.If | ast.Assert, ...]:
-    return tuple(n for n in _nodes(file) if isinstance(n, (ast.If, ast.Assert)))
-
-
-def _nodes(file: str) -> Iterator[ast.AST]:
+def _statements(file: str) -> tuple[ast.If | ast.Assert | ast.Call, ...]:
     try:
-        yield from ast.walk(ast.parse("".join(linecache.getlines(file))))
+        nodes = ast.walk(ast.parse("".join(linecache.getlines(file))))
     except SyntaxError:
-        return
+        return ()
+    return tuple(n for n in nodes if isinstance(n, (ast.If, ast.Assert, ast.Call)))
 
 
 def _name(call: ast.Call) -> str:
@@ -200,14 +142,3 @@ def _refuses(statement: ast.stmt) -> bool:
         never = isinstance(first, ast.Constant) and first.value is False
         return never and _name(statement.value) == "_assert"
     return isinstance(statement, ast.Raise)
-
-
-def _ancestors(node: Node) -> set[Node]:
-    found: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting.extend(current.all_input_nodes)
-    return found

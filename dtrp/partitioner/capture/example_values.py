@@ -2,20 +2,22 @@
 
 A module that is kept whole really runs when the model is captured. Not any numbers will do for it: lengths
 must not be zero, split sizes must add up, probabilities lie between 0 and 1. The part of the graph that leads
-to its arguments is run on the example's inputs; only what large layers would compute is random.
+to its arguments is run on the example's inputs; only what large layers would compute is random. What a check
+in the model's own code says of the example is found in the same way, but exactly or not at all.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node, map_arg
+from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -30,32 +32,35 @@ from .writer import GraphWriter
 _LARGE = 2**22  # elements that a node gives or is given; more are not worth computing
 
 
-class ExampleValues:
+class ExampleValues(Interpreter):
     """Values of the nodes of a growing graph for given inputs, each computed when it is asked for."""
 
     def __init__(
         self,
         model: nn.Module,
         world: FakeWorld,
-        held: Sequence[Mapping[str, Any]],  # by name: what is no attribute of the model
+        writer: GraphWriter,
         inputs: Sequence[torch.Tensor],
+        exact: bool = False,  # nothing random: what layers with parameters compute is not told
     ) -> None:
-        self._model, self._world, self._held, self._inputs = model, world, held, inputs
-        self._known = not any(t.is_meta for t in (*inputs, *model.parameters(), *model.buffers()))
-        self._values: dict[Node, Any] = {}
+        super().__init__(model, garbage_collect_values=False, graph=writer.graph)
+        self.extra_traceback = False
+        self._world, self._writer, self._exact = world, writer, exact
+        self._inputs = None if any(t.is_meta for t in inputs) else inputs
 
     def of(self, node: Node, steps: tuple[Step, ...] = ()) -> Any:
         """The value of a node, or the part of it that the steps lead to; None if it cannot be told."""
-        if not self._known:
+        if self._inputs is None:
             return None
         try:
-            with _disable_current_modes(), preserved_randomness(), torch.no_grad(), Sketch():
+            sketch = nullcontext() if self._exact else Sketch()
+            with _disable_current_modes(), preserved_randomness(), torch.no_grad(), sketch:
                 torch.manual_seed(0)
                 needed = self._missing(node)
                 for each in node.graph.nodes if needed else ():
                     if each in needed:
-                        self._values[each] = self._run(each)
-                value = self._values[node]
+                        self.env[each] = self.run_node(each)
+                value = self.env[node]
                 for function, key in steps:
                     value = function(value, key)
                 return value
@@ -67,49 +72,56 @@ class ExampleValues:
         waiting = [node]
         while waiting:
             current = waiting.pop()
-            if current not in found and current not in self._values:
+            if current not in found and current not in self.env:
                 found.add(current)
                 waiting.extend(current.all_input_nodes)
         return found
 
-    def _run(self, node: Node) -> Any:
-        if node.op == "placeholder":
-            position = list(node.graph.find_nodes(op="placeholder")).index(node)
+    def run_node(self, n: Node) -> Any:
+        if n.op == "placeholder":
+            assert self._inputs is not None
+            position = list(n.graph.find_nodes(op="placeholder")).index(n)
             return self._inputs[position].detach().clone()
-        args = map_arg(node.args, self._values.__getitem__)
-        kwargs = map_arg(node.kwargs, self._values.__getitem__)
-        if node.op == "get_attr":
-            tensor = self._named(str(node.target))
-            if tensor.numel() > _LARGE:
-                raise ValueError("too large to be copied")
-            return self._world.originals.get(id(tensor), tensor).detach().clone()
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_module":
-            if sum(t.numel() for t in _tensors((node.meta.get("val"), args, kwargs))) > _LARGE:
-                return pytree.tree_map_only(torch.Tensor, _drawn, node.meta["val"])
-            module = self._named(str(node.target))
+        if n.op == "call_module":
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            module = self.fetch_attr(str(n.target))
+            tensors = pytree.tree_leaves((n.meta.get("val"), args, kwargs))
+            large = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) > _LARGE
+            if self._exact and (large or next(module.parameters(), None) is not None):
+                raise ValueError("too dear to be computed")
+            if large:
+                return pytree.tree_map_only(torch.Tensor, _drawn, n.meta["val"])
             with self._world.left_by(module), untouched(module, tensors=True):
                 return module(*args, **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return super().run_node(n)
 
-    def _named(self, name: str) -> Any:
-        for held in self._held:
-            if name in held:
-                return held[name]
-        return operator.attrgetter(name)(self._model)
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        tensor = self.fetch_attr(target)
+        if tensor.numel() > _LARGE:
+            raise ValueError("too large to be copied")
+        return self._world.originals.get(id(tensor), tensor).detach().clone()
+
+    def fetch_attr(self, target: str) -> Any:
+        held = {**self._writer.constants, **self._writer.methods}
+        return held[target] if target in held else operator.attrgetter(target)(self.module)
 
 
 class ExampleCalls:
     """The example's call, and others with other samples of it; together they tell what sizes depend on."""
 
     def __init__(
-        self, model: nn.Module, world: FakeWorld, writer: GraphWriter, calls: Sequence[Sequence[torch.Tensor]]
+        self, model: nn.Module, world: FakeWorld, writer: GraphWriter, example: Sequence[torch.Tensor]
     ) -> None:
-        held = writer.constants, writer.methods
         self._world, self._writer = world, writer
-        self._calls = [ExampleValues(model, world, held, tensors) for tensors in calls]
+        size, batch = batch_of(example)
+        last = size - 1
+        with _disable_current_modes():
+            calls = [
+                _repeated(example, batch, rows)  # the samples in another order, or one for all
+                for rows in (range(size), range(last, -1, -1), [0] * size, [last] * size)
+            ]
+        self._calls = [ExampleValues(model, world, writer, tensors) for tensors in calls]
+        self.exact = ExampleValues(model, world, writer, example, exact=True)
 
     def meet(self, arguments: Any) -> None:
         """Tell the world what the tensors among a module's arguments are in each."""
@@ -130,19 +142,14 @@ def batch_of(tensors: Sequence[torch.Tensor]) -> tuple[int, tuple[int, ...]]:
     return size, tuple(i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == size)
 
 
-def repeated(
+def _repeated(
     tensors: Sequence[torch.Tensor], batch: Sequence[int], rows: Sequence[int]
 ) -> list[torch.Tensor]:
-    """A call's tensors with the samples ``rows`` of the example in place of its own."""
     chosen = list(tensors)
     for i in batch:
         if len(tensors[i]):
             chosen[i] = tensors[i].detach()[[r % len(tensors[i]) for r in rows]]
     return chosen
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor))
 
 
 def _drawn(fake: torch.Tensor) -> torch.Tensor:

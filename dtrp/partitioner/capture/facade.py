@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from dtrp.errors import CaptureError
 
-from .ambient import ambient_state, plain_attention, quiet
+from .ambient import plain_attention, quiet
 from .explain import Failure, capture_error
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
@@ -86,7 +86,7 @@ def capture(
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
-            with untouched(model), ambient_state(), quiet(), plain_attention():
+            with untouched(model), quiet(), plain_attention():
                 both = WAYS[name](task)
                 walks = _check(task, both, run)
         except Exception as error:

@@ -13,9 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .real import Need, RealRun, RealRuns, Values, plain_values
-from .snapshot import containers_in, copied, refill
-from .state import REGISTRIES
+from .real import Need, RealRun, RealRuns, plain_values
+from .state import REGISTRIES, Held
 from .structure import map_tensors, mirror, tensors_in
 
 # Which sizes a tensor has that are computed from values: as found for one random input, for another, or 0.
@@ -42,12 +41,12 @@ class FakeWorld:
         self.mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
         self._twins: dict[int, _Twin] = {}
         self.attributes: dict[int, dict[str, Any]] = {}  # of each module, as found
-        self._contents: dict[int, dict[str, Any]] = {}  # of the dicts, lists and sets among these
+        self._contents: dict[int, Held] = {}  # what the mutable ones among these hold
         self.originals: dict[int, torch.Tensor] = {}  # by the twin's id
         self._runs = runs if runs is not None else RealRuns()
-        self._met = Values()  # what modules really gave, by the id of the fake for it
+        self._met: dict[int, Callable[[], Any]] = {}  # what each fake stands for, by its id
         # The same with other samples of the example in each: other values that modules can do with.
-        self._others: list[Values] = []
+        self._others: list[dict[int, Callable[[], Any]]] = []
         self._held: list[torch.Tensor] = []  # these fakes, so that their ids are not given to others
         # Whether `really_run` met sizes that depend on values; and which `Sizes` to give instead of those
         # found, which shows whether the code behind them takes another course.
@@ -71,7 +70,7 @@ class FakeWorld:
 
     def _make(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
-            return _unread(self.mode.from_tensor(tensor))
+            return _unread(self.mode.from_tensor(tensor, static_shapes=True))
         with self.mode:
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         if isinstance(tensor, nn.Parameter):
@@ -84,7 +83,7 @@ class FakeWorld:
         """What ``fake`` stands for in the example, and in calls with other samples."""
         self._held.append(fake)
         self._met.setdefault(id(fake), real)
-        self._others += [Values() for _ in others[len(self._others) :]]
+        self._others += [{} for _ in others[len(self._others) :]]
         for met, other in zip(self._others, others, strict=False):
             met[id(fake)] = other
 
@@ -95,9 +94,7 @@ class FakeWorld:
         try:
             for module in model.modules():
                 self.attributes[id(module)] = found = dict(module.__dict__)
-                self._contents[id(module)] = {
-                    k: v for k, v in containers_in(found).items() if k not in REGISTRIES
-                }
+                self._contents[id(module)] = Held(v for k, v in found.items() if k not in REGISTRIES)
                 registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
                 for registry in registries:
                     for name, tensor in registry.items():
@@ -140,10 +137,8 @@ class FakeWorld:
             m.__dict__[name] = value
         return result
 
-    def _stranger(self, tensor: Any) -> Any:
+    def _stranger(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor that no graph knows."""
-        if not isinstance(tensor, torch.Tensor):
-            return tensor
         self._held.append(self.mode.from_tensor(tensor.detach().clone()))
         return self._held[-1]
 
@@ -159,9 +154,7 @@ class FakeWorld:
             raise RuntimeError("it gives numbers or other Python values that it makes from tensors")
         second = {id(a): b for (_, a), (_, b) in zip(tensors, others, strict=True)}
 
-        def fake(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor):
-                return x
+        def fake(x: torch.Tensor) -> torch.Tensor:
             if id(x) in back:
                 return back[id(x)]
             key, sizes, sizes_too = id(x), tuple(x.shape), tuple(second[id(x)].shape)
@@ -178,7 +171,7 @@ class FakeWorld:
             if x.requires_grad:
                 with self.mode, torch.enable_grad():  # the result of an operation: it may be written to
                     made = made.requires_grad_().clone()
-            self._met[id(made)] = x
+            self._met[id(made)] = partial(_itself, x)
             self._held.append(made)
             back[key] = made
             return made
@@ -190,7 +183,7 @@ class FakeWorld:
         """Inside, the parameters and buffers of ``module`` are the real ones again, and its attributes."""
         swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         changed: list[tuple[dict[str, Any], str, Any]] = []
-        filled: list[tuple[Any, Any]] = []
+        filled: list[Held] = []
         try:
             for m in module.modules():
                 before = self.attributes.get(id(m))
@@ -204,9 +197,8 @@ class FakeWorld:
                             m.__dict__[name] = before[name]
                         else:
                             del m.__dict__[name]
-                for name, contents in self._contents[id(m)].items():
-                    filled.append((before[name], copied(before[name])))
-                    refill(before[name], contents)
+                filled.append(Held(v for k, v in before.items() if k not in REGISTRIES))
+                self._contents[id(m)].put_back()
                 registries: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
                 for registry in registries:
                     for name, tensor in registry.items():
@@ -217,8 +209,8 @@ class FakeWorld:
         finally:
             for registry, name, value in (*swapped, *changed):
                 registry[name] = value
-            for container, contents in filled:
-                refill(container, contents)
+            for contents in filled:
+                contents.put_back()
 
 
 class _Twin:
@@ -253,6 +245,10 @@ def _with_data(tensor: torch.Tensor) -> torch.Tensor | None:
     return None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
 
 
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def _unread(fake: torch.Tensor) -> torch.Tensor:
     """The same without the number that torch remembers of a 0-dim one: the next call may find another."""
     fake.item_memo = None  # type: ignore[attr-defined]
@@ -281,9 +277,4 @@ def fake_inputs(world: FakeWorld, tensors: Sequence[torch.Tensor]) -> list[torch
 def light(value: Any) -> Any:
     """``value`` with its tensors cut from the autograd graph that made them (requires_grad stays)."""
 
-    def cut(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        return x.detach().requires_grad_(x.requires_grad)
-
-    return pytree.tree_map(cut, value)
+    return pytree.tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), value)

@@ -14,12 +14,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .ambient import ambient_state, plain_attention, quiet
+from .ambient import plain_attention, quiet
 from .custom import OtherSizes, same_size
 from .fakes import FakeWorld, fake_inputs
 from .graph import Captured, ModeGraph
 from .modes import in_mode
-from .propagate import propagate
+from .propagate import Runner
 from .task import Task
 from .traced import Traced
 from .verify import Unfaithful, verify
@@ -72,7 +72,7 @@ class Fits:
             model, captured.signature, tensors, captured.opened, runs=captured.runs, flags=captured.flags
         )
         try:
-            with quiet(), ambient_state(), plain_attention():
+            with quiet(), plain_attention():
                 verify(task, traced, training)
         except Unfaithful as error:
             reason = str(error)
@@ -93,9 +93,14 @@ class Fits:
         world.compares = False
         model = self._captured.model
         try:
-            with quiet(), in_mode(model, self._captured.flags if training else None):
+            with (
+                quiet(),
+                in_mode(model, self._captured.flags if training else None),
+                world.inhabited_by(graph.module),
+                torch.enable_grad(),
+            ):
                 inputs = fake_inputs(world, [t.detach() for t in tensors])
-                found = propagate(graph.module, world, inputs)
+                found = Runner(graph.module, graph.module.graph, world).run(*inputs)
             # Products of unlike dtypes pass on fake tensors, and fail on real ones.
             wrong = set(_dtypes(found)) - set(_dtypes(graph.module.graph.output_node().args))
             if wrong and tensors[i].dtype in wrong:

@@ -212,22 +212,14 @@ class _Unseen(torch.autograd.Function):
     """Joins what a module gave that could not run on fake tensors to its inputs, in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, log: OperatorLog, name: str, n: int, *tensors: torch.Tensor) -> Any:
-        ctx.log, ctx.name = log, name
-        ctx.inputs = [(t.shape, t.dtype, t.device) for t in tensors[n:]]
+    def forward(ctx: Any, log: OperatorLog, n: int, *tensors: torch.Tensor) -> Any:
         with log.silent():
             return tuple(torch.empty_like(t) for t in tensors[:n])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        log = ctx.log
-        given = [log.value(g) for g in gradients]
-        with log.silent():
-            back = [
-                torch.empty(s, dtype=d, device=v) if d.is_floating_point else None for s, d, v in ctx.inputs
-            ]
-        log.add(f"backward of {ctx.name}", *given, tuple(log.number([t for t in back if t is not None])))
-        return (None, None, None, *([None] * len(gradients)), *back)
+        """Nothing: what the module does to gradients is the same for the model and its graph."""
+        return (None,) * len(ctx.needs_input_grad)
 
 
 def join(
@@ -239,7 +231,7 @@ def join(
     made: dict[int, torch.Tensor] = {}
     if fresh and torch.is_grad_enabled() and any(t.requires_grad for t in fresh):
         flows = [t for t in inputs if t.requires_grad]
-        joined: Any = _Unseen.apply(log, name, len(fresh), *fresh, *flows)
+        joined: Any = _Unseen.apply(log, len(fresh), *fresh, *flows)
         made = {id(t): j for t, j in zip(fresh, joined, strict=True)}
     result = [made.get(id(t), t) for t in outputs]
     log.add(f"module {name}", *map(log.value, inputs), tuple(log.number(result)))

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,26 +19,18 @@ from torch.utils import checkpoint
 from .location import is_users
 
 
-class Observer(Protocol):
-    """Who is told of what the model does; ``proceed`` does what would have happened without patches."""
+class Observer:
+    """Is told of what the model does; ``proceed`` does what would have happened without. This one lets it."""
 
-    @property
-    def paused(self) -> bool:
-        """Whether to leave it alone."""
+    paused = False  # then it is left alone
 
-    def on_module(
-        self, module: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def on_module(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """``module(*args, **kwargs)``."""
+        return proceed(module, *args, **kwargs)
 
-    def on_gradient_function(
-        self,
-        function: type[torch.autograd.Function],
-        proceed: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def on_gradient_function(self, function: Any, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """``function.apply(*args, **kwargs)``."""
+        return proceed(*args, **kwargs)
 
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """A region of torch.autocast was entered, or is left."""
@@ -46,8 +38,9 @@ class Observer(Protocol):
     def on_question(self) -> None:
         """The model's own code asks whether gradients are enabled."""
 
-    def on_checkpoint(self) -> AbstractContextManager[None]:
+    def on_checkpoint(self) -> AbstractContextManager[Any]:
         """A region that checkpointing would run again in the backward pass runs in this context."""
+        return nullcontext()
 
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = value``, before it happens."""
@@ -82,6 +75,12 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
         if unseen():
             return proceed(*args, **kwargs)
+        if cls is checkpoint.CheckpointFunction:  # run its first argument, storing nothing
+            region, _, *inputs = args
+            # Where no input requires gradients, none reach it, whatever parameters it uses: torch warns.
+            flows = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+            with torch.set_grad_enabled(flows and enabled()), observer.on_checkpoint():
+                return region(*inputs)
         return observer.on_gradient_function(cls, proceed, args, kwargs)
 
     early = list(_bound_early(model))

@@ -1,44 +1,51 @@
-"""Runs a graph on fake tensors of other sizes."""
+"""Runs a graph node by node on fake tensors, perhaps of other sizes. Nothing is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter
+from torch import nn
+from torch.fx import Graph, Interpreter, Node
 
 from .fakes import FakeWorld
 from .structure import mutable
 
 
-class _Propagator(Interpreter):
-    """Runs a graph node by node."""
+class Runner(Interpreter):
+    """Runs a graph of a model that its world inhabits."""
 
-    def __init__(self, module: GraphModule, world: FakeWorld) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self._world = world
+    def __init__(
+        self, model: nn.Module, graph: Graph, world: FakeWorld, held: Mapping[str, Any] | None = None
+    ) -> None:
+        """``held``: what nodes call or get by names that are none of the model's."""
+        super().__init__(model, garbage_collect_values=True, graph=graph)
         self.extra_traceback = False
+        self.world, self._held = world, held or {}
+        self.node: Node | None = None  # that is running, or failed
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = mutable((args, kwargs))
-        try:
-            return super().call_module(target, args, kwargs)
-        except Exception as error:
-            try:
-                return self._world.really_run(self.fetch_attr(target), args, kwargs)
-            except Exception:
-                raise error from None
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def fetch_attr(self, target: str) -> Any:
+        return self._held[target] if target in self._held else super().fetch_attr(target)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return self._world.twin(value) if isinstance(value, torch.Tensor) else value
+        value = self.fetch_attr(target)
+        return self.world.twin(value) if isinstance(value, torch.Tensor) else value
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # The graph's own code hands on dicts and lists that modules may change.
+        return self.whole(target, self.fetch_attr(target), *mutable((args, kwargs)))
 
-def propagate(module: GraphModule, world: FakeWorld, inputs: Sequence[torch.Tensor]) -> Any:
-    """Run a graph on fake ``inputs``, and give the flat output.
-
-    Nothing is computed, and the model's parameters and buffers are not touched.
-    """
-    with world.inhabited_by(module), torch.enable_grad():
-        return _Propagator(module, world).run(*inputs)
+    def whole(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module, on fake tensors if it can, else it really runs."""
+        try:
+            return module(*args, **kwargs)
+        except Exception as error:
+            try:
+                return self.world.really_run(module, args, kwargs)
+            except Exception:
+                raise error from None

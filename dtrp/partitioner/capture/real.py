@@ -17,11 +17,14 @@ from torch import nn
 from dtrp.partitioner.op_cost import FlopCount
 from dtrp.partitioner.sketch import Sketch
 
-from .snapshot import containers_in, untouched
+from .snapshot import untouched
 from .state import REGISTRIES
 from .structure import flatten_output, map_tensors, mutable, tensors_in
 
 Need = Literal["both", "first", "second"]
+
+Known = Mapping[int, Callable[[], torch.Tensor | None]]
+"""By a fake tensor's id, what gives the real one that it stands for (None if that cannot be told)."""
 
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -35,14 +38,13 @@ class Run:
     changed: Any  # the arguments afterwards, if it put other tensors into lists and dicts among them
     held: tuple[int | None, ...]  # which inputs the arguments hold afterwards, None: another tensor
     flops: int
-    left: tuple[tuple[nn.Module, str, Any], ...]  # what holds tensors among the attributes that it set
+    left: tuple[tuple[nn.Module, str, Any], ...]  # what holds new tensors among its attributes
 
 
 @dataclass(frozen=True)
 class RealRun:
-    """What a module did with one or two random inputs of the same shapes."""
+    """What a module did with one or two inputs of the same shapes."""
 
-    module: nn.Module  # held so that its id is not given to another
     first: Run
     second: Run | None = None
 
@@ -52,16 +54,17 @@ class RealRuns:
 
     def __init__(self) -> None:
         self._made: dict[Hashable | None, RealRun] = {}
-        self._served: dict[int, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {}  # inputs that did, by module
+        # Inputs that did, by the id of the module, which is held so that no other gets it.
+        self._served: dict[int, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {}
 
     def of(
         self,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        met: Mapping[int, torch.Tensor],
+        met: Known,
         need: Need = "both",
-        others: Sequence[Mapping[int, torch.Tensor]] = (),
+        others: Sequence[Known] = (),
     ) -> RealRun:
         """Run ``module`` with its present parameters on tensors like those given. Nothing of it is changed.
 
@@ -72,9 +75,9 @@ class RealRuns:
         args, kwargs
             Its arguments, with fake tensors.
         met : mapping
-            By a fake tensor's id, the real one that it stands for. The first run takes these, which code
-            with expectations can do with (boxes have their corners in order, lengths are none of them zero);
-            the second takes ``others``, or these, halved, only where random numbers will not do.
+            The tensors of the example. The first run takes these, which code with expectations can do with
+            (boxes have their corners in order, lengths are none of them zero); the second takes random ones
+            or ``others``, or these, halved, only where nothing else will do.
         need
             Which runs are asked for. ``"second"``: another than one already made, or any.
         others : sequence of mappings
@@ -89,13 +92,13 @@ class RealRuns:
         key = _key(module, args, kwargs)
         run = self._made.get(key)
         again = need == "both" or run is not None or key is None
-        served = self.served(module, args, kwargs)
+        known = met, self._before(module, args, kwargs)
         if run is None:
-            run = RealRun(module, _first(module, args, kwargs, (met, served)))
+            run = RealRun(_first(module, args, kwargs, known))
             inputs = tuple(t.detach().clone() for t in run.first.inputs)
             self._served.setdefault(id(module), (module, inputs))  # the example's own come first
         if run.second is None and need != "first" and again:
-            run = replace(run, second=_another(run, args, kwargs, (met, served), others))
+            run = replace(run, second=_another(module, args, kwargs, run.first, known, others))
         if key is not None:
             self._made[key] = run
         return run
@@ -104,15 +107,13 @@ class RealRuns:
         """The tensors that it first ran on, ``()`` if it never did."""
         return self._served[id(module)][1] if id(module) in self._served else ()
 
-    def served(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[int, torch.Tensor]:
-        """By the ids of a call's tensors, numbers like those that the module ran on before."""
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Known:
+        """Numbers like those that the module ran on before."""
         fakes: list[torch.Tensor] = []
         map_tensors(fakes.append, (args, kwargs))
         before = self.inputs(module)
-        pairs = zip(fakes, before, strict=len(before) == len(fakes))
-        return {id(fake): real for fake, old in pairs if (real := _rows_like(old, fake)) is not None}
+        pairs = zip(fakes, before, strict=True) if len(before) == len(fakes) else ()
+        return {id(fake): partial(_rows_like, old, fake) for fake, old in pairs}
 
 
 def _rows_like(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor | None:
@@ -124,12 +125,11 @@ def _rows_like(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor | None:
     return real[torch.arange(fake.shape[0], device=real.device) % len(real)] if len(real) else None
 
 
-def _first(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    known: Sequence[Mapping[int, torch.Tensor]],
-) -> Run:
+Make = Callable[[torch.Tensor], torch.Tensor]
+"""A real tensor in place of a fake one."""
+
+
+def _first(module: nn.Module, args: Any, kwargs: Any, known: Sequence[Known]) -> Run:
     """A run with what is known, and zeros for other integers; or ones, where these may be lengths."""
     try:
         return _run(module, args, kwargs, 0, lambda t: _met(t, *known))
@@ -140,47 +140,33 @@ def _first(
 
 
 def _another(
-    run: RealRun,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    known: Sequence[Mapping[int, torch.Tensor]],
-    others: Sequence[Mapping[int, torch.Tensor]],
+    module: nn.Module, args: Any, kwargs: Any, first: Run, known: Sequence[Known], others: Sequence[Known]
 ) -> Run:
     """A run with other numbers, as different as the module can take without giving another form of result."""
-
-    def attempt(make: Callable[[torch.Tensor], torch.Tensor], seed: int) -> Run | None:
-        with contextlib.suppress(Exception):
-            second = _run(run.module, args, kwargs, seed, make)
-            if flatten_output(second.result)[1] == flatten_output(run.first.result)[1]:
-                return second
-        return None
-
-    def sizes(found: Run) -> list[int]:
-        return [size for _, tensor in tensors_in(found.result) for size in tensor.shape]
+    form = flatten_output(first.result)[1]
 
     def news(second: Run) -> int:
         """In how many sizes it differs from the first."""
-        return sum(a != b for a, b in zip(sizes(run.first), sizes(second), strict=False))
+        a, b = ([n for _, t in tensors_in(run.result) for n in t.shape] for run in (first, second))
+        return sum(x != y for x, y in zip(a, b, strict=False))
 
     # Sizes may be equal in two runs by chance: what shows that they depend on values is looked for. Other
     # samples of the example are dear to compute; they matter where numbers count or choose something.
     counts = any(_counts(t) for _, t in tensors_in((args, kwargs)))
-    given = [partial(_given, met=other) for other in others if other]
-    makers: list[Callable[[torch.Tensor], torch.Tensor]]
-    makers = [_varied_like, *(given if counts else ()), _random_like, *(() if counts else given)]
+    given: list[Make] = [partial(_given, met) for met in others if met]
+    makers: list[Make] = [_varied_like, *(given if counts else ()), _random_like, *(() if counts else given)]
     if counts:
         makers.append(lambda t: _met(t, *known) if _counts(t) else _random_like(t))
         makers.append(lambda t: _ones_like(t) if _counts(t) else _random_like(t))
     best: Run | None = None
     for seed, make in enumerate(makers, 1):
-        if best is not None and make in given and not counts:
+        if best is not None and (news(best) or (make in given and not counts)):
             break
-        second = attempt(make, seed)
-        if second is not None and (best is None or news(second) > news(best)):
-            best = second
-        if best is not None and news(best):
-            break
-    return best or _run(run.module, args, kwargs, 1, lambda t: _met(t, *known, scale=0.5))
+        with contextlib.suppress(Exception):
+            second = _run(module, args, kwargs, seed, make)
+            if flatten_output(second.result)[1] == form and (best is None or news(second)):
+                best = second
+    return best or _run(module, args, kwargs, 1, lambda t: _met(t, *known, scale=0.5))
 
 
 def plain_values(result: Any) -> list[Any]:
@@ -205,13 +191,7 @@ def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ha
     return id(module), modes, torch.is_grad_enabled(), repr(spec), tuple(described)
 
 
-def _run(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    seed: int,
-    make: Callable[[torch.Tensor], torch.Tensor],
-) -> Run:
+def _run(module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make) -> Run:
     """Run with the inputs that ``make`` makes: without heavy products, or with them if it fails without."""
     try:
         return _run_once(module, args, kwargs, seed, make, Sketch())
@@ -219,34 +199,29 @@ def _run(
         return _run_once(module, args, kwargs, seed, make, FlopCount())
 
 
-def _run_once(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    seed: int,
-    make: Callable[[torch.Tensor], torch.Tensor],
-    under: FlopCount,
-) -> Run:
+def _run_once(module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make, under: FlopCount) -> Run:
     given: list[torch.Tensor] = []
     cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: a tensor, and the same without history
 
-    def real(x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            made = make(x)
-            # The result of an operation: it may be written to, of which the versions tell.
-            given.append(made.clone() if made.requires_grad and torch.is_grad_enabled() else made)
-            return given[-1]
-        return x
+    def real(fake: torch.Tensor) -> torch.Tensor:
+        made = make(fake)
+        # The result of an operation: it may be written to, of which the versions tell.
+        given.append(made.clone() if made.requires_grad and torch.is_grad_enabled() else made)
+        return given[-1]
 
-    def without_history(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or any(x is y for y in given):
+    def without_history(x: torch.Tensor) -> torch.Tensor:
+        if any(x is y for y in given):
             return x
         if id(x) not in cut:
             cut[id(x)] = x, x.detach().requires_grad_(x.requires_grad)
         return cut[id(x)][1]
 
+    def attributes() -> dict[tuple[nn.Module, str], Any]:
+        pairs = ((m, name) for m in module.modules() for name in m.__dict__ if name not in REGISTRIES)
+        return {(m, name): value for m, name in pairs if list(tensors_in(value := m.__dict__[name]))}
+
     with untouched(module, tensors=True):
-        found = [(m, dict(m.__dict__), containers_in(m.__dict__)) for m in module.modules()]
+        known = {key: [t for _, t in tensors_in(value)] for key, value in attributes().items()}
         torch.manual_seed(seed)
         inputs = map_tensors(real, (args, kwargs))
         before = [id(t) for _, t in tensors_in(inputs)]
@@ -258,9 +233,8 @@ def _run_once(
         result, after = map_tensors(without_history, result), map_tensors(without_history, inputs)
         left = tuple(
             (m, name, map_tensors(without_history, mutable(value)))
-            for m, attributes, contents in found
-            for name, value in m.__dict__.items()
-            if name not in REGISTRIES and _is_new(value, name, attributes, contents)
+            for (m, name), value in attributes().items()
+            if {id(t) for _, t in tensors_in(value)} - set(map(id, known.get((m, name), ())))
         )
     places = {key: i for i, key in enumerate(before)}
     held = tuple(places.get(id(t)) for _, t in tensors_in(after))
@@ -268,58 +242,35 @@ def _run_once(
     return Run(tuple(given), result, after if changed else None, held, under.flops, left)
 
 
-def _is_new(value: Any, name: str, attributes: dict[str, Any], contents: dict[str, Any]) -> bool:
-    """Whether an attribute holds tensors that it did not hold before."""
-    before = contents.get(name) if value is attributes.get(name) else attributes.get(name)
-    if value is attributes.get(name) and before is None:
-        return False
-    known = {id(t) for _, t in tensors_in(before)}
-    return any(id(t) not in known for _, t in tensors_in(value))
-
-
 def _counts(fake: torch.Tensor) -> bool:
     """Whether a tensor may hold lengths, indices or flags."""
     return not (fake.is_floating_point() or fake.is_complex())
 
 
-def _ones_like(fake: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(_random_like(fake))
-
-
-class Values(dict[int, Any]):
-    """Real tensors by the ids of the fake ones; some are computed when they are asked for."""
-
-    def get(self, key: int, default: Any = None) -> Any:
-        """The tensor, ``default`` if it is not known."""
-        value = super().get(key)
-        if callable(value) and not isinstance(value, torch.Tensor):
-            value = self[key] = value()
-        return default if value is None else value
-
-
-def _met(fake: torch.Tensor, *known: Mapping[int, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
+def _met(fake: torch.Tensor, *known: Known, scale: float = 1.0, any_shape: bool = False) -> torch.Tensor:
     """The real tensor behind ``fake`` if it is known, else a random one."""
-    found = (values.get(id(fake)) for values in known)
-    real = next((t for t in found if t is not None and t.shape == fake.shape), None)
+    found = (values[id(fake)]() for values in known if id(fake) in values)
+    real = next((t for t in found if t is not None and (any_shape or t.shape == fake.shape)), None)
     if real is None:
         return _random_like(fake)
     real = real.detach().clone()
-    if real.is_floating_point() or real.is_complex():
-        real *= scale
-    return real.requires_grad_(fake.requires_grad)
+    return (real if _counts(real) else real * scale).requires_grad_(fake.requires_grad)
 
 
-def _given(fake: torch.Tensor, met: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """The real tensor in place of ``fake`` in another call, which may have other sizes."""
-    real = met.get(id(fake))
-    return _random_like(fake) if real is None else real.detach().clone().requires_grad_(fake.requires_grad)
+def _given(met: Known, fake: torch.Tensor) -> torch.Tensor:
+    """As in another call, which may have other sizes."""
+    return _met(fake, met, any_shape=True)
 
 
 def _varied_like(fake: torch.Tensor) -> torch.Tensor:
     """As `_random_like`, with zeros and ones among integers, and some false among truths."""
-    if fake.is_floating_point() or fake.is_complex():
+    if not _counts(fake):
         return _random_like(fake)
     return torch.randint(0, 2, tuple(fake.shape), device=fake.device).to(fake.dtype)
+
+
+def _ones_like(fake: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(_random_like(fake))
 
 
 def _random_like(fake: torch.Tensor) -> torch.Tensor:

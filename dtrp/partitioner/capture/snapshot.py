@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from ... import accelerators
+from .ambient import ambient_state
 from .state import Held, Shared
 
 
@@ -48,12 +48,11 @@ class Found:
         """On leaving, put it back, and all random-number states; ``tensors``: as `untouched` has it."""
         if tensors and self._contents is None:
             self._contents = [Contents(t) for t in _tensors(self._modules)]
-        levels = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
         with preserved_randomness():
             try:
-                yield
+                with ambient_state():
+                    yield
             finally:
-                _leave_transforms(*levels)
                 self._put_back(self._contents or () if tensors else ())
 
     def _put_back(self, contents: Iterable[Contents]) -> None:
@@ -69,13 +68,6 @@ class Found:
                 p.grad = gradient
         for content in contents:
             content.put_back()
-
-
-def _leave_transforms(depth: int, level: int) -> None:
-    """Leave transforms (``torch.func``) that an error stopped half-way; torch would stay inside them."""
-    if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-    forward_ad._current_level = level
 
 
 class Contents:
@@ -132,22 +124,3 @@ def _tensors(modules: list[nn.Module]) -> list[torch.Tensor]:
                 if isinstance(value, torch.Tensor) and not value.is_meta:
                     found[id(value)] = value
     return list(found.values())
-
-
-def containers_in(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the dicts, lists and sets among a module's attributes."""
-    return {k: copied(v) for k, v in attributes.items() if isinstance(v, (dict, list, set))}
-
-
-def copied(container: Any) -> Any:
-    """A dict, list or set with the same contents."""
-    return type(container)(container) if type(container) in (dict, list, set) else container.copy()
-
-
-def refill(container: Any, saved: Any) -> None:
-    """Make a dict, list or set hold what a copy of it does."""
-    if isinstance(container, list):
-        container[:] = saved
-    else:
-        container.clear()
-        container.update(saved)

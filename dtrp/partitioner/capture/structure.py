@@ -8,14 +8,13 @@ import gc
 import operator
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Proxy
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
@@ -38,27 +37,18 @@ class Rebuilt:
         self.kind, self.names, self.parts = kind, names, parts
 
 
-def _flatten(value: Rebuilt) -> tuple[list[Any], Any]:
-    return value.parts, (value.kind, value.names)
-
-
-def _unflatten(parts: Any, context: Any) -> Any:
-    kind, names = context
-    value = blank(kind)
+def rebuilt(kind: Any, names: tuple[str, ...], parts: Iterable[Any]) -> Any:
+    """An object of a class with these attributes, made without calling it."""
+    try:
+        value = object.__new__(kind)
+    except TypeError:  # it is made in C
+        value = kind.__new__(kind)
     for name, part in zip(names, parts, strict=True):
         object.__setattr__(value, name, part)  # also where the class is frozen
         for key, held in vars(part).items() if hasattr(part, "__dict__") else ():
             if isinstance(held, weakref.ref) and isinstance(held(), (kind, type(None))):
                 object.__setattr__(part, key, weakref.ref(value))  # a part that knows its owner
     return value
-
-
-def blank(kind: Any) -> Any:
-    """An object of a class, without attributes yet."""
-    try:
-        return object.__new__(kind)
-    except TypeError:  # it is made in C
-        return kind.__new__(kind)
 
 
 def _flatten_with_keys(value: Rebuilt) -> tuple[list[Any], Any]:
@@ -68,9 +58,8 @@ def _flatten_with_keys(value: Rebuilt) -> tuple[list[Any], Any]:
 
 pytree.register_pytree_node(
     Rebuilt,
-    _flatten,
-    _unflatten,
-    serialized_type_name="dtrp.partitioner.capture.structure.Rebuilt",
+    lambda value: (value.parts, (value.kind, value.names)),
+    lambda parts, context: rebuilt(context[0], context[1], parts),
     flatten_with_keys_fn=_flatten_with_keys,
 )
 
@@ -101,7 +90,7 @@ def opened(value: Any, depth: int = _DEPTH) -> Any:
     """``value`` with a `Rebuilt` in place of each object that holds tensors and that pytree does not know."""
 
     def open_object(x: Any) -> Any:
-        if depth == 0 or isinstance(x, (torch.Tensor, Proxy)) or not _holds_tensors(x, depth):
+        if depth == 0 or isinstance(x, torch.Tensor) or not _holds_tensors(x, depth):
             return x
         steps = list(_parts(x))
         names = tuple(name for (_, name), _ in steps)
@@ -144,20 +133,6 @@ def map_tensors(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH)
     return pytree.tree_map(visit, value)
 
 
-def replace_tensors(value: Any, by_id: dict[int, torch.Tensor]) -> Any:
-    """``value`` with some of its tensors replaced, by their ids."""
-    if isinstance(value, torch.Tensor):
-        return by_id.get(id(value), value)
-    if isinstance(value, tuple):
-        items = [replace_tensors(x, by_id) for x in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, list):
-        return [replace_tensors(x, by_id) for x in value]
-    if type(value) is dict:
-        return {k: replace_tensors(v, by_id) for k, v in value.items()}
-    return value
-
-
 def mutable(value: Any) -> Any:
     """``value`` with new lists and dicts, also in place of the immutable ones that fx hands to nodes."""
     if isinstance(value, immutable_list) or type(value) is list:
@@ -168,7 +143,7 @@ def mutable(value: Any) -> Any:
     return tuple(mutable(x) for x in value) if type(value) is tuple else value
 
 
-def mirror(ours: Any, theirs: Any, convert: Callable[[Any], Any]) -> Any:
+def mirror(ours: Any, theirs: Any, convert: Callable[[Any], Any] = lambda x: x) -> Any:
     """Change lists and dicts in ``ours`` as their counterparts in ``theirs`` were; the result is ``ours``.
 
     What has no counterpart is taken from ``theirs``, converted.
@@ -190,7 +165,7 @@ def mirror(ours: Any, theirs: Any, convert: Callable[[Any], Any]) -> Any:
 
 
 def _holds_tensors(value: Any, depth: int) -> bool:
-    if isinstance(value, (torch.Tensor, Proxy)):
+    if isinstance(value, torch.Tensor):
         return True
     return depth > 0 and any(_holds_tensors(part, depth - 1) for _, part in _parts(value))
 

@@ -12,24 +12,24 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .checkpointed import reentrant
 from .decisions import Answers
 from .fakes import FakeWorld, fake_inputs
 from .leaves import has_hooks
 from .location import user_location
 from .methods import held_name, own_methods
 from .operators import Access, Event, OperatorLog, Walk, join, storages_in
-from .patches import observed
-from .structure import flatten_output, map_tensors, mirror, mutable, tensors_in
+from .patches import Observer, observed
+from .propagate import Runner
+from .structure import flatten_output, map_tensors, mirror, tensors_in
 from .task import Task
 from .traced import Traced
 
@@ -109,7 +109,7 @@ def _events_of_graph(task: Task, traced: Traced, training: bool) -> tuple[list[E
     with task.run(training), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
         runner.log = log = _started(task, model, world, runner.where)
         inputs = _inputs(task, world, log)
-        with torch.compiler.set_stance("force_eager"), observed(Plain(), model), log:
+        with torch.compiler.set_stance("force_eager"), observed(Observer(), model), log:
             _seed()
             found = dict(model.named_buffers())
             state = storages_in(_held_by(model, traced))
@@ -223,32 +223,7 @@ def _run_backward(log: OperatorLog, node: Any, number: int) -> None:
         log.add(f"{type(node).__name__} gives", log.value(back), ())
 
 
-class Plain:
-    """Lets a graph run as it is; what the model does inside its layers is as when the model runs."""
-
-    paused = False
-
-    def on_module(self, module: nn.Module, proceed: Any, args: Any, kwargs: Any) -> Any:
-        return proceed(module, *args, **kwargs)
-
-    def on_gradient_function(self, function: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
-        if function is torch.utils.checkpoint.CheckpointFunction:  # run its first argument, storing nothing
-            flows, region, inputs = reentrant(args)
-            with torch.set_grad_enabled(flows):
-                return region(*inputs)
-        return proceed(*args, **kwargs)
-
-    def on_autocast(self, region: torch.autocast, entered: bool) -> None: ...
-
-    def on_question(self) -> None: ...
-
-    def on_checkpoint(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def on_write(self, module: nn.Module, name: str, value: Any) -> None: ...
-
-
-class _Watcher(Plain):
+class _Watcher(Observer):
     """Follows the model's own run: which module is running, and which must really run."""
 
     log: OperatorLog
@@ -297,31 +272,26 @@ class _Watcher(Plain):
         return self._as_one(held, kept, method, args, kwargs)
 
 
-class _Runner(Interpreter):
-    """Runs the graph node by node."""
+class _Runner(Runner):
+    """Runs the graph, and notes what each of its nodes does."""
 
     log: OperatorLog
 
     def __init__(self, model: nn.Module, traced: Traced, world: FakeWorld) -> None:
-        super().__init__(model, garbage_collect_values=True, graph=traced.graph)
-        self.extra_traceback = False
-        self._held = {**traced.constants, **traced.methods}
-        self._world = world
-        self._node: Node | None = None
+        super().__init__(model, traced.graph, world, {**traced.constants, **traced.methods})
         self.updates: dict[str, torch.Tensor] = {}
         self.accesses: list[Access] = []
 
     def where(self, number: int) -> tuple[str, str]:
-        meta = self._node.meta if self._node is not None else {}
+        meta = self.node.meta if self.node is not None else {}
         return str(meta.get("module", "")), str(meta.get("location", ""))
 
     def run_node(self, n: Node) -> Any:
-        self._node = n
         access = self.log.access = Access(n)
         try:
             value = self._value(n)
         finally:
-            self._node = self.log.access = None
+            self.node = self.log.access = None
         if n.op != "output":
             access.reads |= storages_in([self.env[a] for a in n.all_input_nodes])
             access.makes |= storages_in(value)
@@ -341,17 +311,8 @@ class _Runner(Interpreter):
             self.updates[self.log.known(buffer)] = assigned
         return value
 
-    def fetch_attr(self, target: str) -> Any:
-        return self._held[target] if target in self._held else super().fetch_attr(target)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = self.fetch_attr(target)
-        return self._world.twin(value) if isinstance(value, torch.Tensor) else value
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
-        args, kwargs = mutable((args, kwargs))  # as the graph's own code hands it dicts and lists
-        return whole(self.log, self._world, target, module, module, args, kwargs)
+    def whole(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return whole(self.log, self.world, name, module, module, args, kwargs)
 
 
 def whole(
@@ -382,5 +343,5 @@ def whole(
         made = join(log, name, inputs, outputs)
         by_id = {id(t): m for t, m in zip(outputs, made, strict=True)}
         for container in (args, kwargs):  # it may have put its results into the caller's lists and dicts
-            mirror(container, map_tensors(lambda t: by_id.get(id(t), t), container), lambda x: x)
+            mirror(container, map_tensors(lambda t: by_id.get(id(t), t), container))
         return map_tensors(lambda t: by_id.get(id(t), t), result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from .fakes import FakeWorld, light
 from .gradients import enclose
 from .location import user_location
 from .methods import held_name
-from .names import named_tensors
 from .structure import Step, opened_object
 
 
@@ -62,7 +62,14 @@ class GraphWriter:
         self._world = world
         self._known: dict[int, _Known] = {}
         self._undo: list[tuple[int, _Known | None]] = []
-        self._attributes = named_tensors(model, world)
+        # The model's own tensors and their qualified names, by the ids of tensors and of their fake twins.
+        self._attributes: dict[int, tuple[torch.Tensor, str]] = {}
+        for prefix, module in model.named_modules():
+            for name, value in itertools.chain(
+                *map(dict.items, (module._parameters, module._buffers, vars(module)))
+            ):
+                for tensor in (value, world.twin(value)) if isinstance(value, torch.Tensor) else ():
+                    self._attributes.setdefault(id(tensor), (tensor, f"{prefix}.{name}".removeprefix(".")))
 
     # Nodes
 
