@@ -30,7 +30,7 @@ def user_frame() -> FrameType | None:
 def asking_frame() -> FrameType | None:
     """The innermost frame that is not of this package: a library's or the user's."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame is not None and is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 
@@ -52,6 +52,11 @@ def short_path(file: str) -> str:
             return file.rsplit(marker, 1)[1]
     here = os.getcwd() + os.sep
     return file.removeprefix(here)
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file is this package's."""
+    return file.startswith(_HERE)
 
 
 def is_users(file: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -58,40 +57,20 @@ def in_mode(model: nn.Module, flags: Flags | None) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def flags_watched() -> Iterator[list[nn.Module]]:
-    """Inside, modules whose ``training`` is read are put into the list."""
-    readers: list[nn.Module] = []
-
-    def read(module: nn.Module) -> Any:
-        readers.append(module)
-        return module.__dict__["training"]
-
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
-    try:
-        yield readers
-    finally:
-        del nn.Module.training
-
-
 @dataclass(frozen=True)
 class BothModes:
     """The traces of the two modes; one object where they are equal node by node."""
 
     train: Traced
     eval: Traced
-    alike: bool = False  # no code that runs in them asks for the mode
+    alike: bool = False  # nothing that runs in them asks for the mode
 
     @classmethod
     def of(cls, trace: Callable[[bool], Traced]) -> BothModes:
-        """Trace in both modes by ``trace(training)``; in one if no code asks for the mode."""
-        with flags_watched() as readers:
-            train = trace(True)
-        if not readers:
-            return cls(train, train, True)
+        """Trace in both modes by ``trace(training)``; in one if layers alone ask for the mode, or nothing."""
+        train = trace(True)
+        if train.asks_mode != "code" and not train.kept_whole:  # which may have run before
+            return cls(train, train, not train.asks_mode)
         evaluate = trace(False)
         return cls(train, train if same_graph(train, evaluate) else evaluate)
 

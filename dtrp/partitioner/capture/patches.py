@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
-from .location import is_users
+from .location import is_ours, is_users
 
 
 class Observer:
@@ -37,6 +37,9 @@ class Observer:
 
     def on_question(self) -> None:
         """The model's own code asks whether gradients are enabled."""
+
+    def on_mode(self, users: bool) -> None:
+        """The user's code or torch's asks a module for its ``training``, perhaps while this one is paused."""
 
     def on_checkpoint(self) -> AbstractContextManager[Any]:
         """A region that checkpointing would run again in the backward pass runs in this context."""
@@ -112,6 +115,15 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
             observer.on_question()
         return enabled()
 
+    def read(module: nn.Module) -> Any:
+        file = sys._getframe(1).f_code.co_filename
+        if not is_ours(file):
+            observer.on_mode(is_users(file))
+        return module.__dict__["training"]
+
+    def flag(module: nn.Module, value: Any) -> None:
+        module.__dict__["training"] = value
+
     with replaced(
         (torch, "is_grad_enabled", asked),
         (transformer, "_detect_is_causal_mask", given),
@@ -125,9 +137,11 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
     ):
         for scope, name, bound in early:
             scope[name] = functools.partial(patched_apply, bound.__self__)
+        nn.Module.training = property(read, flag)  # type: ignore[assignment]
         try:
             yield
         finally:
+            del nn.Module.training
             for scope, name, bound in early:
                 scope[name] = bound
 

@@ -159,6 +159,7 @@ class _Recording:
             ),
             tuple(dict.fromkeys((*checks, *sizes))),
             asks_grad=recorder.asks_grad,
+            asks_mode=recorder.asks_mode,
             answers=tuple(recorder.decisions.made),
             constants=recorder.writer.constants,
             methods=recorder.writer.methods,

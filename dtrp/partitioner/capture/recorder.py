@@ -74,6 +74,7 @@ class Recorder(TorchFunctionMode, Observer):
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
         self.left: dict[tuple[str, str], torch.Tensor] = {}  # tensors assigned to attributes: module, name
         self.asks_grad = False  # the model's code asks whether gradients are enabled
+        self.asks_mode = ""  # "code" or only "layers" ask for a module's mode
         self._world = world
         self._closed, self._opened = closed, task.opened
         self._examples = ExampleCalls(model, world, self.writer, task.tensors)
@@ -289,6 +290,10 @@ class Recorder(TorchFunctionMode, Observer):
     def on_question(self) -> None:
         """The model asks whether gradients are enabled."""
         self.asks_grad = True
+
+    def on_mode(self, users: bool) -> None:
+        """Something asks for a mode; what the user's code in a leaf (a hook) makes of it shows behind."""
+        self.asks_mode = "code" if users or not self.paused else self.asks_mode or "layers"
 
     # One call
 

@@ -7,7 +7,6 @@ later (a new head, another temperature, a hook) must be noticed (`Watch`).
 
 from __future__ import annotations
 
-import copy
 import dis
 import functools
 import sys
@@ -87,7 +86,7 @@ class Held:
         if isinstance(value, tuple):
             parts: Iterable[Any] = value
         elif isinstance(value, _CONTAINERS):
-            self._found[id(value)] = value, copy.copy(value)
+            self._found[id(value)] = value, value.copy()
             parts = value.values() if isinstance(value, dict) else value
         elif _is_plain(value):
             self._found[id(value)] = value, dict(vars(value))

@@ -24,6 +24,7 @@ class Traced:
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()
     asks_grad: bool = False  # the model's code asks whether gradients are enabled
+    asks_mode: str = ""  # what asks for the mode: "code" that was recorded, or only "layers"
     answers: tuple[bool, ...] = ()  # to checks of values in the root's code, in their order
     # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
