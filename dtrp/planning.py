@@ -21,7 +21,7 @@ from .orders import choose_order
 from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
 from .partitioner.capture.modes import Flags, flags_of, training_flags
-from .partitioner.capture.state import Watch
+from .partitioner.capture.watch import Watch
 from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice
 from .partitioner.example import keep_example
 from .partitioner.plan import Plan
@@ -80,6 +80,11 @@ class Planning:
     def _first(self) -> Compiled:
         """The variant that was planned, and whose nodes the costs are of; others are laid over it."""
         return next(iter(self._variants.values()))
+
+    @property
+    def training(self) -> bool:
+        """Whether any part of the model is in train mode; if none is, it is being looked at."""
+        return any(flags_of(self.model))
 
     def changed(self) -> str:
         """What of the model is not as it was when it was compiled; ``""`` if all is."""
@@ -158,7 +163,7 @@ class Planning:
             fits = self._fits.get(id(captured))
             if fits is None:
                 fits = self._fits[id(captured)] = Fits(captured)
-            fits.check(tensors, self.model.training)
+            fits.check(tensors, self.training)
         return tensors
 
     def planned(self) -> str:

@@ -34,7 +34,7 @@ class Stage:
     @property
     def module(self) -> fx.GraphModule:
         """The stage's graph, of the mode that the model is in; it shares the model's parameters."""
-        return self._modules[self._model.training]
+        return self._modules[any(m.training for m in self._model.modules())]
 
     def __repr__(self) -> str:
         return f"Stage({self.index}, {self.device}, submodules={list(self.submodules)})"

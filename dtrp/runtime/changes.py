@@ -49,7 +49,7 @@ class Settings:
             found.append((p.requires_grad, *map(id, before), *map(id, after)))
         for module in self._model.modules():
             own = vars(module)
-            found.append(own["training"])
+            found.append(module.training)
             found += [(id(module), name, *own[name]) for name in _HOOKS if own[name]]
         return found
 
@@ -85,14 +85,14 @@ class Changes:
         assert self._settings is not None
         compiled = self._run.compiled
         if self._run.world.executor == "torchrun":  # each rank trains its part of the model itself
-            if compiled.model.training and self._settings.changed():
+            if compiled.training and self._settings.changed():
                 raise RuntimeError(
                     "modes, hooks or requires_grad were changed after training began, which ranks cannot "
                     "follow; leave this trainer and go on with a new one, pipe.trainer(...)"
                 )
             return
         self.hand_in()
-        if compiled.model.training and (self._settings.changed() or compiled.changed()):
+        if compiled.training and (self._settings.changed() or compiled.changed()):
             self._restage(args, kwargs)
 
     def hand_in(self, *, leaving: bool = False) -> None:

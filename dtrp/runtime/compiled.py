@@ -36,6 +36,11 @@ class Compiled(Protocol):
 
     @property
     def n_stages(self) -> int: ...
+    @property
+    def training(self) -> bool:
+        """Whether any part of the model is in train mode."""
+        ...
+
     def better_cut(self, training: Any, stats: Sequence[StageStats]) -> Move | None:
         """Other stages that would be faster, as far as these measurements tell."""
         ...

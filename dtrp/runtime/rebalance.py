@@ -142,7 +142,7 @@ class Rebalancer:
         kind = trainer._run.world.executor
         if self.when is False or trainer._run.executor is None:
             return False
-        if trainer._run.wiring.n_stages < 2 or not trainer._run.compiled.model.training:
+        if trainer._run.wiring.n_stages < 2 or not trainer._run.compiled.training:
             return False
         done = trainer._history.fed - self._batch
         if self.when != "auto":

@@ -136,7 +136,7 @@ class Run:
         if self.executor is not None:
             if follow:
                 self.changes.follow(inputs, named)
-        elif not compiled.model.training:
+        elif not compiled.training:
             compiled.model.train()
         try:
             if self.executor is None:

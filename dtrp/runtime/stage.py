@@ -152,7 +152,7 @@ class Stage:
             yield from self.run(None)
         if self.config.max_grad_norm is not None and self.takes_part:
             yield from self.norms.settle(self.updates.come)
-        if close_group and self.takes_part:
+        if close_group:
             yield from self._close_group()
         for owner in self.tied.due:
             yield from self.tied.collect(owner, None)
@@ -160,7 +160,7 @@ class Stage:
 
     def _close_group(self) -> Steps:
         """Step with an incomplete group of accumulated mini-batches."""
-        steps = yield from self.updates.close_group()
+        steps = (yield from self.updates.close_group()) if self.takes_part else False
         slot = self._slot + self._fed
         self._fed += 1  # the sums' slot
         self.tied.share(slot, stepped=steps)
@@ -198,7 +198,7 @@ class Stage:
         if self.takes_part:
             self.in_flight[slot] = flight
             self.meter.stash(len(self.in_flight))
-            self.tied.forwarded(slot, feed.update)
+        self.tied.forwarded(slot, feed.update)
         mark = self.meter.start("send")
         self.ports.send(slot, outputs, overflowed=self._overflowed())
         self.meter.stop(mark, "send", feed.batch)

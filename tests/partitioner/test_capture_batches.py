@@ -136,6 +136,22 @@ def test_what_else_a_batch_holds_is_part_of_the_graph(kind):
         captured.signature.flatten((made(kind, [torch.randn(4, 4)]),), {})
 
 
+def test_the_order_of_a_dicts_keys_does_not_matter():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, batch):
+            return self.a(batch["x"]) - batch["more"]["y"] * batch["more"]["z"]
+
+    x, y, z = torch.randn(3, 2, 4)
+    captured = capture(Named(), ({"x": x, "more": {"y": y, "z": z}},))
+    assert captured.signature.flatten(({"more": {"z": z, "y": y}, "x": x},), {}) == [x, y, z]
+    with pytest.raises(TypeError, match="another structure"):
+        captured.signature.flatten(({"more": {"z": z, "x": y}, "x": x},), {})
+
+
 def test_a_part_that_knows_its_owner_knows_the_new_one():
     seen = []
 

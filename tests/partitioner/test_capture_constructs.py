@@ -84,6 +84,11 @@ def moving_average(m, x):
     return y - m.mean
 
 
+def moved_in_place(m, x):
+    m.mean += m.a(x).detach().mean(0)
+    return m.b(x) - m.mean
+
+
 def shapes(m, x):
     assert len(x) > 1
     batch, width = x.shape
@@ -102,6 +107,7 @@ FOLLOWED = {
     "no_grad region": without_gradient,
     "views and in-place operations": in_place,
     "buffer assigned": moving_average,
+    "buffer changed by +=": moved_in_place,
     "Python on shapes": shapes,
     "checkpointing": checkpointed,
     "shared and tied": lambda m, x: nn.functional.linear(m.a(m.a(x)), m.a.weight) + m.b(x),

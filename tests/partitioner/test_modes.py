@@ -72,6 +72,8 @@ def test_frozen_parts_stay_frozen(middle, x):
     assert_same(model, pipe, x)
     model.eval()
     assert_same(model, pipe, x)
+    model.head.train()  # the backbone and the model itself stay in eval mode
+    assert_same(model, pipe, x)
     model.train()
     model.backbone.eval()
     assert [m.training for m in model.modules()] == flags
@@ -93,8 +95,8 @@ def test_graphs_are_made_once_for_each_mode(x, monkeypatch):
 @pytest.mark.parametrize("executor", sweep(["inline", "workers"]))
 def test_fine_tuning_with_a_frozen_backbone(middle, executor, x):
     torch.manual_seed(1)
-    model = Net(MIDDLES[middle]())
-    model.backbone.eval()
+    model = Net(MIDDLES[middle]()).eval()
+    model.head.train()
     y = torch.randint(0, 3, (8,))
     plain = copy.deepcopy(model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)

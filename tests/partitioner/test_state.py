@@ -1,8 +1,10 @@
 """Python state: what forward changes runs for real, what the user changes is noticed."""
 
 import copy
+import types
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,16 +236,47 @@ def test_a_loss_left_on_an_attribute():
     assert torch.equal(found, model[1].aux)
 
 
+SCALES = {"helper": 1.0}
+SETTINGS = types.ModuleType("settings")
+SETTINGS.scale, ACTIVATION = 1.0, torch.relu
+
+
+def enclosed():
+    box = [1.0]
+    return box, lambda y: y * box[0]
+
+
+def helper(y):
+    """Code that the model's own calls: what it reads counts too."""
+    return y * SCALES["helper"] * SETTINGS.scale
+
+
+class Scale:
+    __slots__ = ("by",)
+
+    def __init__(self):
+        self.by = [np.ones(1), {"deep": [[{"down": 1.0}]]}]
+
+    def __call__(self, y):
+        return y * float(self.by[0][0]) * self.by[1]["deep"][0][0]["down"]
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
+        self.scale, (self.box, self.closure) = Scale(), enclosed()
+        self.factors = [torch.ones(1)]
         self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
         self.tau, self.options = 1.0, {"scale": [1.0, 2.0]}
         self.weight = torch.ones(3)
 
     def forward(self, x):
-        y = self.head(torch.relu(self.b(torch.relu(self.a(x))))) * self.weight
+        y = self.head(torch.relu(self.b(ACTIVATION(self.a(x))))) * self.weight
+        y = self.act(self.closure(self.scale(helper(y * self.factors[0]))))
         return y * self.options["scale"][0] / self.tau
+
+    def act(self, y):
+        return y
 
 
 class LoRA(nn.Module):
@@ -294,11 +327,56 @@ def method(m):
     m.forward = lambda x: m.head(m.a(x))
 
 
-CHANGES = [new_head, same_head, lora, annealed, nested, constant, parameter, hook, method]
+def in_a_helper(m):
+    SCALES["helper"] = 3.0
+
+
+def in_another_file(m):
+    SETTINGS.scale = 3.0
+
+
+def function_of_the_file(m):
+    global ACTIVATION
+    ACTIVATION = torch.tanh
+
+
+def method_of_the_class(m):
+    Net.act = lambda self, y: y + 1
+
+
+def in_a_closure(m):
+    m.box[0] = 3.0
+
+
+def in_an_array_in_a_slot(m):
+    m.scale.by[0][0] = 3.0
+
+
+def deep_down(m):
+    m.scale.by[1]["deep"][0][0]["down"] = 3.0
+
+
+def tensor_in_a_list(m):
+    m.factors[0] = torch.full((1,), 3.0)
+
+
+CHANGES = [
+    new_head, same_head, lora, annealed, nested, constant, parameter, hook, method,
+    in_a_helper, in_another_file, function_of_the_file, method_of_the_class, in_a_closure,
+    in_an_array_in_a_slot, deep_down, tensor_in_a_list,
+]  # fmt: skip
+
+
+@pytest.fixture
+def as_before(monkeypatch):
+    monkeypatch.setitem(SCALES, "helper", 1.0)
+    monkeypatch.setattr(SETTINGS, "scale", 1.0)
+    monkeypatch.setattr(Net, "act", Net.act)
+    monkeypatch.setitem(globals(), "ACTIVATION", torch.relu)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_changed_later_is_noticed(change):
+def test_what_is_changed_later_is_noticed(change, as_before):
     torch.manual_seed(0)
     model, x, y = Net(), batches(1)[0], torch.randint(0, 3, (5,))
     pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)

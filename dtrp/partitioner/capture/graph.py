@@ -88,7 +88,10 @@ class Signature:
         ):
             return list(args)
         leaves, names, spec = _bind(self.forward, args, kwargs)
-        if spec != self.in_spec:
+        if spec != self.in_spec and _same_keys(spec, self.in_spec):  # dicts in another order
+            by_name = dict(zip(names, leaves, strict=True))
+            leaves = [by_name[name] for name in self.names]
+        elif spec != self.in_spec:
             raise TypeError(
                 f"the inputs have another structure than the example inputs that the model was compiled "
                 f"with: got {_describe(names)}, expected {_describe(self.names)}. "
@@ -116,6 +119,21 @@ class Signature:
             leaves[i] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         return _optional_by_name(self.forward, args, kwargs)
+
+
+def _same_keys(a: pytree.TreeSpec, b: pytree.TreeSpec) -> bool:
+    """Whether two structures differ at most in the order of dicts' keys."""
+    if a.type is not b.type or a.num_children != b.num_children:
+        return False
+    parts = [list(a.children()), list(b.children())]
+    if a.type is dict:
+        if set(a.context) != set(b.context):
+            return False
+        place = {key: i for i, key in enumerate(b.context)}
+        parts[1] = [parts[1][place[key]] for key in a.context]
+    elif a.context != b.context:
+        return False
+    return all(map(_same_keys, *parts))
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ def set_flags(model: nn.Module, flags: Flags) -> None:
 
 
 def training_flags(model: nn.Module) -> Flags:
-    """As they stand if the model is in train mode, else as its ``train()`` sets them."""
-    if model.training:
-        return flags_of(model)
+    """As they stand, unless the model is in eval mode altogether: then as its ``train()`` sets them."""
+    found = flags_of(model)
+    if any(found):
+        return found
     with untouched(model):
         model.train()
         return flags_of(model)

@@ -2,7 +2,7 @@
 
 A graph repeats what the code did when it was captured. So what ``forward`` itself changes (a flag, a counter,
 an entry of a dict, a global) must make its module run for real (`changes_of`), and what the user changes
-later (a new head, another temperature, a hook) must be noticed (`Watch`).
+later (a new head, another temperature, a hook) must be noticed (watch.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range)
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range)
 _CONTAINERS = (dict, list, set, deque)
-_LIBRARIES = ("torch", "builtins", "typing", "abc")
+LIBRARIES = ("torch", "builtins", "typing", "abc")
 _DEPTH = 5
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN = {*vars(nn.Module()), *REGISTRIES}  # what torch keeps in each module
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OWN = {*vars(nn.Module()), *REGISTRIES}  # what torch keeps in each module
 _MISSING = "no value"
 
 
@@ -35,7 +35,7 @@ def frozen(value: Any, depth: int = _DEPTH) -> Any:
     """
     if isinstance(value, torch.Tensor):
         return "tensor"
-    if isinstance(value, _SIMPLE):
+    if isinstance(value, SIMPLE):
         return value.__class__.__name__, repr(value)
     if depth and isinstance(value, (dict, OrderedDict)):
         return "{", *((_key(k), frozen(v, depth - 1)) for k, v in value.items())
@@ -49,7 +49,7 @@ def frozen(value: Any, depth: int = _DEPTH) -> Any:
 
 
 def _key(key: Any) -> Any:
-    return repr(key) if isinstance(key, _SIMPLE) else id(key)
+    return repr(key) if isinstance(key, SIMPLE) else id(key)
 
 
 # Whose objects stand for themselves; a LightningModule's trainer counts batches.
@@ -143,7 +143,7 @@ def state_of(model: nn.Module) -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in _OWN:
+            if name not in OWN:
                 found[path, name] = frozen(value)
         for name, buffer in module._buffers.items():
             found[path, name] = frozen(None if buffer is None else buffer.shape)
@@ -168,7 +168,7 @@ def _shared_by(kinds: Iterable[type]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _may_change(value: Any) -> bool:
-    return isinstance(value, _SIMPLE) or changeable(value)
+    return isinstance(value, SIMPLE) or changeable(value)
 
 
 def kinds_of(modules: Iterable[nn.Module]) -> list[type]:
@@ -238,7 +238,7 @@ def changes_of(
 
 def _kinds(module: nn.Module) -> list[type]:
     """The classes of a module that are not torch's own."""
-    return [k for k in type(module).__mro__ if k.__module__.split(".")[0] not in _LIBRARIES]
+    return [k for k in type(module).__mro__ if k.__module__.split(".")[0] not in LIBRARIES]
 
 
 def within(path: str, whole: Collection[str]) -> bool:
@@ -254,80 +254,3 @@ def _told(owner: str, name: str, old: Any, new: Any) -> str:
         return f"deletes the attribute {full!r} while it runs"
     texts = [v[1] if len(v) == 2 and isinstance(v[1], str) else "" for v in (old, new)]
     return f"changes {full!r}{f' from {texts[0]} to {texts[1]}' if all(texts) else ''} while it runs"
-
-
-class Watch:
-    """What of a model its graphs depend on, apart from the values of tensors; tells what was changed.
-
-    ``whole``: modules that really run in the graphs, and so follow their own attributes. ``called``: modules
-    that the graphs call, whose hooks, and their parts', run. ``tensors``: names of tensor attributes that the
-    graphs use though they are no parameters or buffers.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        whole: Collection[str] = (),
-        tensors: Collection[str] = (),
-        called: Collection[str] = (),
-    ) -> None:
-        self._model, self._whole, self._tensors = model, frozenset(whole), frozenset(tensors)
-        # What modules that really run do to globals and class attributes is theirs.
-        self._kinds = kinds_of(m for name, m in model.named_modules() if not within(name, self._whole))
-        self._called = {id(m) for name, m in model.named_modules() if within(name, called)}
-        self._quick = self._pointers()
-        self._full = self._details()
-
-    def changed(self) -> str:
-        """What is not as it was, ``""`` if all is."""
-        quick = self._pointers()
-        if quick == self._quick:
-            return ""
-        now = self._details()
-        for key in {**self._full, **now}:
-            if self._full.get(key) != now.get(key):
-                return str(key)
-        self._quick = quick
-        return ""
-
-    def _pointers(self) -> list[Any]:
-        """Cheap to make; equal only if nothing has changed."""
-        made: list[Any] = []
-        for module in self._model.modules():
-            values = vars(module)
-            made.append(id(module))
-            made.append(tuple(map(id, module._parameters.values())))
-            if id(module) not in self._called:
-                made += [tuple(map(id, values[hooks].values())) for hooks in _HOOKS if values[hooks]]
-            for name in values.keys() - _OWN:
-                value = values[name]
-                made.append(frozen(value) if changeable(value) else id(value))
-        made += [frozen(vars(owner)[name]) for _, owner, name in _shared_by(self._kinds)]
-        return made
-
-    def _details(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for path, module in self._model.named_modules(remove_duplicate=False):
-            name = path or type(module).__name__
-            found[f"the module {name!r}"] = id(module), type(module)
-            if id(module) not in self._called:
-                found[f"the hooks of module {name!r}"] = [
-                    tuple(map(id, vars(module)[hooks].values())) for hooks in _HOOKS
-                ]
-            for own, p in module._parameters.items():
-                full = f"{path}.{own}".removeprefix(".")
-                found[f"the parameter {full!r}"] = (
-                    id(p),
-                    p is not None and (p.requires_grad, p.shape, p.dtype),
-                )
-            if within(path, self._whole):
-                continue
-            for own, value in vars(module).items():
-                full = f"{path}.{own}".removeprefix(".")
-                if own not in _OWN and (not isinstance(value, torch.Tensor) or full in self._tensors):
-                    found[f"the attribute {full!r}"] = (
-                        id(value) if isinstance(value, torch.Tensor) else frozen(value)
-                    )
-        for label, owner, name in _shared_by(self._kinds):
-            found[f"{name!r} of {label}"] = frozen(vars(owner)[name])
-        return found

@@ -308,7 +308,8 @@ class _Runner(Runner):
             value = super().run_node(n)
         if "update" in n.meta:
             buffer, assigned = (self.env[a] for a in n.all_input_nodes)
-            self.updates[self.log.known(buffer)] = assigned
+            if assigned is not buffer:  # `self.steps += 1` assigns what it has changed
+                self.updates[self.log.known(buffer)] = assigned
         return value
 
     def whole(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
