@@ -26,7 +26,7 @@ def squared_norm(parameters: Collection[nn.Parameter]) -> float:
     return math.fsum(n**2 for n in (map(float, norms) if few else torch.stack(norms).double().tolist()))
 
 
-def clip(parameters: Collection[nn.Parameter], norm: float, limit: float, *, alone: bool) -> None:
+def clip(parameters: Collection[nn.Parameter], norm: float, limit: float, *, alone: bool) -> float:
     """Scale gradients by ``min(1, limit / (norm + 1e-6))``, as `torch.nn.utils.clip_grad_norm_` does.
 
     Parameters
@@ -39,13 +39,20 @@ def clip(parameters: Collection[nn.Parameter], norm: float, limit: float, *, alo
         What it is not to exceed.
     alone : bool
         Whether these are all parameters there are: then to the bit what the plain loop does.
+
+    Returns
+    -------
+    float
+        What they were multiplied with.
     """
+    factor = min(1.0, limit / (norm + 1e-6))
     if alone:
         torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return
+        return factor
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
-        torch._foreach_mul_(gradients, min(1.0, limit / (norm + 1e-6)))
+        torch._foreach_mul_(gradients, factor)
+    return factor
 
 
 class Norms:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .config import EXPECTED, TrainConfig, short
 from .groups import arrange, groups_of, shown
-from .predictors import Predictor, check_fits, make_predictor, needs_previous, predict_all
+from .predictors import Predictor, asks_for, check_fits, make_predictor, predict_all
 
 
 @dataclass
@@ -34,6 +34,12 @@ class ParameterSet:
         Values before the last update, where the predictor asks for them.
     waiting : int
         Mini-batches whose gradients have been gathered since the last step.
+    accumulate : int
+        Mini-batches of which an update's gradient is the mean.
+    gathered : float
+        Of how many it holds the mean so far, parts of them included.
+    clipped : float
+        What the last gradient was multiplied with, to clip it.
     """
 
     names: dict[str, nn.Parameter]
@@ -46,6 +52,9 @@ class ParameterSet:
     members: list[frozenset[str]]
     previous: dict[Tensor, Tensor] = field(default_factory=dict)
     waiting: int = 0
+    accumulate: int = 1
+    gathered: float = 0.0
+    clipped: float = 1.0
 
     @classmethod
     def of(
@@ -81,9 +90,10 @@ class ParameterSet:
             scheduler,
             predictor,
             lr_factor,
-            config.predicts and needs_previous(predictor),
+            config.predicts and asks_for(predictor, "needs_previous"),
             groups,
             [group.members for group in plan],
+            accumulate=config.accumulate,
         )
         if made.wants_metric and config.scheduler_step == "update":
             raise ValueError(
@@ -121,9 +131,13 @@ class ParameterSet:
 
     def _state(self, parameter: Tensor) -> Mapping[str, Any]:
         state: Mapping[str, Any] = self.optimizer.state.get(parameter, {})
-        if not self.previous or parameter not in self.previous:
-            return state
-        return {**state, "previous": self.previous[parameter]}
+        more: dict[str, Tensor] = {}
+        if parameter in self.previous:
+            more["previous"] = self.previous[parameter]
+        gradient = parameter.grad if self.gathered else None
+        if gradient is not None and gradient.layout is torch.strided and not gradient.is_complex():
+            more["gradient"] = gradient * (self.clipped * self.accumulate / self.gathered)
+        return {**state, **more} if more else state
 
     def step(self, lr_scale: float = 1.0) -> None:
         """One optimizer update with the gradients at hand, which are then dropped."""
@@ -145,7 +159,7 @@ class ParameterSet:
         """After a step, or instead of one. Also of parameters that the user's optimizer leaves out."""
         for p in self.names.values():
             p.grad = None
-        self.waiting = 0
+        self.waiting, self.gathered = 0, 0.0
 
 
 def _made(name: str, build: Callable[[Any], Any], argument: Any) -> Any:

@@ -22,8 +22,11 @@ CACHED = 2**16  # elements
 class Predictor(Protocol):
     """What a user's own predictor looks like.
 
-    ``needs_previous`` (optional attribute, default False) asks for ``state["previous"]``: the parameter's
-    value before the last update, kept by the stage (one more copy of the weights).
+    Two optional attributes, False by default, ask for more. ``needs_previous``: ``state["previous"]``, the
+    parameter's value before the last update, kept by the stage (one more copy of the weights).
+    ``takes_gradient``: ``state["gradient"]``, what the next update's gradient is by the parts of its batch
+    that have been passed back so far (their mean); absent before the first of them, with replicas, and where
+    batches may be given up. Whole updates are then aimed at, not the mean over the parts of a batch.
     """
 
     def predict(self, weight: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], s: float) -> Tensor:
@@ -127,28 +130,48 @@ class Difference(Formula):
 
 
 class Adam(Formula):
-    """``W - s lr m^ / (sqrt(v^) + eps)``; AdamW also decays W (XPipe, Guan et al. 2019; PipeOptim, 2023)."""
+    """``W - s lr m^ / (sqrt(v^) + eps)``; AdamW also decays W (XPipe, Guan et al. 2019; PipeOptim, 2023).
+
+    Where part of the next update's gradient is known, the moments are those after that update (ours): one
+    update ahead is then exact, but for the parts to come.
+    """
+
+    takes_gradient = True
 
     def knows(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
         return "exp_avg" in state
 
     def write(self, targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
-        by_step: dict[float, list[int]] = {}  # one, unless some parameters have been stepped less often
+        alike: dict[tuple[float, bool], list[int]] = {}  # steps are, unless some were stepped less often
         for i, state in enumerate(states):
-            by_step.setdefault(float(state["step"]), []).append(i)
+            alike.setdefault((float(state["step"]), "gradient" in state), []).append(i)
         beta1, beta2 = (float(b) for b in group["betas"])
-        second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-        decay = group.get("weight_decay", 0.0) if group.get("decoupled_weight_decay") else 0.0
-        for step, members in by_step.items():
-            ahead = [targets[i] for i in members]
-            move = torch._foreach_div([states[i]["exp_avg"] for i in members], 1 - beta1**step)
-            scale = torch._foreach_div([states[i][second] for i in members], 1 - beta2**step)
+        decay = group.get("weight_decay", 0.0)
+        decoupled = group.get("decoupled_weight_decay", False)
+        for (step, known), members in alike.items():
+            ahead, true = [targets[i] for i in members], [weights[i] for i in members]
+            first: Any = [states[i]["exp_avg"] for i in members]
+            second: Any = [states[i]["exp_avg_sq"] for i in members]
+            if known:
+                gradients: Any = [states[i]["gradient"] for i in members]
+                if group.get("maximize"):
+                    gradients = torch._foreach_neg(gradients)
+                if decay and not decoupled:
+                    gradients = torch._foreach_add(gradients, true, alpha=decay)
+                first = torch._foreach_lerp(first, gradients, 1 - beta1)
+                second = torch._foreach_mul(second, beta2)
+                torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+                step += 1
+            if group.get("amsgrad"):
+                second = torch._foreach_maximum(second, [states[i]["max_exp_avg_sq"] for i in members])
+            move = torch._foreach_div(first, 1 - beta1**step)
+            scale = torch._foreach_div(second, 1 - beta2**step)
             torch._foreach_sqrt_(scale)
             torch._foreach_add_(scale, group["eps"])
             torch._foreach_div_(move, scale)
             torch._foreach_mul_(move, s * _lr(group))
-            torch._foreach_copy_(ahead, [weights[i] for i in members])
-            torch._foreach_mul_(ahead, 1 - s * _lr(group) * decay)
+            torch._foreach_copy_(ahead, true)
+            torch._foreach_mul_(ahead, 1 - s * _lr(group) * (decay if decoupled else 0.0))
             torch._foreach_sub_(ahead, move)
 
 
@@ -297,9 +320,9 @@ def make_predictor(predictor: str | Predictor, optimizer: type[Optimizer]) -> Pr
     return BY_NAME[predictor](optimizer)
 
 
-def needs_previous(predictor: Predictor) -> bool:
-    """Whether the stage must keep each weight's value before its last update."""
-    return bool(getattr(predictor, "needs_previous", False))
+def asks_for(predictor: Predictor, what: str) -> bool:
+    """Whether it has the attribute ``"needs_previous"`` or ``"takes_gradient"``, and true (`Predictor`)."""
+    return bool(getattr(predictor, what, False))
 
 
 def _lr(group: Mapping[str, Any]) -> float:

@@ -24,6 +24,7 @@ stages in one process take turns; between processes the links wait, and it never
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator
 from functools import partial
@@ -41,6 +42,7 @@ from .loss import Report, check_finite
 from .meter import Meter
 from .passes import Passes
 from .ports import Ports
+from .predictors import asks_for
 from .program import StageProgram
 from .scaling import LossScale
 from .schedule import in_updates
@@ -111,7 +113,10 @@ class Stage:
         self._slot = self._fed = self._round = 0
         self._total: Any = None  # the mini-batch's loss so far
         self.answers = Answers(self)
-        self._known_horizons: dict[tuple[str, str], tuple[float, float]] = {}
+        self._known_horizons: dict[tuple[str, str], tuple[float, ...]] = {}
+        # Whether the next update's gradient is what is passed back here, and nothing else.
+        own, alone = self.weights.own, replicas is None and not config.gives_up
+        self._foresees = own is not None and alone and asks_for(own.predictor, "takes_gradient")
         if config.compile_stages:
             program.module.compile_training()
 
@@ -276,6 +281,8 @@ class Stage:
             self._differentiate(flight)
             if twin is not None:
                 self.weights.absorb(twin)
+            if self._foresees and self.weights.own is not None:
+                self.weights.own.gathered += feed.share
             self.meter.stop(mark, "backward", feed.batch)
             if self.config.gives_up:
                 sent = [flight.arrivals[source].grad for source in self.ports.carrying]
@@ -325,17 +332,23 @@ class Stage:
 
     def _horizons(self, kind: Literal["forward", "recompute"]) -> tuple[float, float]:
         """In updates, of own parameters and of guests. A guest's update becomes visible one round after its
-        owner's step, so that a first forward, which comes after the stage's own step, still misses one."""
+        owner's step, so that a first forward, which comes after the stage's own step, still misses one.
+
+        Where part of the next gradient is known, each part of a batch aims at the whole updates that come
+        before its own second pass; else all aim at their mean.
+        """
         config, schedule = self.config, self.schedule
         known = self._known_horizons.get((kind, schedule.order))
         if known is None:
             of = schedule.forward_horizon if kind == "forward" else schedule.backward_horizon
             slots, late = of(self.stage, config.horizon), kind == "forward" and not self.program.is_last
+            between = schedule.depth(self.stage) - 1 if late and not schedule.exact else 0
             per_update = config.accumulate * schedule.parts
-            scale = config.horizon_scale if config.predicts else 0.0
-            known = (
-                scale * float(in_updates(slots, per_update)),
-                scale * float(in_updates(slots + late, per_update)),
-            )
+            every = (slots, slots + late, slots - between, between)
+            known = tuple(float(in_updates(n, per_update)) for n in every)
             self._known_horizons[kind, schedule.order] = known
-        return known
+        own, guests, beyond, to_come = known
+        if self._foresees and self.weights.own is not None:
+            own = beyond + math.floor(to_come + self.weights.own.gathered / config.accumulate + 1e-6)
+        scale = config.horizon_scale if config.predicts else 0.0
+        return scale * own, scale * guests

@@ -124,6 +124,7 @@ def import_set(parameters: ParameterSet, saved: Saved, names: Mapping[str, str],
         p.grad = saved["gradients"][n].to(p.device, copy=True) if waits else None
     counts = [saved["waiting"][n] for n in saved_as.values() if n in saved["waiting"]]
     parameters.waiting = counts[0] if gradients and counts else 0
+    parameters.gathered = float(parameters.waiting)
     if parameters.scheduler is not None:
         parameters.scheduler.load_state_dict(copy.deepcopy(saved["training"]["scheduler"]))
 

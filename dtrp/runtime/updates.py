@@ -64,8 +64,10 @@ class Updates:
         self._aside: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def begin_segment(self) -> None:
-        """Mini-batches count from 0 again."""
+        """Mini-batches count from 0 again; nothing that a saved run does not know is left."""
         self.come = self.stepped = 0
+        if self.weights.own is not None:
+            self.weights.own.clipped = 1.0
 
     def expect(self, feed: Feed) -> None:
         """A slot's backward pass begins: where an update surely follows, replicas' sums may begin in it."""
@@ -126,7 +128,7 @@ class Updates:
     def _clip(self, total: float) -> None:
         limit, own = self.config.max_grad_norm, self.weights.own
         if limit is not None and own is not None:
-            clip(own.names.values(), math.sqrt(total), limit, alone=self.alone)
+            own.clipped = clip(own.names.values(), math.sqrt(total), limit, alone=self.alone)
 
     def update(self, update: Update) -> None:
         """Step optimizer and scheduler."""

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from dtrp.runtime.predictors import BY_NAME, check_predictor, make_predictor, needs_previous, predict_all
+from dtrp.runtime.predictors import BY_NAME, asks_for, check_predictor, make_predictor, predict_all
+
+ADAMS: list[dict[str, Any]] = [
+    {},
+    {"weight_decay": 0.1},
+    {"amsgrad": True},
+    {"maximize": True, "weight_decay": 0.1},
+]
 
 
 def trained(optimizer: Any, **options: Any) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -78,6 +85,32 @@ def test_adam_takes_the_last_step_again(kind: Any, amsgrad: bool) -> None:
     torch.testing.assert_close(ahead, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", ADAMS)
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_with_the_next_gradient_known_adam_is_exact(kind: Any, options: dict[str, Any]) -> None:
+    """One update ahead, all parts of the batch passed back: the step that the optimizer makes then."""
+    weight, made = trained(kind, lr=0.01, betas=(0.8, 0.9), **options)
+    gradient = torch.randn(7, dtype=torch.float64)
+    ahead = predict("adam", weight, made, 1.0, gradient=gradient)
+    half = predict("adam", weight, made, 0.5, gradient=gradient)
+    start = weight.detach().clone()
+    weight.grad = gradient.clone()
+    made.step()
+    torch.testing.assert_close(ahead, weight.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(half, (start + weight.detach()) / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_with_and_without_a_known_gradient_go_together() -> None:
+    """An expert that no part of this batch has used yet is predicted by its moments."""
+    weight, made = trained(torch.optim.AdamW, lr=0.01)
+    group, state = made.param_groups[0], made.state[weight]
+    states = [state, {**state, "gradient": torch.ones(7, dtype=torch.float64)}]
+    targets = [torch.empty(7, dtype=torch.float64) for _ in states]
+    predict_all(make_predictor("auto", torch.optim.AdamW), [weight.detach()] * 2, group, states, 1.0, targets)
+    assert torch.equal(targets[0], predict("adam", weight, made, 1.0))
+    assert torch.equal(targets[1], predict("adam", weight, made, 1.0, gradient=states[1]["gradient"]))
+
+
 def test_difference_goes_on_as_it_went() -> None:
     weight, made = trained(torch.optim.RMSprop, lr=0.01)
     previous = weight.detach() - 0.5
@@ -108,7 +141,7 @@ def test_before_the_first_update_nothing_is_predicted(name: str) -> None:
 def test_auto_goes_by_the_optimizer(optimizer: Any, chosen: str) -> None:
     auto = make_predictor("auto", optimizer)
     assert type(auto).__name__ == chosen
-    assert needs_previous(auto) == (chosen == "Difference")
+    assert asks_for(auto, "needs_previous") == (chosen == "Difference")
 
 
 def test_auto_predicts_nothing_for_plain_sgd() -> None:
