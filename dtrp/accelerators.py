@@ -1,11 +1,13 @@
 """What is asked of accelerators: by torch.accelerator and the module of a device's kind, and only here.
 
 Everything else takes devices as they are and asks this file, so that no kind is special. On a machine without
-any, `here` is empty, and nothing else in this file runs.
+any, `here` is empty, and nothing else in this file runs but what says so.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +31,14 @@ def name(device: torch.device) -> str:
     return str(torch.get_device_module(device).get_device_name(device))
 
 
+def identity(device: torch.device) -> str:
+    """The same in all processes of a host that have this device, and only there: where each process is shown
+    its own device alone (CUDA_VISIBLE_DEVICES), all call theirs number 0. Also of no accelerator."""
+    if not is_one(device):
+        return str(device)
+    return str(getattr(torch.get_device_module(device).get_device_properties(device), "uuid", device))
+
+
 def memory(device: torch.device) -> int:
     """Bytes that it has."""
     return torch.accelerator.get_memory_info(device)[1]
@@ -50,8 +60,36 @@ def in_use() -> torch.device:
 
 
 def wait(device: torch.device) -> None:
-    """Until all that was started there is done."""
-    torch.accelerator.synchronize(device)
+    """Until all that was started there is done. (On no accelerator it is.)"""
+    if is_one(device):
+        torch.accelerator.synchronize(device)
+
+
+def beside(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, what is started waits for nothing that was started outside. May be entered again and again; of
+    no accelerator, it does nothing."""
+    return torch.Stream(device) if is_one(device) else nullcontext()
+
+
+def used_here(tensor: torch.Tensor) -> None:
+    """A tensor made `beside` is read outside: its memory is not to be used again before that is done."""
+    if is_one(tensor.device):
+        tensor.record_stream(torch.accelerator.current_stream(tensor.device))
+
+
+class Pace:
+    """Keeps a host from running further ahead of its device than some rounds: each one's work has memory."""
+
+    def __init__(self, device: torch.device, most: int = 4) -> None:
+        self.device, self.most = device, most
+        self._marks: deque[torch.Event] = deque()
+
+    def end_round(self) -> None:
+        """All work of a round is on its way; of no accelerator, it is done."""
+        if is_one(self.device):
+            self._marks.append(mark(self.device))
+            if len(self._marks) > self.most:
+                self._marks.popleft().synchronize()
 
 
 def mark(device: torch.device, *, timed: bool = False) -> torch.Event:

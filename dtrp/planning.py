@@ -49,12 +49,14 @@ class Planning:
         self._variants: dict[Any, Compiled] = {}  # by flags, and whether gradients are enabled
         self._watch: Watch | None = None
         self._call: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})  # the latest
+        self._planned_for: tuple[Sequence[Any], Mapping[str, Any]] | None = None  # of other sizes, perhaps
         self._fits: dict[int, Fits] = {}
         self.example: list[Tensor | None] = []  # of the call that was planned for, to verify exports with
 
     def __getstate__(self) -> dict[str, Any]:
         plan = None if self._compiled is None else self.planned()
-        return {"model": self.model, "request": self.request, "call": self._call, "plan": plan}
+        call = self._planned_for or self._call
+        return {"model": self.model, "request": self.request, "call": call, "plan": plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy captures its own model, and follows the plan that was made."""
@@ -103,6 +105,7 @@ class Planning:
             self._call = args, kwargs
             changed = self.changed()
             if changed:
+                self._planned_for = None
                 self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
             try:
                 self._compiled = self._variant(flags_of(self.model), torch.is_grad_enabled())
@@ -118,7 +121,7 @@ class Planning:
         """The stages for these modes: those that are there, or others laid over them."""
         base = next(iter(self._variants.values()), None)
         if base is None:
-            args, kwargs = self._call
+            args, kwargs = self._planned_for or self._call
             for value in (*args, *kwargs.values()):
                 if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
                     raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
@@ -139,8 +142,8 @@ class Planning:
                 for node in mode.module.graph.find_nodes(op="call_module")
             }
             self._watch = Watch(self.model, whole, base.captured.tensor_attributes, called)
-            self._compiled = base
-            self.example = keep_example(self.bind(*self._call))
+            self._compiled, self._planned_for = base, (args, kwargs)
+            self.example = keep_example(self.bind(args, kwargs))
         grad = grad or not base.captured.asks_grad
         if not any(flags):
             flags = base.captured.flags  # its eval graph

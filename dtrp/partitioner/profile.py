@@ -11,7 +11,7 @@ import networkx as nx
 from .devices import DeviceSpec
 from .links import Links
 from .peak import pass_peak
-from .stage_cost import StageCost, stage_costs
+from .stage_cost import StageCost, stage_costs, tied_weights
 from .training import Training
 
 
@@ -77,6 +77,8 @@ class Profile:
         Bytes per second between nodes.
     node_of : tuple of int
         Per stage, its node; empty: all are in one.
+    ties : tuple of (int, int, int)
+        Two stages that hold the same weights, and these weights' bytes.
     """
 
     stages: tuple[StageProfile, ...]
@@ -87,6 +89,7 @@ class Profile:
     cores: float = 0.0
     net: float | None = None
     node_of: tuple[int, ...] = ()
+    ties: tuple[tuple[int, int, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -96,11 +99,11 @@ class Profile:
     def from_dict(cls, data: Mapping[str, Any]) -> Profile:
         """The inverse of `to_dict`."""
         stages = tuple(StageProfile(**stage) for stage in data["stages"])
-        node_of = tuple(data.get("node_of", ()))
         return cls(
             **{
                 **data,
-                "node_of": node_of,
+                "node_of": tuple(data.get("node_of", ())),
+                "ties": tuple(map(tuple, data.get("ties", ()))),
                 "stages": stages,
                 "messages": tuple(Message(**m) for m in data["messages"]),
             }
@@ -148,6 +151,7 @@ def make_profile(
         cores=specs[0].shared(n_stages),
         net=graph.graph.get("links", Links()).net,
         node_of=tuple(node_of),
+        ties=tuple(tied_weights(graph, stage_of)),
     )
 
 

@@ -160,7 +160,7 @@ def stage_report(
         },
         memory={
             "weights": int(cost.weights),
-            "gradients": int(cost.gradients),
+            "gradients": int(cost.gradients + cost.tied),
             "optimizer": int(cost.optimizer),
             "predictions": int(cost.copies),
             "stash": int(cost.stashed_inputs + cost.stashed_weights),

@@ -32,8 +32,10 @@ nodes read), which is what the report shows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 
@@ -199,9 +201,10 @@ class StageCost:
         gradients take as long, the other way at the same time. Else there and back.
     overlaps : bool
         Whether the stage computes while it sends and receives.
-    weights, gradients, optimizer, copies, stashed_inputs, stashed_weights, activations : float
-        Bytes: parameters and buffers; their gradients; the optimizer's state; predicted weights; inputs of
-        batches in flight; weight versions and further graphs of batches in flight, without recomputation.
+    weights, gradients, tied, optimizer, copies, stashed_inputs, stashed_weights, activations : float
+        Bytes: parameters and buffers; their gradients; those of tied weights on their way; the optimizer's
+        state; predicted weights; inputs of batches in flight; weight versions and further graphs of batches
+        in flight, without recomputation.
     input_bytes, output_bytes : int
         Of one batch: what arrives (model inputs too) and what leaves to later stages.
     """
@@ -222,6 +225,7 @@ class StageCost:
     overlaps: bool
     weights: float
     gradients: float
+    tied: float
     optimizer: float
     copies: float
     stashed_inputs: float
@@ -257,6 +261,7 @@ class StageCost:
         return (
             self.weights
             + self.gradients
+            + self.tied
             + self.optimizer
             + self.copies
             + self.stashed_inputs
@@ -305,6 +310,7 @@ def stage_costs(
                 seconds = data[f"net_{attribute}" if far else attribute]
                 leaving[stage][node] = max(seconds, leaving[stage].get(node, 0.0))
                 arriving[target][node] = seconds
+    ties = tied_weights(graph, stage_of)
     return [
         _evaluate(
             graph,
@@ -314,6 +320,7 @@ def stage_costs(
             arriving[k],
             leaving[k],
             recompute[k] and k < n_stages - 1 and training.recompute,
+            training.tied_bytes(k, ties),
             _suffix(0 if devices is None else devices[k]),
             overlapping,
             training,
@@ -321,6 +328,20 @@ def stage_costs(
         )
         for k in range(n_stages)
     ]
+
+
+def tied_weights(graph: nx.DiGraph, stage_of: Mapping[Any, int]) -> list[tuple[int, int, int]]:
+    """Of parameters that train and that several stages hold: the first of these, another one, bytes."""
+    holders: dict[str, set[int]] = {}
+    for node, names in graph.nodes(data="params"):
+        for name in graph.graph["trainable"].intersection(names):
+            holders.setdefault(name, set()).add(stage_of[node])
+    found: Counter[tuple[int, int]] = Counter()
+    for name, stages in holders.items():
+        owner, *guests = sorted(stages)
+        for guest in guests:
+            found[owner, guest] += graph.graph["params"][name][1]
+    return [(owner, guest, size) for (owner, guest), size in sorted(found.items())]
 
 
 def _evaluate(
@@ -331,6 +352,7 @@ def _evaluate(
     arriving: Mapping[str, float],
     leaving: Mapping[str, float],
     recomputes: bool,
+    tied: float,
     suffix: str,
     overlapping: bool,
     training: Training,
@@ -384,6 +406,7 @@ def _evaluate(
         overlaps=overlapping,
         weights=params_bytes + total("buffer_bytes"),
         gradients=gradients,
+        tied=tied,
         optimizer=optimizer_bytes * gradients,
         copies=gradients * _copies(passes, recomputes=recomputes, is_last=last),
         stashed_inputs=max(in_flight, 1 / parts) * input_bytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXACT = ("1f1b", "gpipe", "bp")
@@ -83,6 +83,28 @@ class Training:
             return 1.0
         behind = self.in_flight(0, n_stages) - 1 / self.micro_batches
         return price_of_delay(behind * self.devices(0), adaptive=self.adaptive)
+
+    def tied_bytes(self, k: int, ties: Iterable[tuple[int, int, int]]) -> int:
+        """What stage ``k`` holds of gradients of tied weights besides those in their places, at most.
+
+        Parameters
+        ----------
+        k
+            0-based.
+        ties
+            Owner, guest (a later stage) and bytes of what they both hold. The guest sends its gradients to
+            the owner, and gets the sums: both keep what they have sent until the other one has read it.
+        """
+        held = 0
+        for owner, guest, size in ties:
+            below = guest - owner
+            slots = below + 1 if self.order == "fig1" else -(-below // 2) + 1  # from a gradient to its sum
+            if k == owner:
+                sums = 1 if self.order in EXACT else -(-slots // self.micro_batches)
+                held += sums * size
+            elif k == guest:
+                held += (min(slots, self.micro_batches if self.order in EXACT else slots) - 1) * size
+        return held
 
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
         """Versions of its weights that stage ``k`` holds on to: those that the graphs which it keeps were

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import WorkerError
@@ -70,7 +70,9 @@ class Measure:
         for metric in gathering.values():
             metric.reset()
             metric.to(device)
-            metric.sync_on_compute = False  # torchmetrics': only last stages have it, others would not answer
+            for part in metric.modules() if isinstance(metric, nn.Module) else (metric,):
+                # torchmetrics would ask all ranks, of which only last stages have it: others never answer.
+                part.sync_on_compute = part._to_sync = False
         return replace(self, gathering=gathering)
 
     def with_loss(self, loss_fn: Callable[..., Tensor]) -> Measure:

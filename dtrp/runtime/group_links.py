@@ -5,14 +5,15 @@
     [2] what the note had no room for  --- tag 1 --->   received when the note says so
     [3] each tensor's bytes  -------- tag 2 + form -->  posted ahead, where the last message had this form
 
-A send is over when the receiver has what it needs; until then the sender keeps the memory, for as many
-messages as the rings of shared.py have places. gloo matches messages by tag, so that a
-receive posted for a form that does not come next waits for the next message of that form. A communicator
-without tags (NCCL) matches by order: there nothing is posted before the note has come, which is early, since
-notes wait for no device.
+A sender keeps the memory of what it has sent until the receiver has it. That is known from the receiver's own
+notes, which say how many it has read [4]; without any, a send is waited for when as many messages are on
+their way as the rings of shared.py have places. gloo matches messages by tag, so that a receive posted for a
+form that does not come next waits for the next message of that form. A communicator without tags (NCCL)
+matches by order: there nothing is posted before the note has come, which is early, since notes wait for no
+device. Then it is posted beside what the device does, lest it wait behind all that is queued there.
 
-Nothing here asks whether something has arrived: gloo only ever waits. What wakes it when a peer is gone is in
-peers.py.
+Nothing here asks gloo whether something has arrived: it only ever waits. What wakes it when a peer is gone is
+in peers.py.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from __future__ import annotations
 import struct
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import accelerators
 from .forms import BEHIND, NOTE, SKIP, Note, Reader, Writer, blanks, copy_behind, put_together
 from .links import Channel, Kind, LostStage, Message
 from .news import News
 from .shared import KINDS
 
 LENGTH = 1024  # bytes of a note
-ROOM = LENGTH - NOTE.size - 2
+_HEAD = struct.Struct("<HQ")  # bytes of news; messages of the receiver's that the sender has read [4]
+ROOM = LENGTH - NOTE.size - _HEAD.size
 REST, PAYLOAD = 1, 2  # tags
 AHEAD = 4  # forms for which something may be posted that never comes
-_NEWS = struct.Struct("<H")
 
 Work = Any  # torch's is not typed
 
@@ -65,18 +67,18 @@ class GroupLinks:
         device: torch.device | str = "cpu",
     ) -> None:
         self.stage, self.on_host = stage, payload is None
-        device = self._device = "cpu" if self.on_host else device
+        place = self._device = torch.device("cpu" if payload is None else device)
         self.news: News | None = None
         groups, payloads = (down, up), payload or (down, up)
         self._senders: dict[int, _Sender] = {}
         self._receivers: dict[int, _Receiver] = {}
         for source, target in sorted(pairs):
             way = int(source > target)
-            end = (groups[way], payloads[way], abs(source - target) + 2)
+            end = (groups[way], payloads[way], abs(source - target) + 2, place)
             if source == stage:
-                self._senders[target] = _Sender(target, *end, device, on_host=self.on_host)
+                self._senders[target] = _Sender(target, *end, on_host=self.on_host)
             elif target == stage:
-                self._receivers[source] = _Receiver(source, *end, device, on_host=self.on_host)
+                self._receivers[source] = _Receiver(source, *end, on_host=self.on_host)
         if payload is not None:
             self._greet(sorted(pairs), payload)
         self._inboxes: dict[Channel, deque[tuple[Message, list[Work]]]] = defaultdict(deque)
@@ -99,21 +101,27 @@ class GroupLinks:
             sender.most = places(target)
 
     def send(self, channel: Channel, message: Message) -> None:
-        news = b"" if self.news is None else self.news.pack(channel.target)
-        self._senders[channel.target].send(KINDS.index(channel.kind), message, news)
+        target = channel.target
+        news = b"" if self.news is None else self.news.pack(target)
+        read = self._receivers[target].read if target in self._receivers else 0
+        self._senders[target].send(KINDS.index(channel.kind), message, _HEAD.pack(len(news), read) + news)
 
     def take(self, channel: Channel) -> Message:
         """The next message on ``channel``; waits for it. What comes on the same way for other channels is
         kept for them."""
-        inbox = self._inboxes[channel]
+        inbox, source = self._inboxes[channel], channel.source
         while not inbox:
-            kind, message, works, news = self._receivers[channel.source].receive()
-            found = Channel(cast(Kind, KINDS[kind]), channel.source, self.stage)
+            kind, message, works, news = self._receivers[source].receive(self._senders.get(source))
+            found = Channel(cast(Kind, KINDS[kind]), source, self.stage)
             self._inboxes[found].append((message, works))
             if self.news is not None:
                 self.news.unpack(news)
         message, works = inbox.popleft()
-        _wait(works, channel.source)
+        _wait(works, source)
+        if works:
+            for value in message.values:
+                if isinstance(value, Tensor):
+                    accelerators.used_here(value)
         return message
 
     def waiting(self) -> int:
@@ -124,6 +132,14 @@ class GroupLinks:
         """Until everything sent has been received."""
         for sender in self._senders.values():
             sender.make_room(0)
+        accelerators.wait(self._device)
+
+
+class _Sent(NamedTuple):
+    """A message on its way: each part's send, and the memory that it reads."""
+
+    notes: list[tuple[Work, Tensor]]
+    payload: list[tuple[Work, Tensor]]
 
 
 class _Sender:
@@ -135,32 +151,34 @@ class _Sender:
         notes: dist.ProcessGroup,
         payload: dist.ProcessGroup,
         most: int,
-        device: torch.device | str,
+        device: torch.device,
         *,
         on_host: bool,
     ) -> None:
         self.peer, self.notes, self.payload, self.most = peer, notes, payload, most
         self.device, self.on_host = device, on_host
         self.writer = Writer()
-        self.held: deque[list[tuple[Work, Tensor]]] = deque()  # per message, until it has been received
+        self.held: deque[_Sent] = deque()
+        self.sent = 0  # messages
 
-    def send(self, kind: int, message: Message, news: bytes) -> None:
+    def send(self, kind: int, message: Message, head: bytes) -> None:
         self.make_room(self.most)
         written = self.writer.write(message, ROOM // 2, self.device, apart=not self.on_host)
         place = 0 if written.payload else BEHIND
         fixed = (kind, written.flags, written.form, message.slot, place, written.size, len(written.behind))
-        whole = NOTE.pack(*fixed, message.scale) + _NEWS.pack(len(news)) + news + written.behind
+        whole = NOTE.pack(*fixed, message.scale) + head + written.behind
         note = torch.zeros(LENGTH, dtype=torch.uint8, device="cpu")
         first = torch.frombuffer(bytearray(whole[:LENGTH]), dtype=torch.uint8)
         note[: len(first)] = first
-        held = [self._post(self.notes, note, 0)]
+        sent = _Sent([self._post(self.notes, note, 0)], [])
         if len(whole) > LENGTH:
             rest = torch.frombuffer(bytearray(whole[LENGTH:]), dtype=torch.uint8)
-            held.append(self._post(self.notes, rest, REST))
+            sent.notes.append(self._post(self.notes, rest, REST))
         for row in written.payload:
             if row.numel():
-                held.append(self._post(self.payload, row, PAYLOAD + written.form))
-        self.held.append(held)
+                sent.payload.append(self._post(self.payload, row, PAYLOAD + written.form))
+        self.held.append(sent)
+        self.sent += 1
 
     def _post(self, group: dist.ProcessGroup, tensor: Tensor, tag: int) -> tuple[Work, Tensor]:
         try:
@@ -171,8 +189,19 @@ class _Sender:
     def make_room(self, most: int) -> None:
         """Wait until at most so many messages are on their way."""
         while len(self.held) > most:
-            _wait([work for work, _ in self.held[0]], self.peer)
-            self.held.popleft()
+            self._let_go()
+
+    def heard(self, read: int) -> None:
+        """The receiver has read so many messages, and receives what they announce: on the host that is over
+        in a moment; a device is asked, as its own work would wait."""
+        while len(self.held) > self.sent - read:
+            if not self.on_host and not all(work.is_completed() for work, _ in self.held[0].payload):
+                return
+            self._let_go()
+
+    def _let_go(self) -> None:
+        _wait((work for parts in self.held[0] for work, _ in parts), self.peer)
+        self.held.popleft()
 
 
 class _Receiver:
@@ -184,26 +213,31 @@ class _Receiver:
         notes: dist.ProcessGroup,
         payload: dist.ProcessGroup,
         ahead: int,
-        device: torch.device | str,
+        device: torch.device,
         *,
         on_host: bool,
     ) -> None:
         self.peer, self.notes, self.payload = peer, notes, payload
         self.device, self.tagged = device, on_host
+        self.beside = accelerators.beside(device)
         self.reader = Reader()
         self.posted: deque[tuple[Work, Tensor]] = deque(self._post_note() for _ in range(ahead))
         self.ahead: dict[int, tuple[list[Tensor], list[Work]]] = {}  # by form, for its next message
         self.last = -1  # the form of the last message with a payload
+        self.read = 0  # messages
 
-    def receive(self) -> tuple[int, Message, list[Work], memoryview]:
-        """The next message (its kind, itself, what its tensors wait for) and the news that came with it."""
+    def receive(self, back: _Sender | None) -> tuple[int, Message, list[Work], memoryview]:
+        """The next message (its kind, itself, what its tensors wait for) and the news that came with it.
+        ``back`` is the end of the way back."""
         work, tensor = self.posted.popleft()
         _wait([work], self.peer)
         data = bytearray(tensor.numpy().tobytes())
         self.posted.append(self._post_note())
         note = Note._make(NOTE.unpack_from(data))
-        (length,) = _NEWS.unpack_from(data, NOTE.size)
-        start = NOTE.size + _NEWS.size
+        length, theirs = _HEAD.unpack_from(data, NOTE.size)
+        if back is not None:  # before memory is taken for this message
+            back.heard(theirs)
+        start = NOTE.size + _HEAD.size
         end = start + length + note.behind
         if end > LENGTH:
             rest = torch.empty(end - LENGTH, dtype=torch.uint8, device="cpu")
@@ -218,14 +252,14 @@ class _Receiver:
         else:
             posted = self.ahead.pop(note.form) if note.form in self.ahead else self._post_payload(note.form)
             tensors, works = posted
-            tied = KINDS[note.kind].startswith(
-                "tied"
-            )  # large and rare: memory that the plan knows nothing of
+            # Gradients of tied weights are large and rare, and come with no room planned for a second one.
+            tied = KINDS[note.kind].startswith("tied")
             if self.tagged and self.last == note.form and len(self.ahead) < AHEAD and not tied:
                 self.ahead[note.form] = self._post_payload(note.form)
             self.last = note.form
         values = put_together(form, behind, tensors)
         message = Message(note.slot, values, bool(note.flags & SKIP), note.scale)
+        self.read += 1
         return note.kind, message, works, whole[start : start + length]
 
     def _post_note(self) -> tuple[Work, Tensor]:
@@ -233,8 +267,9 @@ class _Receiver:
         return self._post(self.notes, tensor, 0), tensor
 
     def _post_payload(self, form: int) -> tuple[list[Tensor], list[Work]]:
-        tensors, rows = blanks(self.reader.forms[form], self.device)
-        return tensors, [self._post(self.payload, row, PAYLOAD + form) for row in rows if row.numel()]
+        with self.beside:
+            tensors, rows = blanks(self.reader.forms[form], self.device)
+            return tensors, [self._post(self.payload, row, PAYLOAD + form) for row in rows if row.numel()]
 
     def _post(self, group: dist.ProcessGroup, tensor: Tensor, tag: int) -> Work:
         try:

@@ -141,11 +141,14 @@ class Mesh:
     def on_device(self, device: torch.device) -> OnDevice | None:
         """Communicators for what stays on the stages' devices; ``None`` where it goes through host memory:
         on CPUs, on devices of several kinds, and where ranks share a device."""
-        places = self.gather("devices", (self.address, str(device), device.type), all_replicas=True)
+        place = self.address, accelerators.identity(device), device.type
+        places = self.gather("devices", place, all_replicas=True)
         alike = len({kind for *_, kind in places}) == 1 and len(set(places)) == len(places)
-        if not accelerators.is_one(device) or not alike:
+        backend = _backend_of(device.type)
+        if not accelerators.is_one(device) or not alike or backend is None:
             return None
-        backend = dist.get_default_backend_for_device(device.type)
+        # Else NCCL's own watchdog ends this process when a peer is gone, before peers.py says who that was.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         found = OnDevice(*(_group(ranks, backend) for ranks in (self._ours, self._ours, self._alike)))
         self.on_devices = tuple(found)
         return found
@@ -309,8 +312,16 @@ def _store(rank: int, size: int) -> Any:
 
 def _backend() -> str:
     """gloo, and what torch names for the accelerator that is there."""
-    kinds = {device.type for device in accelerators.here()}
-    return ",".join(["cpu:gloo", *(f"{k}:{dist.get_default_backend_for_device(k)}" for k in kinds)])
+    kinds = {device.type: _backend_of(device.type) for device in accelerators.here()}
+    return ",".join(["cpu:gloo", *(f"{kind}:{named}" for kind, named in kinds.items() if named)])
+
+
+def _backend_of(kind: str) -> str | None:
+    """What torch names for tensors on devices of this kind; not gloo, which wants them on the host."""
+    with contextlib.suppress(ValueError):
+        named = dist.get_default_backend_for_device(kind)
+        return None if named == "gloo" else named
+    return None
 
 
 def _address() -> str:

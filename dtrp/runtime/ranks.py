@@ -91,10 +91,10 @@ class Ranks:
                 payload=None if ways is None else (ways.down, ways.up),
                 device=mine.device,
             )
-            sums = mesh.sums if ways is None else ways.sums
             self.replicas = None
             if mesh.replicas > 1:
-                self.replicas = Replicas(mesh.peers, sums, on_device=ways is not None)
+                sums, at = (mesh.sums, "cpu") if ways is None else (ways.sums, mine.device)
+                self.replicas = Replicas(mesh.peers, sums, at)
             join_norms(mine.module, self.replicas)
             seed = self._own_seed(seed)
             self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)

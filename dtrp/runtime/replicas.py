@@ -30,12 +30,16 @@ class Replicas:
         gloo's, of this stage in all replicas, for what a pass asks for, in the order of its list.
     sums : ProcessGroup
         Likewise, for gradients, which come in an order of their own.
-    on_device : bool
-        Whether ``sums`` takes them where they are; else they go through host memory.
+    device : torch.device or "cpu"
+        From where ``sums`` takes them: from the stage's own, or from host memory.
     """
 
-    def __init__(self, peers: dist.ProcessGroup, sums: dist.ProcessGroup, *, on_device: bool = False) -> None:
-        self.peers, self.sums, self.on_device = peers, sums, on_device
+    def __init__(
+        self, peers: dist.ProcessGroup, sums: dist.ProcessGroup, device: torch.device | str = "cpu"
+    ) -> None:
+        self.peers, self.sums, self.device = peers, sums, device
+        # Makes the connections, which holds up the host: now rather than when others wait for it.
+        dist.all_reduce(torch.zeros(1, device=device), group=sums)
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[Tensor, _Bucket] = {}
         self._open = False  # gradients that come now are those of the update
@@ -48,6 +52,13 @@ class Replicas:
         total = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.peers)
         return total.to(value.device)
+
+    def joint_loss(self, value: Tensor) -> Tensor:
+        """Over all replicas; no host waits for a device. Comes before the gradients of its own pass, and
+        behind those of the last, so that it can go their way."""
+        total = value.detach().to(self.device, copy=True)
+        dist.all_reduce(total, group=self.sums)
+        return total
 
     def any(self, answer: bool) -> bool:
         """Whether one of the replicas says yes."""
@@ -79,7 +90,7 @@ class Replicas:
     def begin(self, parameters: Collection[nn.Parameter]) -> None:
         """The backward pass that comes is the last one before the update of these."""
         if not self._buckets:
-            self._buckets = list(_buckets(parameters, on_device=self.on_device))
+            self._buckets = list(_buckets(parameters, self.device))
             self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.places}
         self._open = True
 
@@ -181,7 +192,7 @@ class _Bucket:
         return self.flat[start:end].view(parameter.shape)
 
 
-def _buckets(parameters: Iterable[nn.Parameter], *, on_device: bool) -> Iterator[_Bucket]:
+def _buckets(parameters: Iterable[nn.Parameter], device: torch.device | str) -> Iterator[_Bucket]:
     """The last parameters, whose gradients come first, in the first ones; each of one dtype."""
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for p in reversed(list(parameters)):
@@ -190,7 +201,7 @@ def _buckets(parameters: Iterable[nn.Parameter], *, on_device: bool) -> Iterator
         some: list[nn.Parameter] = []
         for p in alike:
             if some and sum(q.nbytes for q in some) + p.nbytes > BYTES:
-                yield _Bucket(some, some[0].device if on_device else "cpu")
+                yield _Bucket(some, device)
                 some = []
             some.append(p)
-        yield _Bucket(some, some[0].device if on_device else "cpu")
+        yield _Bucket(some, device)

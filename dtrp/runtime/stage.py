@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import accelerators
 from .answers import Answers
 from .batch import Feed, InFlight, Update
 from .clipping import Norms
@@ -92,6 +93,7 @@ class Stage:
         self.module.to(program.device)
         holds = sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
         self.meter = Meter(self.stage, self.n_stages, program.device, record=record, holds=holds)
+        self.pace = accelerators.Pace(program.device)
         self.ports = Ports(program, links, self.meter, config.grad_shrink)
         self.passes = Passes(program, config, self.ports, self.meter, seed)
         self.recomputes = config.recompute(program.recompute) and not program.is_last
@@ -146,6 +148,7 @@ class Stage:
                     yield from self._backward(slot)
                 else:
                     yield from self._step(slot)
+        self.pace.end_round()
         self.meter.end_round()
 
     def drain(self, *, close_group: bool = False) -> Steps:
@@ -240,7 +243,7 @@ class Stage:
         part = value if feed.share == 1.0 else value * feed.share
         total = part if feed.part == 0 else self._total + part
         if feed.closes:
-            joint = total if self.replicas is None else self.replicas.sum(total)
+            joint = total if self.replicas is None else self.replicas.joint_loss(total)
             self.reports.append(Report.of(feed.batch, joint))
         self._total = total
 

@@ -39,6 +39,7 @@ class TiedGradients:
         self, program: StageProgram, weights: Weights, links: Links, meter: Meter, *, scheduled: bool
     ) -> None:
         self.stage, self.weights, self.links, self.meter = program.stage, weights, links, meter
+        self.device = program.device
         self.scheduled = scheduled  # other learning-rate schedulers step with every update
         self.takes_part = program.stage in program.train.trained
         self.owned: dict[int, list[str]] = {}  # guest stage -> my names, in the order in which they travel
@@ -81,7 +82,7 @@ class TiedGradients:
             channel = Channel("tied-gradient", guest, self.stage)
             message = yield from receive(self.links, self.meter, channel, slot)
             for name, gradient in zip(self.owned[guest], message.values, strict=True):
-                total[name] = _add(total[name], gradient)
+                total[name] = _add(total[name], self._here(gradient))
             del message
         for name in self.names:
             parameter = self.weights.trainable[name]
@@ -101,10 +102,12 @@ class TiedGradients:
     def share(self, slot: int, *, stepped: bool) -> None:
         """Owner, just before its step: hand the gradients to the guests [3].
 
-        Only a step is worth a message with values: until then gradients gather at the owner.
+        Only a step is worth a message with values: until then gradients gather at the owner. Copies, since
+        optimizers may write into gradients (Rprop does), here and there, before these have left.
         """
         for guest, names in self.owned.items():
-            values = [self.weights.trainable[n].grad for n in names] if stepped else []
+            gradients = [self.weights.trainable[n].grad for n in names] if stepped else []
+            values = [None if g is None else g.clone() for g in gradients]
             self.links.send(Channel("tied-sum", self.stage, guest), Message(slot, values, skip=not stepped))
 
     def collect(self, owner: int, upto: int | None) -> Generator[None, None, None]:
@@ -122,10 +125,14 @@ class TiedGradients:
                 continue
             for name, gradient in zip(self.held[owner], message.values, strict=True):
                 parameter = self.weights.trainable[name]
-                parameter.grad = None if gradient is None else gradient.to(parameter.device)
+                parameter.grad = self._here(gradient)
             parameters.step(update.lr_scale)
             for _ in range(update.batches if self.scheduled else 0):
                 parameters.schedule()
+
+    def _here(self, gradient: Tensor | None) -> Tensor | None:
+        """On this stage's device; links between processes may bring it by way of the host."""
+        return None if gradient is None else gradient.to(self.device)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

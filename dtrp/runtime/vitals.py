@@ -21,6 +21,7 @@ PACE = 0.25  # seconds between signs of life
 SIZE = 256  # bytes for each process
 HEAD = struct.Struct("<QQd?")  # beats, things done, processor time, whether it waits for another stage
 WORKING = 0.01  # of a processor: who takes less does not compute
+_CALLS = ". A script must make the same calls to its trainer, with as many batches, on every rank"
 ASLEEP = 10  # times the limit: so long may a stage wait in the middle of its work (for a service, a device)
 
 
@@ -155,7 +156,7 @@ class Watch:
                 )
             return next(k for k, s in enumerate(signs) if s.waits), (
                 f"the stages have waited for each other for {late_by:.0f} s (watchdog={self.limit:g} s): "
-                f"{phases}"
+                f"{phases}" + (_CALLS if self.scripts else "")
             )
         return None
 

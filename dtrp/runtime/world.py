@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dtrp")
 
+_PLAIN = (bool, int, float, str, type(None))
+_OWN = ("seed", "threads")  # settings that may differ between ranks
+
 
 class Planned(Protocol):
     """What is asked of the compiled model here."""
@@ -186,6 +189,16 @@ class Together(Alone):
         if there is not None:  # other cuts
             there.close()
             self.mesh.renew()
+        with self.peers.at("comparing settings"):
+            plain = {k: v if isinstance(v, _PLAIN) else "" for k, v in vars(config).items() if k not in _OWN}
+            given = self.mesh.gather("settings", plain, all_replicas=True)
+            for rank, theirs in enumerate(given):
+                other = next((k for k in plain if theirs[k] != given[0][k]), None)
+                if other is not None:
+                    raise ValueError(
+                        f"{other} is {given[0][other]!r} on rank 0 and {theirs[other]!r} on rank {rank}: "
+                        f"give pipe.trainer(...) the same settings on every rank"
+                    )
         made = [
             (p.train.stages, p.evaluate.stages, [n for n, _ in p.module.named_parameters()]) for p in programs
         ]

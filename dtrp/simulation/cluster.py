@@ -83,14 +83,9 @@ class Cluster:
     memory: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "per_node"):
-            value = getattr(self, name)
-            if name == "per_node" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: expected an int >= 1")
-            if value < 1:
-                raise ValueError(f"{name}={value!r}: expected an int >= 1")
+        count_of("replicas", self.replicas)
+        if self.per_node is not None:
+            count_of("per_node", self.per_node)
         for name in ("node", "net"):
             if not isinstance(getattr(self, name), Link | None):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected a Link, such as Link('25GB')")
@@ -163,6 +158,17 @@ class Cluster:
             raise ValueError(f"{path} describes no cluster: {e}") from None
 
 
+def cluster_of(given: Cluster | Mapping[str, Any] | str | os.PathLike[str] | None) -> Cluster:
+    """From what users say: one, plain data, the path of a file, or nothing."""
+    if given is None or isinstance(given, Cluster):
+        return given or Cluster()
+    if isinstance(given, Mapping):
+        return Cluster.from_dict(given)
+    if isinstance(given, str | os.PathLike):
+        return Cluster.load(given)
+    raise TypeError(f"cluster must be a Cluster, a mapping or the path of a JSON file; got {given!r}")
+
+
 def _fields(kind: type) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)]
 
@@ -173,6 +179,15 @@ def _names(what: str, data: Mapping[str, Any], kind: type) -> None:
             close = get_close_matches(str(name), _fields(kind), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{what} has no {name!r}, only {', '.join(_fields(kind))}{hint}")
+
+
+def count_of(name: str, value: Any) -> int:
+    """A setting that counts something, refused unless it does."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: expected an int >= 1")
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: expected an int >= 1")
+    return value
 
 
 def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:

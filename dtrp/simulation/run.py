@@ -22,7 +22,7 @@ from dtrp.runtime.events import Event
 from dtrp.runtime.schedule import ORDERS, Schedule
 from dtrp.runtime.timeline import write_timeline
 
-from .cluster import Cluster, Link
+from .cluster import Cluster, Link, cluster_of, count_of
 from .engine import BACKWARD, FORWARD, KINDS, RECOMPUTE, STEP, Floats, Lines, Trace, Work, run
 from .result import SimulatedLink, SimulatedStage, Simulation
 
@@ -94,7 +94,7 @@ def simulate(
     (0.2727, 0.2727272727272727)
     """
     profile, planned, report = _costs(plan)
-    here = _cluster(cluster)
+    here = cluster_of(cluster)
     given: dict[str, Any] = {
         "order": schedule,
         "micro_batches": micro_batches,
@@ -108,7 +108,7 @@ def simulate(
     )
     order = _order(training, len(profile.stages))
     if batches is not None:
-        _count("batches", batches)
+        count_of("batches", batches)
     _check_speed(here, order.n_stages)
     again = _recomputes(order, planned if recompute is None else recompute)
     decoupled = training.predicts and not order.exact
@@ -313,7 +313,8 @@ class _Setting:
         versions = 0 if recomputes or last or self.schedule.exact else held
         tensors = cost.inputs * held + cost.activations + cost.kept * (graphs - 1)
         trained = cost.gradients * (1 + self.training.optimizer_bytes + copies + versions)
-        return int(cost.weights + trained + tensors / parts)
+        tied = self.training.tied_bytes(stage, self.profile.ties)
+        return int(cost.weights + trained + tied + tensors / parts)
 
 
 def _costs(plan: Any) -> tuple[Profile, tuple[bool, ...] | bool, PartitionReport | None]:
@@ -338,18 +339,6 @@ def _costs(plan: Any) -> tuple[Profile, tuple[bool, ...] | bool, PartitionReport
     return plan.profile, plan.recompute, report
 
 
-def _cluster(given: Any) -> Cluster:
-    if given is None:
-        return Cluster()
-    if isinstance(given, Cluster):
-        return given
-    if isinstance(given, Mapping):
-        return Cluster.from_dict(given)
-    if isinstance(given, str | os.PathLike):
-        return Cluster.load(given)
-    raise TypeError(f"cluster must be a Cluster, a mapping or the path of a JSON file; got {given!r}")
-
-
 def _check_speed(cluster: Cluster, n_stages: int) -> None:
     devices = cluster.replicas * n_stages
     beyond = [d for d in cluster.speed if d >= devices]
@@ -365,15 +354,7 @@ def _order(training: Training, n_stages: int) -> Schedule:
         raise ValueError(f"schedule={training.order!r}: expected one of {', '.join(map(repr, ORDERS))}")
     if training.horizon not in ("common", "stage"):
         raise ValueError(f"horizon={training.horizon!r}: expected 'common' or 'stage'")
-    return Schedule(training.order, n_stages, _count("micro_batches", training.micro_batches))
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an int >= 1")
-    if value < 1:
-        raise ValueError(f"{name}={value!r}: expected an int >= 1")
-    return value
+    return Schedule(training.order, n_stages, count_of("micro_batches", training.micro_batches))
 
 
 def _recomputes(order: Schedule, wanted: bool | Sequence[bool]) -> tuple[bool, ...]:

@@ -113,6 +113,26 @@ def test_the_planner_pays_for_what_crosses_a_cut_on_the_cpu():
     assert cuts["host"] in ([0, 1, 1, 1], [0, 0, 0, 1])
 
 
+@pytest.mark.parametrize(
+    ("order", "parts", "owner", "guest"),
+    [("fig1", 1, 3, 2), ("lean", 1, 2, 1), ("lean", 4, 1, 1), ("1f1b", 1, 1, 0), ("gpipe", 8, 1, 1)],
+)
+def test_gradients_of_tied_weights_on_their_way(order, parts, owner, guest):
+    """Stages 0 and 2 hold one weight. In "fig1" the first one comes to a batch two ticks after the last one,
+    and what it says of it is seen one tick later: three batches' sums are on their way then, and two
+    gradients besides the one in its place. Sums come once per update."""
+    graph = chain(3)
+    costs = [c.tied for c in stage_costs(graph, per_node(3), (True,) * 3, training=Training(order=order))]
+    assert costs == [0, 0, 0]
+    graph.nodes["n2"]["params"] = ("w0",)
+    training = Training(order=order, micro_batches=parts)
+    costs = stage_costs(graph, per_node(3), (True,) * 3, training=training)
+    assert [c.tied for c in costs] == [owner * P, 0, guest * P]
+    graph.graph["trainable"] = frozenset({"w1"})
+    costs = stage_costs(graph, per_node(3), (True,) * 3, training=training)
+    assert [c.tied for c in costs] == [0, 0, 0]
+
+
 def test_stages_that_keep_their_graphs():
     first, second, last = stage_costs(chain(3), per_node(3), (False,) * 3, training=Training(1.0))
     assert first.compute == pytest.approx(F + B + 5 * S + 3 * S)

@@ -363,3 +363,32 @@ def test_a_tied_weight_gets_the_sum_of_both_uses() -> None:
     opt.step()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-12, atol=1e-14, msg=name)
+
+
+class Doubling(torch.optim.SGD):
+    """Writes into the gradients that it is given."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(2.0)
+        super().step(closure)
+
+
+def test_what_an_optimizer_writes_into_gradients_is_its_own() -> None:
+    """Rprop, LAMB and many scripts' own do: other holders of a tied weight must get what was there before."""
+    case = CALM_GPT
+    model, plain = case.make(), case.make()
+    batches = case.batches(3)
+    pipe = dtrp.compile(model, n_gpus=4, example_inputs=batches[0].args)
+    optimizer = partial(Doubling, lr=0.05)
+    with pipe.trainer(case.loss_fn, optimizer, method="bp", executor="inline", seed=SEED) as trainer:
+        for batch in batches:
+            trainer.step(*batch.args, batch.target)
+    opt = optimizer(plain.parameters())
+    for batch in batches:
+        opt.zero_grad()
+        case.loss_fn(plain(*batch.args), batch.target).backward()
+        opt.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-10, atol=1e-12, msg=name)

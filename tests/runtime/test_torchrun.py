@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import dtrp
-from dtrp.runtime import world
+from dtrp.runtime import mesh, world
 
 from .ranks import Ranks, ended, run
+from .test_rebalance import two_plans
 from .toys import SGD, compiled, cross_entropy, mlp
 
 SAME = """
@@ -49,9 +53,17 @@ def test_ranks_train_to_the_bits_of_inline(tmp_path: Path) -> None:
     compare()
     compare(tied=True, optimizer=ADAMW, max_grad_norm=0.1)
     compare(micro_batches=2, method="1f1b")
+    metrics = __import__("torchmetrics.classification").classification  # which would ask all ranks
+    said = []
+    for executor in ("auto", "inline"):
+        with trainer(compiled(mlp()), executor, watchdog=30.0) as t:
+            t.step(*batches(1)[0])
+            said.append(t.evaluate(batches(3), metric=metrics.MulticlassF1Score(3)))
+    assert said[0] == said[1], said
+    print("SAME")
     """
     )
-    assert run(tmp_path, 2, script).count("SAME") == 6
+    assert run(tmp_path, 2, script).count("SAME") == 8
 
 
 @pytest.mark.slow
@@ -83,13 +95,37 @@ def test_payloads_that_stay_on_their_devices(tmp_path: Path) -> None:
         + """
     from dtrp.runtime import mesh
 
-    mesh.Mesh.on_device = lambda self, device: mesh.OnDevice(*(mesh._group(list(range(K))) for _ in range(3)))
+    mesh.Mesh.on_device = lambda self, device: mesh.OnDevice(*(mesh._group(self._ours) for _ in range(3)))
     K = 3
     compare(schedule="lean", micro_batches=3, tied=True, optimizer=ADAMW)
     compare(max_grad_norm=0.1)
     """
     )
     assert run(tmp_path, 3, script).count("SAME") == 6
+
+
+@pytest.mark.parametrize(
+    ("other", "kind", "one_each"),
+    [("GPU-2", "cuda", True), ("GPU-1", "cuda", False), ("GPU-2", "xpu", False), ("", "mps", False)],
+)
+def test_ranks_with_a_device_each_have_communicators_for_it(
+    other: str, kind: str, one_each: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by what the devices are, since each rank may be shown its own one alone, as number 0. NCCL must
+    not end the process before the ranks have said who is gone."""
+    handling = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.setenv(handling, "")
+    monkeypatch.delenv(handling)
+    monkeypatch.setattr(mesh.accelerators, "identity", lambda device: "GPU-1")
+    monkeypatch.setattr(mesh, "_group", lambda ranks, backend: (ranks, backend))
+    ranks = object.__new__(mesh.Mesh)
+    ranks.address, ranks.replica, ranks.stage, ranks.n_stages, ranks.size = "here", 0, 0, 2, 2
+    mine = "mps" if kind == "mps" else "cuda"  # of which torch names gloo
+    found = [("here", "GPU-1", mine), ("here", other, kind)]
+    monkeypatch.setattr(ranks, "gather", lambda what, place, all_replicas: found)
+    groups = ranks.on_device(torch.device(mine, 0))
+    assert groups == ((([0, 1], "nccl"), ([0, 1], "nccl"), ([0], "nccl")) if one_each else None)
+    assert os.environ.get(handling) == ("0" if one_each else None)
 
 
 @pytest.mark.slow
@@ -163,6 +199,8 @@ def test_gpipe_has_room_for_all_its_parts(tmp_path: Path) -> None:
     with trainer(pipe, "torchrun", method="gpipe", micro_batches=12, watchdog=10.0) as t:
         t.step(x, y)
         t.flush()
+        if rank == 0:  # what was read is free, as far as the last gradients say so
+            assert len(t._run.executor.links._senders[1].held) <= 1
         print("TRAINED", len(t.losses))
     """
     assert run(tmp_path, 2, script).count("TRAINED 1") == 2
@@ -190,6 +228,20 @@ def test_the_quickstart_runs_on_ranks(tmp_path: Path) -> None:
         print("SAME")
     """
     assert run(tmp_path, 4, script).count("SAME") == 1
+
+
+def test_a_plan_that_comes_from_elsewhere_is_for_its_own_example() -> None:
+    """Where costs are measured, ranks find different plans, and follow rank 0's; the batch at hand by then
+    may be of another size than the example that all of them planned for."""
+    plan, other = two_plans()
+    told = compiled(mlp(), plan=other)._planning.planned()
+    pipe = compiled(mlp(), plan=plan)
+    larger = torch.randn(6, 8)
+    pipe(larger)
+    pipe._planning.adopt(told)
+    pipe._planning.prepare((larger,), {})
+    assert pipe.plan.stage_of == other.stage_of
+    assert pickle.loads(pickle.dumps(pipe)).plan.stage_of == other.stage_of
 
 
 def test_what_makes_no_whole_pipelines_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +297,9 @@ def told(said: str, start: str = "TOLD") -> list[tuple[float, str]]:
 
 
 def test_what_goes_wrong_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
-    """An exception of a stage, one of the script, batches that differ, calls that differ, a process that
-    dies: each in turn, in the same processes. Without word from the others a rank would wait for ever."""
+    """An exception of a stage, one of the script, batches that differ, calls or settings that differ, a
+    process that dies: each in turn, in the same processes. Without word from others a rank would wait for
+    ever."""
     script = (
         FAULTS
         + """
@@ -267,6 +320,18 @@ def test_what_goes_wrong_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
             t.stats if rank else t.grad_norm
         except dtrp.WorkerError as e:
             print(f"TOLD 0 {e}".splitlines()[0])
+    try:
+        with trainer(compiled(mlp(6), n_stages=K), "auto", max_grad_norm=1.0 + rank) as t:
+            t.step(x, y)
+    except ValueError as e:
+        print(f"TOLD 0 {e}")
+    with trainer(compiled(mlp(6), n_stages=K), "auto", watchdog=4.0) as t:
+        try:
+            t.step(x, y)
+            for _ in range(9):
+                t.flush() if rank else t.step(x, y)
+        except dtrp.WorkerError as e:
+            print(f"TOLD 0 {e}".splitlines()[0])
     loop(lambda i: die(9) if rank == 1 and i == 20 else None)
     """
     )
@@ -281,6 +346,10 @@ def test_what_goes_wrong_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
     assert "rank 0 and rank 1 were given different batches" in here[2]
     assert here[2] == there[2]
     assert "must make the same calls to its trainer on every rank" in here[3], here[3]
+    assert here[4] == there[4]
+    assert here[4].startswith("max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1: give"), here[4]
+    assert "waiting for stage 1" in here[5], here[5]
+    assert "the same calls to its trainer, with as many batches" in here[5]
     (moment, last), (death, _) = told(first)[-1], told(second, "DIES")[-1]
     assert "stage 1 (rank 1 on 127.0.0.1) is gone" in last
     assert "by peer" in last

@@ -18,11 +18,13 @@ from dtrp.partitioner.profile import Message, Profile, StageProfile
 
 
 class Skips(nn.Module):
-    """A value of the first layer goes to the last one, too."""
+    """A value of the first layer goes to the last one, too, and its weight where it is tied."""
 
-    def __init__(self) -> None:
+    def __init__(self, tied: bool = False) -> None:
         super().__init__()
         self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+        if tied:
+            self.layers[7].weight = self.layers[0].weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = x = self.layers[0](x)
@@ -39,7 +41,9 @@ def pipe() -> dtrp.Pipeline:
 
 @pytest.fixture(scope="module", params=[True, False])
 def either(request: pytest.FixtureRequest) -> dtrp.Pipeline:
-    return dtrp.compile(Skips(), 3, example_inputs=torch.randn(512, 64), recompute=request.param)
+    return dtrp.compile(
+        Skips(tied=request.param), 3, example_inputs=torch.randn(512, 64), recompute=request.param
+    )
 
 
 def test_the_paper_s_order_costs_what_the_planner_says(either: dtrp.Pipeline) -> None:
