@@ -15,65 +15,51 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .custom import guard
 from .location import asking_frame
 
 _TELLING = ["_assert", "warn", "warning", "warning_once", "info", "debug", "error", "log", "print"]
 
 
-class Decisions:
-    """Makes decisions."""
+def decide(condition: Node, evaluate: Callable[[Node], Any]) -> bool | None:
+    """The answer to ``if condition:`` at the line that runs now; None where that is a branch, not a check.
 
-    def __init__(self, evaluate: Callable[[Node], Any]) -> None:
-        """``evaluate``: gives a node's real value in the example, None if it cannot be told."""
-        self._evaluate = evaluate
-        self.made: list[bool] = []
-        self.places: list[str] = []
-
-    def decide(self, condition: Node, place: str) -> bool | None:
-        """The answer to ``if condition:``; None where it is a branch, not a check, or cannot be told."""
-        frame = asking_frame()
-        check = frame and check_at(frame.f_code.co_filename, frame.f_lineno)
-        if check is None:
-            return None
-        answer = passing_answer(*check)
-        if answer is None:
-            value = self._evaluate(condition)
-            if value is None:
-                return None
-            with _disable_current_modes():
-                answer = bool(value)
-        self.made.append(answer)
-        self.places.append(place)
-        return answer
-
-    def back_to(self, count: int) -> None:
-        """Forget all but the first decisions: the code that made the others is recorded in another way."""
-        del self.made[count:], self.places[count:]
+    ``evaluate`` gives a node's real value in the example, None if it cannot be told; so is the answer then.
+    """
+    frame = asking_frame()
+    check = frame and check_at(frame.f_code.co_filename, frame.f_lineno)
+    if check is None:
+        return None
+    answer = passing_answer(*check)
+    if answer is None and (value := evaluate(condition)) is not None:
+        with _disable_current_modes():
+            answer = bool(value)
+    return answer
 
 
 class Answers(TorchFunctionMode):
-    """Gives decisions that were made once more, in their order, where they are asked for (``here()``)."""
+    """Gives the answers that a graph's guards expect, in their order, where they are asked (``here()``)."""
 
-    def __init__(self, made: Sequence[bool], here: Callable[[], bool]) -> None:
+    def __init__(self, graph: Graph, here: Callable[[], bool]) -> None:
         super().__init__()
-        self._left = list(made)
+        self.left = [bool(n.args[1]) for n in graph.find_nodes(op="call_function", target=guard)]
         self._here = here
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return func(*args, **(kwargs or {}))
         except DataDependentOutputException:
-            if getattr(func, "__name__", "") != "__bool__" or not self._left or not self._here():
+            if getattr(func, "__name__", "") != "__bool__" or not self.left or not self._here():
                 raise
-            return self._left.pop(0)
+            return self.left.pop(0)
 
 
 def check_at(file: str, line: int) -> tuple[ast.expr, bool] | None:

@@ -102,7 +102,7 @@ class ExampleValues(Interpreter):
         return self._world.originals.get(id(tensor), tensor).detach().clone()
 
     def fetch_attr(self, target: str) -> Any:
-        held = {**self._writer.constants, **self._writer.methods}
+        held = self._writer.held
         return held[target] if target in held else operator.attrgetter(target)(self.module)
 
 

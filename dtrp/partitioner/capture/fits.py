@@ -67,7 +67,7 @@ class Fits:
             for n in graph.module.graph.nodes
             if n.op in ("call_module", "get_attr") and str(n.target) not in known and "." not in str(n.target)
         }
-        traced = Traced(graph.module.graph, graph.out_spec, constants=own, methods=own)
+        traced = Traced(graph.module.graph, graph.out_spec, held=own)
         task = Task(
             model, captured.signature, tensors, captured.opened, runs=captured.runs, flags=captured.flags
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from .custom import OtherSizes
+from .custom import OtherSizes, guard
 from .fakes import FakeWorld, Sizes, fake_inputs
 from .graph import KeptWhole
 from .leaves import has_hooks
@@ -88,7 +88,7 @@ class _Recording:
             raise CannotRecord(f"takes sizes as plain numbers alone, and perhaps {text}")
         model, world = self._task.model, FakeWorld(runs=self._task.runs)
         world.sizes = sizes
-        runner = Runner(model, traced.graph, world, {**traced.constants, **traced.methods})
+        runner = Runner(model, traced.graph, world, traced.held)
         run = self._task.run(self._training)
         with run, world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
             try:
@@ -147,10 +147,12 @@ class _Recording:
         changes.update((p, why) for p, why in recorder.keepers().items() if not within(p, whole))
         leaves, out_spec = flatten_output(output)
         recorder.finish(leaves)
-        checks = [f"the model's check at {p} became a guard in the graph" for p in recorder.decisions.places]
+        graph = recorder.writer.graph
+        guards = graph.find_nodes(op="call_function", target=guard)
+        checks = [f"the model's check at {n.args[2]} became a guard in the graph" for n in guards]
         sizes = recorder.sizes.pinned_inputs(task.signature.tensor_names)
         traced = Traced(
-            recorder.writer.graph,
+            graph,
             out_spec,
             tuple(
                 KeptWhole(name, why)
@@ -160,9 +162,7 @@ class _Recording:
             tuple(dict.fromkeys((*checks, *sizes))),
             asks_grad=recorder.asks_grad,
             asks_mode=recorder.asks_mode,
-            answers=tuple(recorder.decisions.made),
-            constants=recorder.writer.constants,
-            methods=recorder.writer.methods,
+            held=recorder.writer.held,
         )
         return _Found(traced, recorder.failures, changes, world.sized_by_values)
 

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from .calls import Calls
 from .checkpointed import Checkpointed, updates_buffers, versions
 from .custom import GradientFunction, guard, same_size
-from .decisions import Decisions
+from .decisions import decide
 from .example_values import ExampleCalls
 from .fakes import FakeWorld
 from .leaves import is_leaf
@@ -78,7 +78,6 @@ class Recorder(TorchFunctionMode, Observer):
         self._world = world
         self._closed, self._opened = closed, task.opened
         self._examples = ExampleCalls(model, world, self.writer, task.tensors)
-        self.decisions = Decisions(self._examples.exact.of)
         self._names = {m: name for name, m in model.named_modules()}
         self._checkpointed = Checkpointed()
         self._calls = Calls(self.writer, world, self.sizes, self._checkpointed)
@@ -198,14 +197,13 @@ class Recorder(TorchFunctionMode, Observer):
         catches: Any = Exception,
     ) -> Any:
         """``inside()``; if it cannot be recorded ``whole()``, with nothing left of what was recorded."""
-        mark, decided, found = self.writer.mark(), len(self.decisions.made), mutable(given)
+        mark, found = self.writer.mark(), mutable(given)
         try:
             return inside()
         except CannotKeep:
             raise
         except catches as error:
             self.writer.roll_back(mark)
-            self.decisions.back_to(decided)
             self.writer.module = outer
             mirror(given, found)  # what it has put in so far is known no more
             try:
@@ -303,7 +301,7 @@ class Recorder(TorchFunctionMode, Observer):
             node, place = self.writer.argument(condition), user_location()
         except CannotRecord:
             raise error from None
-        answer = self.decisions.decide(node, place)
+        answer = decide(node, self._examples.exact.of)
         if answer is None:
             raise error from None
         self.writer.node("call_function", guard, (node, answer, place), {}, None)

@@ -100,7 +100,7 @@ class Held:
         """As it was."""
         for value, saved in self._found.values():
             now = value if isinstance(value, _CONTAINERS) else vars(value)
-            if not _same_items(now, saved):
+            if (now or saved) and not _same_items(now, saved):
                 if isinstance(now, list):
                     now[:] = saved
                 else:

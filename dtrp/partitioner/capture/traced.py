@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,37 +26,23 @@ class Traced:
     notes: tuple[str, ...] = ()
     asks_grad: bool = False  # the model's code asks whether gradients are enabled
     asks_mode: str = ""  # what asks for the mode: "code" that was recorded, or only "layers"
-    answers: tuple[bool, ...] = ()  # to checks of values in the root's code, in their order
-    # Tensors that are no attribute of the model, by the names that ``get_attr`` nodes give them.
-    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    # Methods that are kept whole, by the names that ``call_module`` nodes give them.
-    methods: Mapping[str, nn.Module] = field(default_factory=dict)
+    # What is no part of the model, by the names that nodes give it: tensors, and methods that are kept whole.
+    held: Mapping[str, torch.Tensor | nn.Module] = field(default_factory=dict)
 
     def module(self, model: nn.Module, name: str) -> nn.Module:
         """The module that a ``call_module`` node calls."""
-        return self.methods[name] if name in self.methods else model.get_submodule(name)
+        held = self.held.get(name)
+        return held if isinstance(held, nn.Module) else model.get_submodule(name)
 
     def graph_module(self, model: nn.Module) -> GraphModule:
         """The graph with the model's own modules, parameters and buffers."""
-        held = {
-            str(n.target): _resolve(model, str(n.target), {**self.constants, **self.methods})
-            for n in self.graph.nodes
-            if n.op in ("call_module", "get_attr")
-        }
-        return GraphModule(held, self.graph, type(model).__name__)
+        names = [str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")]
+        parts = {n: self.held[n] if n in self.held else operator.attrgetter(n)(model) for n in names}
+        return GraphModule(parts, self.graph, type(model).__name__)
 
     def mode_graph(self, model: nn.Module, walk: Walk) -> ModeGraph:
         """What capturing gives for the mode."""
         return ModeGraph(self.graph_module(model), self.out_spec, walk)
-
-
-def _resolve(model: nn.Module, name: str, constants: Mapping[str, Any]) -> Any:
-    if name in constants:
-        return constants[name]
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def same_graph(a: Traced, b: Traced) -> bool:

@@ -89,9 +89,10 @@ def _events_of_model(task: Task, traced: Traced, training: bool, watched: int = 
         inputs = _inputs(task, world, log)
         args, kwargs = task.signature.unflatten(inputs)
         watcher.found = dict(model.named_buffers())
-        watcher.watch_methods(traced.methods)
-        answers = Answers(traced.answers, lambda: not watcher.within) if traced.answers else nullcontext()
-        with torch.compiler.set_stance("force_eager"), answers, observed(watcher, model), log:
+        watcher.watch_methods(traced.held)
+        answers = Answers(traced.graph, lambda: not watcher.within)
+        asked = answers if answers.left else nullcontext()
+        with torch.compiler.set_stance("force_eager"), asked, observed(watcher, model), log:
             _seed()
             output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
             watcher.paused = True
@@ -259,7 +260,7 @@ class _Watcher(Observer):
         finally:
             self.within -= 1
 
-    def watch_methods(self, kept: Mapping[str, nn.Module]) -> None:
+    def watch_methods(self, kept: Mapping[str, Any]) -> None:
         """Methods that are kept whole in the graph are so here too."""
         for path, module, name, method in own_methods(self._model) if kept else ():
             held = held_name(self._model, f"{path}.{name}".removeprefix("."))
@@ -278,7 +279,7 @@ class _Runner(Runner):
     log: OperatorLog
 
     def __init__(self, model: nn.Module, traced: Traced, world: FakeWorld) -> None:
-        super().__init__(model, traced.graph, world, {**traced.constants, **traced.methods})
+        super().__init__(model, traced.graph, world, traced.held)
         self.updates: dict[str, torch.Tensor] = {}
         self.accesses: list[Access] = []
 

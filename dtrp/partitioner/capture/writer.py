@@ -56,8 +56,8 @@ class GraphWriter:
         self.graph = Graph()
         self.module = ""  # qualified name of the module whose code is running
         self.method = ""  # the root's or a submodule's, of which the root's code is running
-        self.constants: dict[str, torch.Tensor] = {}
-        self.methods: dict[str, nn.Module] = {}  # that are kept whole, by the names that nodes give them
+        # What is no part of the model, by the names that nodes give it: tensors, and methods kept whole.
+        self.held: dict[str, torch.Tensor | nn.Module] = {}
         self._model = model
         self._world = world
         self._known: dict[int, _Known] = {}
@@ -88,7 +88,7 @@ class GraphWriter:
     def hold(self, key: str, method: nn.Module) -> str:
         """The name under which nodes may call a method that is kept whole; another one in each mode."""
         name = held_name(self._model, key)
-        self.methods.setdefault(name, method)
+        self.held.setdefault(name, method)
         return name
 
     def output(self, leaves: Sequence[Any]) -> None:
@@ -209,8 +209,8 @@ class GraphWriter:
         if id(tensor) in self._attributes:
             name = self._attributes[id(tensor)][1]
         elif id(tensor) in self._world.originals:
-            name = f"_constant_{len(self.constants)}"
-            self.constants[name] = self._world.originals[id(tensor)]
+            name = f"_constant_{len(self.held)}"
+            self.held[name] = self._world.originals[id(tensor)]
             self._attributes[id(tensor)] = (tensor, name)
         else:
             raise CannotRecord(
