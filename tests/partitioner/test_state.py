@@ -2,7 +2,7 @@
 
 import copy
 import types
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -434,3 +434,30 @@ def test_a_refused_transform_leaves_nothing_behind():
             capture(Jvp(), (x,), ways=way)
         assert torch.isfinite(Jvp()(x)).all()
         capture(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (x,))
+
+
+class Table(OrderedDict):
+    """As transformers' table of activations: what it gives is made when it is asked for."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+ACTIVATIONS = Table(relu=nn.ReLU)
+
+
+class UsesTable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return ACTIVATIONS["relu"](self.a(x))
+
+
+def test_a_table_that_makes_what_it_gives_is_left_as_it_was():
+    """Else its entries are things made, not what makes them, in every later use in the process."""
+    model, x = UsesTable(), torch.randn(3, 4)
+    captured = capture(model, (x,))
+    assert OrderedDict.__getitem__(ACTIVATIONS, "relu") is nn.ReLU
+    assert torch.equal(captured.graph(True)(x), model(x))

@@ -7,6 +7,7 @@ later (a new head, another temperature, a hook) must be noticed (watch.py).
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
 import sys
@@ -86,7 +87,7 @@ class Held:
         if isinstance(value, tuple):
             parts: Iterable[Any] = value
         elif isinstance(value, _CONTAINERS):
-            self._found[id(value)] = value, value.copy()
+            self._found[id(value)] = value, _copied(value)
             parts = value.values() if isinstance(value, dict) else value
         elif _is_plain(value):
             self._found[id(value)] = value, dict(vars(value))
@@ -106,6 +107,11 @@ class Held:
                 else:
                     now.clear()
                     (now.extend if isinstance(now, deque) else now.update)(saved)
+
+
+def _copied(value: Any) -> Any:
+    """A container with the same contents; ``copy()`` of other classes may be made of what they give out."""
+    return value.copy() if type(value) in (*_CONTAINERS, OrderedDict) else copy.copy(value)
 
 
 def _same_items(a: Any, b: Any) -> bool:
