@@ -25,7 +25,7 @@ from .partitioner.split import split
 from .planning import Planning
 from .programs import check_trainable
 from .runtime import launched
-from .runtime.config import TrainConfig
+from .runtime.config import Launch, TrainConfig
 from .runtime.predictors import Predictor
 from .runtime.trainer import Trainer
 from .stages import Stage, submodules_of
@@ -264,24 +264,23 @@ class Pipeline(AsModel):
             micro_batches=micro_batches,
             exact_start=exact_start,
         )
-        ranks = launched.world_size() > 1 and executor in ("auto", "torchrun")
-        check_trainable(self.model, loss_fn, makes_real=ranks and init is not None)
-        return Trainer(
-            self._planning,
-            config,
+        launch = Launch(
             executor=executor,
-            progress=progress,
-            record=record,
-            timeline=timeline,
             watchdog=watchdog,
             batch_compensation=batch_compensation,
             compensation_warmup=compensation_warmup,
+            rebalance=False if rebalance == "auto" and self._planning.request.plan is not None else rebalance,
+            init=init,
+            autosave=autosave,
+            record=record,
+            timeline=timeline,
+            progress=progress,
             tensorboard=tensorboard,
             logger=logger,
-            autosave=autosave,
-            init=init,
-            rebalance=False if rebalance == "auto" and self._planning.request.plan is not None else rebalance,
         )
+        ranks = launched.world_size() > 1 and executor in ("auto", "torchrun")
+        check_trainable(self.model, loss_fn, makes_real=ranks and init is not None)
+        return Trainer(self._planning, config, launch)
 
     # ---- deployment --------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """A model and what was compiled of it: planned once, laid over for its other modes, again if it was changed.
 
-This is what a trainer asks the compiler for (runtime/compiled.py).
+This is the seam between the two halves: all that a trainer asks of the model that was compiled.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ HOMES = {  # in the runtime
     "random.seed(": {"random.py"},
     "__dict__": {"twins.py", "program.py"},
     ".training = ": {"program.py", "answers.py"},
-    "subprocess.Popen(": {"starting.py"},
+    "forkserver": {"starting.py", "preload.py"},
 }
 
 

@@ -19,7 +19,7 @@ from .loss import check_finite, held_loss
 from .random import random_state, set_random_state
 from .stats import StageStats
 from .training_state import export_set, import_set
-from .twins import attributes_of, set_attributes
+from .twins import attributes_of, own_modules, set_attributes
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -91,7 +91,7 @@ class Answers:
         guests = {name for parameters in self.stage.weights.guests.values() for name in parameters.names}
         named = [*self.stage.module.named_parameters(), *self.stage.module.named_buffers()]
         tensors = {name: t.detach().cpu() for name, t in named if name not in guests}
-        return {"tensors": tensors, "attributes": attributes_of(self.stage.module)}
+        return {"tensors": tensors, "attributes": attributes_of(own_modules(self.stage.module))}
 
     def load_state(self, tensors: Mapping[str, Tensor], attributes: Mapping[str, Mapping[str, Any]]) -> None:
         """Overwrite parameters, buffers and plain attributes; names of other stages are passed over."""
@@ -99,7 +99,8 @@ class Answers:
             for name, tensor in [*self.stage.module.named_parameters(), *self.stage.module.named_buffers()]:
                 if name in tensors:
                     tensor.copy_(tensors[name])
-        set_attributes(self.stage.module, completed(attributes, attributes_of(self.stage.module)))
+        modules = own_modules(self.stage.module)
+        set_attributes(modules, completed(attributes, attributes_of(modules)))
         self.stage.weights.loaded()
 
     def training_state(self, names: Mapping[str, str]) -> dict[str, Any]:

@@ -7,13 +7,17 @@ a graph depends on make other stages, which go on with the state of the optimize
 from __future__ import annotations
 
 import logging
+import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import interrupts
 from .program import hooks_of
 from .run_state import RunState
+from .twins import scalars_of
 
 if TYPE_CHECKING:
     from .run import Run
@@ -35,7 +39,7 @@ class Settings:
     """Modes, hooks and ``requires_grad`` of a model, as the stages have them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._modules, self._parameters = list(model.modules()), list(model.parameters())
         self._found = self._look()
 
     def changed(self) -> bool:
@@ -44,14 +48,64 @@ class Settings:
 
     def _look(self) -> list[object]:
         found: list[object] = []
-        for p in self._model.parameters():
-            before, after = hooks_of(p)
-            found.append((p.requires_grad, *map(id, before), *map(id, after)))
-        for module in self._model.modules():
+        for p in self._parameters:
+            found.append(p.requires_grad)
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                before, after = hooks_of(p)
+                found += [id(p), *map(id, before), *map(id, after)]
+        for module in self._modules:
             own = vars(module)
             found.append(module.training)
             found += [(id(module), name, *own[name]) for name in _HOOKS if own[name]]
         return found
+
+
+class Values:
+    """What a model's tensors, and plain attributes of the user's modules, were when the stages had the same.
+
+    A tensor's version tells of most changes, at no cost; what is written through ``tensor.data`` only its
+    content tells.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._tensors = {n: t for n, t in tensors.items() if not t.is_meta and not t.is_inference()}
+        self.content: dict[str, int] = {}
+        self.note(content=False)
+
+    def note(self, *, content: bool) -> None:
+        """They have the same ones now; ``content``: remember more than versions."""
+        self._scalars = self._look()
+        self._versions = [t._version for t in self._tensors.values()]
+        self.content = {n: _digest(t) for n, t in self._tensors.items()} if content else {}
+
+    def _look(self) -> dict[str, dict[str, Any]]:
+        return {name: scalars_of(module) for name, module in self._modules.items()}
+
+    def assigned(self) -> dict[str, dict[str, Any]]:
+        """Numbers, flags and texts that were given to modules since."""
+        now = self._look()
+        if now == self._scalars:
+            return {}
+        new = {
+            name: {k: v for k, v in values.items() if v != self._scalars[name].get(k, self)}
+            for name, values in now.items()
+        }
+        return {name: values for name, values in new.items() if values}
+
+    def written(self, *, look: bool) -> list[str]:
+        """Tensors that were written since; ``look``: also at their content, if it was noted."""
+        pairs = zip(self._tensors.items(), self._versions, strict=True)
+        found = {name for (name, t), version in pairs if t._version != version}
+        if look:
+            found |= {name for name, before in self.content.items() if _digest(self._tensors[name]) != before}
+        return [name for name in self._tensors if name in found] if found else []
+
+
+def _digest(tensor: Tensor) -> int:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return 0
+    return zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class Changes:
@@ -59,20 +113,23 @@ class Changes:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._settings: Settings | None = None
+        self._settings = Settings(nn.Module())
+        self._values = Values({}, {})
         self._told = False
         self._shelved: dict[str, Any] = {}  # the optimizer's state of parameters that are frozen meanwhile
 
     def begin(self) -> None:
         """Stages are about to be made of the model as it is."""
-        self._settings = Settings(self._run.compiled.model)
-        self._run.owner.begin()
+        owner = self._run.owner
+        self._settings = Settings(owner.model)
+        owner.begin()
+        self._values = Values(owner.tensors, owner.modules())
 
     def note(self) -> None:
         """Model and stages have the same values now, as far as they ever have during training."""
         kind = self._run.world.executor
         if kind != "torchrun":
-            self._run.owner.agreed.note(content=kind == "workers" and not self._run.stale)
+            self._values.note(content=kind == "workers" and not self._run.stale)
 
     def in_step(self) -> None:
         """Stages in this process have written the model's tensors."""
@@ -82,7 +139,6 @@ class Changes:
     def follow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """To be called before a batch. (A model that is in eval mode as a whole is being looked at; that
         changes nothing here.)"""
-        assert self._settings is not None
         compiled = self._run.compiled
         if self._run.world.executor == "torchrun":  # each rank trains its part of the model itself
             if compiled.training and self._settings.changed():
@@ -107,10 +163,10 @@ class Changes:
         if executor is None or run.world.executor == "torchrun":
             return
         owner, shared = run.owner, run.world.executor == "inline"  # the stages' tensors are the model's
-        written, assigned = owner.agreed.written(look=not run.stale), owner.agreed.assigned()
+        written, assigned = self._values.written(look=not run.stale), self._values.assigned()
         if not written and not assigned:
             return
-        trained = next((name for name in written if name in owner.trained), None)
+        trained = next((name for name in written if owner.tensors[name].requires_grad), None)
         if trained is not None and (run.in_flight if shared else run.stale):
             self.note()
             if not leaving:
@@ -121,10 +177,17 @@ class Changes:
             if not self._told:
                 log.warning(_WRITTEN, written[0] if written else next(iter(next(iter(assigned.values())))))
             self._told = True
-            with owner.keeping(() if shared else written, assigned):
-                run.drain()
+            # What the script has written holds also after the stages have given theirs, except for tensors
+            # that the stages have written too.
+            kept = {} if shared else {n: owner.tensors[n].detach().clone() for n in written}
+            before = self._values.content
+            self.note()
+            run.drain()
+            content = self._values.content
+            owner.overwrite({n: v for n, v in kept.items() if before.get(n) == content.get(n, -1)}, assigned)
         with interrupts.held(), run.rescued():
-            executor.call("load_state", owner.values(written), owner.attributes() if assigned else {})
+            values = {name: owner.tensors[name].detach() for name in written}
+            executor.call("load_state", values, owner.attributes() if assigned else {})
         self.note()
 
     def _restage(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

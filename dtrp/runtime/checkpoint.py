@@ -57,84 +57,68 @@ def as_folder(path: str | os.PathLike[str], format: str | None) -> bool:
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str], content: Mapping[str, Any], *, folder: bool = False
+    path: str | os.PathLike[str],
+    content: Mapping[str, Any],
+    *,
+    folder: bool = False,
+    mesh: Mesh | None = None,
 ) -> None:
     """Write ``content`` aside, then put it in ``path``'s place.
 
-    Raises
-    ------
-    CheckpointError
-        It cannot be written, or holds what cannot be read back safely. What was there is as it was.
-    """
-    target = Path(path)
-    data = _prepared(content)
-    aside = _aside(target)
-    with _explained(target, folder=folder):
-        if folder:
-            check_replaceable(target)
-        elif target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if folder:
-                entries = entries_of(data)
-                write_folder(aside, entries, _summed(data, {n: digest(t) for n, t in entries.items()}))
-                replace_folder(aside, target)
-            else:
-                data["digest"] = digest(data)
-                _write_file(aside, data)
-                os.replace(aside, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(aside) if folder else aside.unlink()
-            raise
-        sync(target.parent)
-
-
-def write_together(path: str | os.PathLike[str], content: Mapping[str, Any], mesh: Mesh) -> None:
-    """As `write_checkpoint`, a folder, by all ranks of the first pipeline at once: each writes the tensors
-    that it has, those of others are on the meta device. Called on every rank.
+    With ``mesh`` a folder is written by all ranks of the first pipeline at once: each writes the tensors that
+    it has, those of others are on the meta device. Then it is to be called on every rank.
 
     Raises
     ------
     CheckpointError
-        As there; on every rank.
+        It cannot be written, or holds what cannot be read back safely; on every rank. What was there is as it
+        was.
     """
     target = Path(path)
 
     def begin() -> str:
-        with _explained(target, folder=True):
-            check_replaceable(target)
+        with _explained(target, folder=folder):
+            if folder:
+                check_replaceable(target)
+            elif target.is_dir():
+                raise IsADirectoryError(f"{target} is a folder")
             target.parent.mkdir(parents=True, exist_ok=True)
-            made = _aside(target)
-            made.mkdir()
+            made = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+            if folder:
+                made.mkdir()
             return str(made)
 
-    aside = Path(mesh.first("saving", begin))
-    error: Exception | None = None
-    if mesh.replica == 0:
+    aside = Path(begin() if mesh is None else mesh.first("saving", begin))
+    error: BaseException | None = None
+    if mesh is None or mesh.replica == 0:
         try:
-            with _explained(target, folder=True):
-                _write_part(aside, _prepared(content), mesh)
-        except CheckpointError as e:
+            data = {"format": FORMAT, "version": VERSION, **{k: _compact(v, k) for k, v in content.items()}}
+            with _explained(target, folder=folder):
+                _write_folder(aside, data, mesh) if folder else _write_file(aside, data)
+        except BaseException as e:
             error = e
+            if mesh is not None and not isinstance(e, CheckpointError):
+                raise
 
     def end() -> None:
-        if error is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise error
-        with _explained(target, folder=True):
-            replace_folder(aside, target)
-            sync(target.parent)
+        try:
+            if error is not None:
+                raise error
+            with _explained(target, folder=folder):
+                replace_folder(aside, target) if folder else os.replace(aside, target)
+                sync(target.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(aside) if folder else aside.unlink()
+            raise
 
-    mesh.first("saving", end)
+    end() if mesh is None else mesh.first("saving", end)
 
 
-def _write_part(aside: Path, data: dict[str, Any], mesh: Mesh) -> None:
+def _write_folder(aside: Path, data: dict[str, Any], mesh: Mesh | None) -> None:
     entries = entries_of(data)
     sums = {name: digest(tensor) for name, tensor in entries.items() if not tensor.is_meta}
-    sees = aside.is_dir()
-    given = mesh.gather("saving", (sums, sees))
+    given = [(sums, True)] if mesh is None else mesh.gather("saving", (sums, aside.is_dir()))
     for stage, (theirs, there) in enumerate(given):
         sums |= theirs
         if not there:
@@ -143,14 +127,6 @@ def _write_part(aside: Path, data: dict[str, Any], mesh: Mesh) -> None:
     if lost:
         raise OSError(f"no rank has {lost[:3]}")
     write_folder(aside, entries, _summed(data, sums), mesh)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _prepared(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, **{k: _compact(v, k) for k, v in content.items()}}
 
 
 def _summed(data: Mapping[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
@@ -170,7 +146,8 @@ def _explained(target: Path, *, folder: bool) -> Iterator[None]:
         ) from e
 
 
-def _write_file(path: Path, data: Mapping[str, Any]) -> None:
+def _write_file(path: Path, data: dict[str, Any]) -> None:
+    data["digest"] = digest(data)
     with open(path, "wb") as file:
         torch.save(data, file)
         file.flush()

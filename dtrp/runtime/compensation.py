@@ -25,8 +25,6 @@ from torch.utils import _pytree as pytree
 from .arguments import n_samples
 from .batch import Update, WithExtra
 
-WARMUP = 100  # updates
-
 
 class Mini(NamedTuple):
     """A mini-batch: one batch of the user's, or several that travel as one."""
@@ -39,14 +37,10 @@ class Mini(NamedTuple):
 class Joiner:
     """Gathers batches until they are ``size``."""
 
-    def __init__(self, size: int, warmup: int = WARMUP) -> None:
+    def __init__(self, size: int, warmup: int = 100) -> None:
         self.size, self.warmup = size, warmup
         self.updates = 0
         self._waiting: list[tuple[tuple[Tensor, ...], Any]] = []
-
-    def __len__(self) -> int:
-        """Batches that wait for others."""
-        return len(self._waiting)
 
     def add(self, tensors: Sequence[Tensor], target: Any) -> Mini | None:
         """Take in a batch; the joint batch that is ready now, if there is one."""

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
-from .groups import Group
 from .predictors import Predictor, check_predictor
 from .schedule import EXACT, Horizon, Schedule
+
+if TYPE_CHECKING:
+    from .optim import Group
 
 EXECUTORS = ("auto", "inline", "workers", "torchrun")
 MOST_PARTS = 254  # micro-batches that wait on a line at once: the number of a place is a byte
@@ -195,30 +197,50 @@ _WHY_NONE = {
 }
 
 
-def check_launch(
-    executor: Any, watchdog: Any, compensation: Any, warmup: Any, autosave: Any, timeline: Any
-) -> None:
-    """Refuse what says how to run, where it makes no sense.
+@dataclass(frozen=True)
+class Launch:
+    """How one training run is carried out: who runs the stages, what is told and kept of it.
 
-    Raises
-    ------
-    ValueError, TypeError
+    Attributes mirror the arguments of `Pipeline.trainer`.
     """
-    if timeline is not None and not isinstance(timeline, (str, os.PathLike)):
-        raise TypeError(f"timeline={timeline!r}: expected the path of a file to write")
-    _one_of("executor", executor, EXECUTORS)
-    if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
-        raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
-    _count("batch_compensation", compensation)
-    _count("compensation_warmup", warmup)
-    if autosave is not None:
-        if (
-            not isinstance(autosave, tuple)
-            or len(autosave) != 2
-            or not isinstance(autosave[0], (str, os.PathLike))
-        ):
-            raise TypeError(f"autosave={autosave!r}: expected (path, seconds), such as ('run.ckpt', 600)")
-        _number("autosave's seconds", autosave[1], above=0.0)
+
+    executor: str = "auto"
+    watchdog: float = 60.0
+    batch_compensation: int = 1
+    compensation_warmup: int = 100
+    rebalance: Literal["auto", False] | int = False
+    init: Any = None
+    autosave: tuple[str | os.PathLike[str], float] | None = None
+    record: bool = False
+    timeline: str | os.PathLike[str] | None = None
+    progress: bool = False
+    tensorboard: str | os.PathLike[str] | None = None
+    logger: Any = None
+
+    def __post_init__(self) -> None:
+        looks = self.rebalance
+        number = isinstance(looks, int) and not isinstance(looks, bool) and looks >= 2
+        if not number and looks is not False and looks != "auto":
+            raise ValueError(
+                f"rebalance={short(self.rebalance)}: expected 'auto', False, or after how many batches (an "
+                f"int >= 2) the cuts are to be looked at"
+            )
+        if self.timeline is not None and not isinstance(self.timeline, (str, os.PathLike)):
+            raise TypeError(f"timeline={self.timeline!r}: expected the path of a file to write")
+        _one_of("executor", self.executor, EXECUTORS)
+        watchdog, autosave = self.watchdog, self.autosave
+        if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
+            raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
+        _count("batch_compensation", self.batch_compensation)
+        _count("compensation_warmup", self.compensation_warmup)
+        if autosave is not None:
+            if (
+                not isinstance(autosave, tuple)
+                or len(autosave) != 2
+                or not isinstance(autosave[0], (str, os.PathLike))
+            ):
+                raise TypeError(f"autosave={autosave!r}: expected (path, seconds), such as ('run.ckpt', 600)")
+            _number("autosave's seconds", autosave[1], above=0.0)
 
 
 def _count(name: str, value: Any) -> None:

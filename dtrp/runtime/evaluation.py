@@ -1,20 +1,26 @@
-"""What evaluation computes of each batch, on the last stage, and how batches add up."""
+"""Evaluation: batches through the stages in eval mode, what the last one computes of each, how it adds up."""
 
 from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import WorkerError
-from .batch import WithExtra
+from .arguments import as_call, check_loader, feeds
+from .batch import Feed, WithExtra
 from .loss import scalar_loss
+
+if TYPE_CHECKING:
+    from .run import Run
 
 Metric = Callable[[Any, Any], Any]
 
@@ -186,3 +192,41 @@ def class_scores(output: Any) -> Tensor | None:
 def _batch_size(tree: Any) -> int:
     sizes = [t.shape[0] for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dim() > 0]
     return sizes[0] if sizes else 1
+
+
+def evaluate(run: Run, loader: Iterable[Any], metric: Any) -> dict[str, Any]:
+    """See `Trainer.evaluate`."""
+    measure = Measure.of(run.loss_fn, metric)
+    check_loader(loader, run.config.loss_fn is not None)
+    run.drain()
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        return {}
+    executor, *_ = run.ready(*as_call(first))
+
+    def fed() -> Iterator[list[Feed]]:
+        for number, batch in enumerate(chain([first], batches)):
+            _, tensors, target = run.ready(*as_call(batch), follow=False)
+            yield feeds(run.eval_wiring, number, tensors, target)
+
+    with run.rescued(), closing(executor.evaluate(fed(), measure)) as results:
+        found = combine(results)
+    run.loggers.evaluation(len(run.history.losses), found)
+    return found
+
+
+def predict(run: Run, loader: Iterable[Any]) -> Iterator[Any]:
+    """See `Trainer.predict`."""
+    executor = run.executor
+    if executor is None:
+        raise RuntimeError("no stage runs before the first step (and after the last): use pipe(x)")
+    run.drain()
+
+    def fed() -> Iterator[list[Feed]]:
+        for number, batch in enumerate(loader):
+            tensors = run.compiled.bind(*as_call(batch))
+            yield feeds(run.eval_wiring, number, tensors, None)
+
+    with run.rescued(), closing(executor.evaluate(fed(), None)) as outputs:
+        yield from outputs

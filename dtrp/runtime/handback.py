@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .agreed import Agreed
 from .checkpoint import is_savable, read_content
-from .twins import attributes_of, set_attributes
+from .twins import attributes_of, own_modules, set_attributes
 
 LOSS = "loss"
 """The name under which the last stage has a loss with tensors of its own."""
@@ -33,8 +31,7 @@ class Owner:
 
     def __init__(self, model: nn.Module, loss: nn.Module | None) -> None:
         self.model, self.loss = model, loss
-        self._tensors: dict[str, Tensor] = {}
-        self.agreed = Agreed({}, dict)
+        self.tensors: dict[str, Tensor] = {}  # by all their names
 
     def named_parameters(self, *, all_names: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's and the loss's, each once, or under every name that it has."""
@@ -62,36 +59,20 @@ class Owner:
 
     def begin(self) -> None:
         """A run begins with the tensors that are here now, and will give them back to these."""
-        self._tensors = dict(self.named_parameters(all_names=True))
-        self._tensors |= dict(self.named_buffers())
-        self.agreed = Agreed(self._tensors, self.attributes)
+        self.tensors = dict(self.named_parameters(all_names=True))
+        self.tensors |= dict(self.named_buffers())
 
     def replaced(self) -> str:
         """A parameter that is not the one that the run began with, or is new or gone; ``""``: none."""
         now = dict(self.named_parameters(all_names=True))
-        before = {n: t for n, t in self._tensors.items() if isinstance(t, nn.Parameter)}
+        before = {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter)}
         return next((n for n in {**before, **now} if now.get(n) is not before.get(n)), "")
 
-    @property
-    def trained(self) -> set[str]:
-        """Parameters that the run trains, by all their names."""
-        return {n for n, t in self._tensors.items() if t.requires_grad}
-
-    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Present values by name."""
-        return {name: self._tensors[name].detach() for name in names}
-
-    @contextmanager
-    def keeping(self, names: Iterable[str], assigned: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-        """What these tensors and attributes hold now they hold also after the stages have given theirs,
-        except tensors that the stages have written too."""
-        values = {name: value.clone() for name, value in self.values(names).items()}
-        agreed, self.agreed = self.agreed, Agreed(self._tensors, self.attributes)
-        yield
+    def overwrite(self, values: Mapping[str, Tensor], assigned: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give these tensors and attributes these values; all others keep theirs."""
         with torch.no_grad():
             for name, value in values.items():
-                if agreed.holds(name):
-                    self._tensors[name].copy_(value)
+                self.tensors[name].copy_(value)
         present = self.attributes()
         self.set_attributes({name: {**present.get(name, {}), **new} for name, new in assigned.items()})
 
@@ -100,26 +81,27 @@ class Owner:
         are passed over."""
         with torch.no_grad():
             for name, value in state["tensors"].items():
-                tensor = self._tensors.get(name)
+                tensor = self.tensors.get(name)
                 if isinstance(tensor, Tensor) and tensor.data_ptr() != value.data_ptr():
                     if tensor.shape != value.shape:  # a buffer that grows
                         tensor.resize_(value.shape)
                     tensor.copy_(value)
         self.set_attributes(state["attributes"])
 
-    def attributes(self) -> dict[str, dict[str, Any]]:
-        """What modules of the user's keep in plain attributes, by module."""
-        found = attributes_of(self.model)
+    def modules(self) -> dict[str, nn.Module]:
+        """Those of the user's, which may keep plain attributes, by name."""
+        found = own_modules(self.model)
         if self.loss is not None:
-            found |= {f"{LOSS}.{n}".rstrip("."): v for n, v in attributes_of(self.loss).items()}
+            found |= {f"{LOSS}.{name}".rstrip("."): m for name, m in own_modules(self.loss).items()}
         return found
+
+    def attributes(self) -> dict[str, dict[str, Any]]:
+        """What they keep in them."""
+        return attributes_of(self.modules())
 
     def set_attributes(self, attributes: Mapping[str, Mapping[str, Any]]) -> None:
         """Give modules what `attributes`, or a stage, says."""
-        set_attributes(self.model, attributes)
-        if self.loss is not None:
-            names = [n for n in attributes if n == LOSS or n.startswith(f"{LOSS}.")]
-            set_attributes(self.loss, {n.removeprefix(LOSS).removeprefix("."): attributes[n] for n in names})
+        set_attributes(self.modules(), attributes)
 
     # ---- as a file has them --------------------------------------------------------------------------------
 

@@ -68,11 +68,6 @@ class History:
                 self.losses.append(item.value)
         return new
 
-    @property
-    def outstanding(self) -> int:
-        """The user's batches whose loss has not come yet."""
-        return self.fed - len(self.losses)
-
     def export(self) -> dict[str, Any]:
         """As plain data, with nothing in flight."""
         return {

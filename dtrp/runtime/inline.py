@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -25,11 +25,10 @@ from .evaluation import Measure
 from .links import QueueLinks
 from .program import StageProgram
 from .random import preserved
-from .stage import Stage
+from .stage import Stage, Steps, finish
 from .stats import StageStats
 from .twins import private_copy
 
-Job = Generator[None, None, Any]
 Results = Generator[Any, None, None]
 
 
@@ -51,27 +50,26 @@ class Inline:
             with self._told_by(program.stage):
                 links = QueueLinks(program.stage, queues)
                 self.stages.append(Stage(private(program), config, links, seed=seed, record=record))
-        self._jobs: list[deque[Callable[[], Job]]] = [deque() for _ in programs]  # rounds to come
-        self._running: list[Job | None] = [None] * len(programs)
+        self._running: list[Steps | None] = [None] * len(programs)
 
     # ---- training ------------------------------------------------------------------------------------------
 
     def feed(self, feeds: Sequence[Feed]) -> None:
         """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
-        for stage, jobs, feed in zip(self.stages, self._jobs, feeds, strict=True):
+        for stage, feed in zip(self.stages, feeds, strict=True):
             if len(feeds) > 1:  # else nothing outlives this call
                 feed = feed._replace(inputs=owned(feed.inputs), target=owned(feed.target))
-            jobs.append(lambda stage=stage, feed=feed: stage.run(feed))  # type: ignore[misc]
+            stage.held.append(feed)
         with self._as_in_workers():
-            self._sweep([stage.schedule.lag(stage.stage) for stage in self.stages])
+            self._sweep()
 
     def drain(self, *, close_group: bool = False) -> None:
         """Until nothing is in flight (`Workers` does not wait for it)."""
-        for stage, jobs in zip(self.stages, self._jobs, strict=True):
-            jobs.append(lambda stage=stage: stage.drain(close_group=close_group))  # type: ignore[misc]
+        for k, stage in enumerate(self.stages):
+            self._running[k] = _then(self._running[k], stage.drain(close_group=close_group))
         with self._as_in_workers():
-            while any(self._jobs) or any(self._running):
-                if not self._sweep([0] * len(self.stages)):
+            while any(self._running):
+                if not self._sweep():
                     waiting = "; ".join(f"stage {s.stage}: {s.meter.phase}" for s in self.stages)
                     self.failure = WorkerError(f"no stage can go on: {waiting}")
                     raise self.failure
@@ -88,14 +86,14 @@ class Inline:
                     found += stage.answers.news(wait=wait)
         return found
 
-    def _sweep(self, lags: Sequence[int]) -> bool:
+    def _sweep(self) -> bool:
         """Let each stage do its next round, unless that is not due yet; whether any did anything."""
         if self.failure is not None:
             raise self.failure.again()
         moved = False
-        for k in reversed(range(len(self.stages))):
-            if self._running[k] is None and len(self._jobs[k]) > lags[k]:
-                self._running[k] = self._jobs[k].popleft()()
+        for k, stage in reversed(list(enumerate(self.stages))):
+            if self._running[k] is None and stage.is_due:
+                self._running[k] = stage.run(stage.held.popleft())
                 moved = True
                 self._go_on(k)
         goes = True
@@ -158,13 +156,17 @@ class Inline:
         """The stages' latest known measurements; does not wait."""
         return [stage.answers.stats() for stage in self.stages]
 
-    def rescued(self) -> list[dict[str, Any]]:
-        """After a failure: the state of the stages, as far as it can be had."""
-        return [stage.answers.state() for stage in self.stages]
+    def rescued(self) -> tuple[list[Loss | Skip], list[dict[str, Any]]]:
+        """After a failure: what there is to say of finished batches, and the state of the stages, as far as
+        it can be had."""
+        news: list[Loss | Skip] = []
+        with suppress(WorkerError):
+            news = self.news()
+        return news, [stage.answers.state() for stage in self.stages]
 
     def close(self) -> None:
         """Let go of everything; may be called twice."""
-        self._jobs, self._running = [], []
+        self._running = []
 
     # ---- as if each stage had a process --------------------------------------------------------------------
 
@@ -210,6 +212,12 @@ def told(stage: int, error: BaseException) -> WorkerError:
     )
 
 
+def _then(first: Steps | None, second: Steps) -> Steps:
+    if first is not None:
+        yield from first
+    yield from second
+
+
 def owned(tree: Any) -> Any:
     """What is in flight stays as it is when the caller fills its tensors again."""
     if tree is None or isinstance(tree, Tensor):  # a walk over a tree takes longer than a small copy
@@ -217,15 +225,6 @@ def owned(tree: Any) -> Any:
     if type(tree) is list:
         return [owned(value) for value in tree]
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
-
-
-def finish(job: Job) -> Any:
-    """Run what cannot have to wait: between processes links wait by themselves."""
-    try:
-        next(job)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("a value is missing that an earlier stage should have sent")
 
 
 def private(program: StageProgram, *, apart: bool = True) -> StageProgram:

@@ -14,7 +14,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,10 +68,10 @@ class Processes:
                         ends |= {line.memory, line.sends if line.source == k else line.receives}
                 given |= ends
                 boot = {
-                    "path": [p for p in sys.path if isinstance(p, str)],  # Python ignores others
                     "stage": k,
                     "n_stages": n,
                     "lines": [line for line in lines if k in (line.source, line.target)],
+                    "given": sorted(ends),
                     "replies": theirs.detach(),
                     "page": board.memory,
                     "caller": os.getpid(),

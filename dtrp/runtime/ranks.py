@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +27,7 @@ from .batch import Feed, Loss, Skip
 from .config import TrainConfig
 from .evaluation import Measure
 from .group_links import GroupLinks
-from .inline import Results, as_in_workers, finish, owned, private, told
+from .inline import Results, as_in_workers, owned, private, told
 from .joint_norm import join_norms
 from .news import News
 from .peers import Failure, Peers
@@ -36,7 +35,7 @@ from .processes import talking
 from .program import StageProgram
 from .random import pass_seed
 from .replicas import Replicas
-from .stage import Stage
+from .stage import Stage, finish
 from .stats import StageStats
 from .training_state import SECTIONS
 
@@ -72,7 +71,6 @@ class Ranks:
         self.config, self.peers = config, peers
         self.failure: WorkerError | None = None
         self._draws = seed is not None and any(p.draws for p in programs)
-        self._held: deque[Feed] = deque()  # whose rounds are not due yet
         self._digest = 0  # of all batches so far
         self._warned = False
         # Of a model on the meta device each rank holds its own stage alone.
@@ -108,18 +106,12 @@ class Ranks:
         """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
         self._digest = _digest(feeds, self._digest)
         feed = feeds[self.mesh.stage]
-        self._held.append(feed._replace(inputs=owned(feed.inputs), target=owned(feed.target)))
-        if len(self._held) > self.stage.schedule.lag(self.mesh.stage):
-            self._round()
-
-    def _round(self) -> None:
+        feed = feed._replace(inputs=owned(feed.inputs), target=owned(feed.target))
         with self._told("a round", draws=True):
-            finish(self.stage.run(self._held.popleft()))
+            finish(self.stage.feed(feed))
 
     def drain(self, *, close_group: bool = False) -> None:
         """Until nothing is in flight in this stage."""
-        while self._held:
-            self._round()
         with self._told("draining", draws=True):
             finish(self.stage.drain(close_group=close_group))
             if self.replicas is not None:
@@ -240,9 +232,10 @@ class Ranks:
         """The stages' latest known measurements: none are, without asking."""
         return None
 
-    def rescued(self) -> list[dict[str, Any]]:
-        """After a failure: what this rank's stage has trained is there; others' is not to be had."""
-        return [self.stage.answers.state()]
+    def rescued(self) -> tuple[list[Loss | Skip], list[dict[str, Any]]]:
+        """After a failure: what is known here, and what this rank's stage has trained; others' is not to be
+        had."""
+        return self.news_of.take(), [self.stage.answers.state()]
 
     def abandon(self, error: BaseException) -> None:
         """The script leaves its trainer by an error: the others need not wait."""
@@ -256,7 +249,6 @@ class Ranks:
             with self._told("closing"):
                 self.links.finish()
                 self.mesh.barrier()
-        self._held.clear()
 
     # ---- failing -------------------------------------------------------------------------------------------
 

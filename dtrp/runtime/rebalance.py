@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import interrupts
 from .arguments import length
-from .config import short
 from .stats import StageStats
 
 if TYPE_CHECKING:
@@ -63,21 +62,6 @@ class Move:
             f"after batch {self.batch}: {self.nodes} nodes to other stages, from "
             f"{self.seconds_before * 1e3:.3g} ms per batch ({ms(self.before)}) to a predicted "
             f"{self.seconds_after * 1e3:.3g} ms ({ms(self.after)})"
-        )
-
-
-def check_rebalance(value: Any) -> None:
-    """
-    Raises
-    ------
-    ValueError
-        It is neither ``"auto"`` nor ``False`` nor a number of batches.
-    """
-    number = isinstance(value, int) and not isinstance(value, bool) and value >= 2
-    if not number and value is not False and value != "auto":
-        raise ValueError(
-            f"rebalance={short(value)}: expected 'auto', False, or after how many batches (an int >= 2) the "
-            f"cuts are to be looked at"
         )
 
 

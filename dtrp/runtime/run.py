@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from ..errors import WorkerError
 from . import interrupts
 from .arguments import feeds, follow_batch, n_samples, split_batch, take_target, what_step_takes
+from .batch import Loss, Skip
 from .changes import Changes
 from .compensation import Joiner, Mini
-from .compiled import Compiled
-from .config import TrainConfig
+from .config import Launch, TrainConfig
 from .handback import Owner, loss_with_tensors
 from .history import History
 from .inline import Inline
@@ -36,6 +36,7 @@ from .run_state import RunState, check_builds, model_groups
 from .world import join
 
 if TYPE_CHECKING:
+    from ..planning import Planning
     from .fitting import Loop
     from .ranks import Ranks
     from .workers import Workers
@@ -65,29 +66,18 @@ class Run:
         Of the `fit` that runs.
     """
 
-    def __init__(
-        self,
-        compiled: Compiled,
-        config: TrainConfig,
-        joiner: Joiner,
-        *,
-        executor: str,
-        watchdog: float,
-        record: bool,
-        init: Any,
-        tensorboard: Any,
-        logger: Any,
-    ) -> None:
-        self.compiled, self.config, self.joiner = compiled, config, joiner
-        self.records, self._init = record, init
+    def __init__(self, compiled: Planning, config: TrainConfig, launch: Launch) -> None:
+        self.compiled, self.config, self.launch = compiled, config, launch
+        self.joiner = Joiner(launch.batch_compensation, launch.compensation_warmup)
+        self.records = launch.record or launch.timeline is not None
         self.owner = Owner(compiled.model, loss_with_tensors(config.loss_fn))
         optimizer = check_builds(self.owner, config)
         self.history = History(lr=optimizer.param_groups[0].get("lr"))
         self._kind = OptimizerKind.of(optimizer)
         self.expected = compiled.expect(config, self._kind)
-        self.world = join(executor, compiled.n_stages, watchdog)
+        self.world = join(launch.executor, compiled.n_stages, float(launch.watchdog))
         first = self.world.rank == 0  # who shows and writes
-        self.loggers = Loggers(logger if first else None, tensorboard if first else None)
+        self.loggers = Loggers(launch.logger, launch.tensorboard) if first else Loggers(None)
         self.closed = False
         self.executor: Executor | None = None
         self.loop: Loop | None = None
@@ -203,10 +193,13 @@ class Run:
         )
 
     def _collect(self, executor: Executor, *, wait: bool = False) -> None:
-        new = self.history.settle(executor.news(wait=wait))
-        self.loggers.losses(new)
+        self.count(executor.news(wait=wait))
         if self.loggers.due() and (stats := executor.glance()):
             self.loggers.stages(len(self.history.losses), stats)
+
+    def count(self, news: Iterable[Loss | Skip]) -> None:
+        """What the stages say of finished batches."""
+        self.loggers.losses(self.history.settle(news))
 
     def _follow(self, executor: Executor, *, exact: bool) -> None:
         executor.call("follow", exact)
@@ -240,7 +233,7 @@ class Run:
         self._choose_order(tensors, target)
         self.world.same_weights(self.owner)
         programs = self.compiled.programs(self.owner.loss)
-        init = self.resume.origin if self.resume is not None and self.resume.partial else self._init
+        init = self.resume.origin if self.resume is not None and self.resume.partial else self.launch.init
         if init is not None and self.world.materialise(self.owner, programs, init):
             programs = self.compiled.programs(self.owner.loss)
         self.changes.begin()
@@ -388,5 +381,8 @@ class Rescue:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, WorkerError) and self.run.executor is not None:
-            for state in self.run.executor.rescued():
+            news, states = self.run.executor.rescued()
+            for state in states:
                 self.run.owner.take(state)
+            entered = self.run.history.entered  # without the batch in which it failed
+            self.run.count(item for item in news if item.batch < entered)

@@ -21,13 +21,11 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from .config import TrainConfig
-from .groups import Group, groups_of
 from .handback import Owner, by_name
-from .optim import ParameterSet, build_optimizer
+from .optim import Group, ParameterSet, build_optimizer, groups_of
 from .random import random_state, set_random_state
 from .scaling import gathered
-from .training_state import SECTIONS, check_set, export_set
-from .version_1 import upgraded
+from .training_state import SECTIONS, check_set, export_set, upgraded
 
 _COUNTERS = {
     "batches": int,
@@ -171,7 +169,7 @@ def check_builds(owner: Owner, config: TrainConfig) -> Optimizer:
 
 
 def model_groups(owner: Owner, config: TrainConfig) -> tuple[Group, ...]:
-    """The groups that the user's optimizer has over the whole model (groups.py)."""
+    """The groups that the user's optimizer has over the whole model."""
     names = _trainable(owner)
     return groups_of(build_optimizer(names, config), names, owner.first_names())
 

@@ -262,7 +262,13 @@ class SharedLinks:
             sender.most = places(target)
 
     def send(self, channel: Channel, message: Message) -> None:
-        self._senders[channel.target].send(KINDS.index(channel.kind), message)
+        try:
+            self._senders[channel.target].send(KINDS.index(channel.kind), message)
+        except LostStage:
+            if self.me == CALLER:
+                raise
+            # What a stage that failed has sent before still counts: the others go as far as they can with it,
+            # as they do in one process. Who waits for it hears of its end.
 
     def take(self, channel: Channel) -> Message:
         """The next message on ``channel``; waits for it. What comes on the same line for other channels is

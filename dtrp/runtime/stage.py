@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from .. import accelerators
 from .answers import Answers
 from .batch import Feed, InFlight, Update
-from .clipping import Norms
 from .config import TrainConfig
 from .links import Links
 from .loss import Report, check_finite
@@ -49,7 +48,7 @@ from .scaling import LossScale
 from .schedule import in_updates
 from .tied import TiedGradients
 from .twins import Snapshot, Twin
-from .updates import Updates
+from .updates import Norms, Updates
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -109,6 +108,7 @@ class Stage:
         self.norms = Norms(self.schedule, self.stage, trained, links, self.meter, lag=lag)
         self.scaling = LossScale() if config.scales else None
         self.updates = Updates(program, config, self.weights, self.norms, self.scaling, replicas)
+        self.held: deque[Feed] = deque()  # slots whose rounds are not due yet
         self.in_flight: dict[int, InFlight] = {}
         self.reports: deque[Report] = deque()
         # Of this segment: its first slot, how many have come since, rounds begun.
@@ -123,6 +123,17 @@ class Stage:
             program.module.compile_training()
 
     # ---- rounds --------------------------------------------------------------------------------------------
+
+    def feed(self, feed: Feed) -> Steps:
+        """A slot comes in; the round that is due by that (`Schedule.lag`)."""
+        self.held.append(feed)
+        if self.is_due:
+            yield from self.run(self.held.popleft())
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next round may begin."""
+        return len(self.held) > self.schedule.lag(self.stage)
 
     def run(self, feed: Feed | None) -> Steps:
         """The next round; ``feed`` is the slot that comes in with it, ``None`` while the pipeline drains."""
@@ -156,6 +167,8 @@ class Stage:
 
         ``close_group``: an incomplete group of accumulated mini-batches is stepped with, as its own mean.
         """
+        while self.held:
+            yield from self.run(self.held.popleft())
         for _ in range(self.schedule.depth(self.stage)):
             yield from self.run(None)
         if self.config.max_grad_norm is not None and self.takes_part:
@@ -355,3 +368,12 @@ class Stage:
             own = beyond + math.floor(to_come + self.weights.own.gathered / config.accumulate + 1e-6)
         scale = config.horizon_scale if config.predicts else 0.0
         return scale * own, scale * guests
+
+
+def finish(steps: Generator[None, None, Any]) -> Any:
+    """Run what cannot have to wait: between processes links wait by themselves."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a value is missing that an earlier stage should have sent")

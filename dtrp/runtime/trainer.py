@@ -7,21 +7,21 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch.utils.data import DistributedSampler
 
-from . import interrupts, looking
+from . import evaluation, interrupts
 from .checkpoint import as_folder
-from .compensation import WARMUP, Joiner
-from .compiled import Compiled
-from .config import TrainConfig, check_launch
-from .events import Event
+from .config import Launch, TrainConfig
+from .events import Event, write_timeline
 from .fitting import Callbacks, fit
-from .rebalance import Rebalancer, check_rebalance
+from .rebalance import Rebalancer
 from .run import Run
 from .stats import StageStats
-from .timeline import write_timeline
+
+if TYPE_CHECKING:
+    from ..planning import Planning
 
 
 class Trainer:
@@ -32,42 +32,13 @@ class Trainer:
     `flush`, `evaluate`, `fit` and `save`, and after a stage has failed.
     """
 
-    def __init__(
-        self,
-        compiled: Compiled,
-        config: TrainConfig,
-        *,
-        executor: str = "auto",
-        progress: bool = False,
-        record: bool = False,
-        timeline: str | os.PathLike[str] | None = None,
-        watchdog: float = 60.0,
-        batch_compensation: int = 1,
-        compensation_warmup: int = WARMUP,
-        tensorboard: str | os.PathLike[str] | None = None,
-        logger: Any = None,
-        autosave: tuple[str | os.PathLike[str], float] | None = None,
-        init: Any = None,
-        rebalance: Literal["auto", False] | int = False,
-    ) -> None:
-        check_rebalance(rebalance)
-        check_launch(executor, watchdog, batch_compensation, compensation_warmup, autosave, timeline)
-        self._run = Run(
-            compiled,
-            config,
-            Joiner(batch_compensation, compensation_warmup),
-            executor=executor,
-            watchdog=float(watchdog),
-            record=record or timeline is not None,
-            init=init,
-            tensorboard=tensorboard,
-            logger=logger,
-        )
-        self.progress = progress and self._run.world.rank == 0
+    def __init__(self, compiled: Planning, config: TrainConfig, launch: Launch) -> None:
+        self._run = Run(compiled, config, launch)
+        self.progress = launch.progress and self._run.world.rank == 0
         self._history = self._run.history
-        self._rebalancer = Rebalancer(rebalance)
+        self._rebalancer = Rebalancer(launch.rebalance)
         self._callbacks = Callbacks()  # of the `fit` that runs
-        self._timeline, self._autosave, self._saved = timeline, autosave, time.monotonic()
+        self._launch, self._saved = launch, time.monotonic()
         self._events: list[Event] = []
         self._stats: list[StageStats] = []
 
@@ -151,8 +122,8 @@ class Trainer:
             self._run.add(executor, tensors, target)
         self._rebalancer.after_step(self)
         loss = self.losses[-1] if self.losses else None
-        if self._autosave is not None:
-            path, seconds = self._autosave
+        if self._launch.autosave is not None:
+            path, seconds = self._launch.autosave
             if self._run.world.due("autosave", self._saved + seconds):
                 self.save(path)
         return loss
@@ -250,7 +221,7 @@ class Trainer:
             ``loss`` and the metrics, means weighted by batch size, or what torchmetrics computes: numbers,
             or tensors of more than one. Empty for an empty loader.
         """
-        return looking.evaluate(self._run, loader, metric)
+        return evaluation.evaluate(self._run, loader, metric)
 
     def predict(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The model's output for each batch, in eval mode, with the current weights; in host memory.
@@ -267,7 +238,7 @@ class Trainer:
         ------
         What the model returns.
         """
-        yield from looking.predict(self._run, loader)
+        yield from evaluation.predict(self._run, loader)
 
     def sampler(
         self, dataset: Any, *, shuffle: bool = True, seed: int = 0, drop_last: bool = False
@@ -403,7 +374,7 @@ class Trainer:
                     self._run.sync(news=True)
                     self._stats = self.stats
                     events = self.events if self._run.records else []
-                    if self._timeline is not None and self._run.world.rank == 0:
-                        write_timeline(self._timeline, events)
+                    if self._launch.timeline is not None and self._run.world.rank == 0:
+                        write_timeline(self._launch.timeline, events)
         finally:
             self._run.close()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 _MODULE = frozenset(nn.Module().__dict__)  # what every module has; the rest is its own
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
+_SCALAR = (bool, int, float, complex, str, type(None))
+_SIMPLE = (*_SCALAR, bytes, Tensor, torch.dtype, torch.device, torch.Size)
 
 
 class Twin:
@@ -126,18 +127,27 @@ def _put(module: nn.Module, values: Mapping[str, Any]) -> None:
     module.__dict__.update(values)
 
 
-def attributes_of(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The plain attributes of all modules whose code is not torch's own, by their names."""
-    named = {name: plain(m) for name, m in module.named_modules() if has_own_code(m)}
+def own_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """All modules in it whose code is not torch's own, by their names."""
+    return {name: m for name, m in module.named_modules() if has_own_code(m)}
+
+
+def scalars_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own numbers, flags and texts."""
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, _SCALAR) and k not in _MODULE}
+
+
+def attributes_of(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """The plain attributes of modules, by their names."""
+    named = {name: plain(m) for name, m in modules.items()}
     return {name: values for name, values in named.items() if values}
 
 
-def set_attributes(module: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def set_attributes(modules: Mapping[str, nn.Module], attributes: Mapping[str, Mapping[str, Any]]) -> None:
     """Give modules the plain attributes that `attributes_of` gave; other names are passed over."""
-    here = dict(module.named_modules())
     for name, values in attributes.items():
-        if name in here and has_own_code(here[name]):
-            _put(here[name], values)
+        if name in modules:
+            _put(modules[name], values)
 
 
 class Snapshot:

@@ -1,16 +1,13 @@
 """A worker's voice: all that it says goes to the caller over one socket, in order.
 
-Also what is printed and logged, from the first import on, and why the start failed: a worker begins here,
-before torch is loaded. Only what libraries write to descriptors 1 and 2 by themselves goes where the
-caller's goes.
+Also what is printed and logged, and why it failed. Only what libraries write to descriptors 1 and 2 by
+themselves goes where the caller's goes.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import logging
-import os
 import pickle
 import socket
 import struct
@@ -100,24 +97,3 @@ class _Forwarder(logging.Handler):
             self.voice.tell("log", record.name, record.levelno, text, *where)
         except OSError:
             self.handleError(record)
-
-
-def main(boot: str) -> None:
-    """Entry point of a worker process; ``boot``: its place and its descriptors, as JSON."""
-    told = json.loads(boot)
-    voice = Voice(told["replies"])
-    voice.take_over()
-    code = 1
-    try:
-        from .worker import Worker
-
-        place = told["stage"], told["n_stages"], told["lines"]
-        Worker(*place, voice, told["page"], told["caller"]).run()
-        voice.finish()
-        code = 0
-    except OSError:
-        pass  # the caller is gone
-    except BaseException as e:
-        voice.fail(e)
-    finally:
-        os._exit(code)  # whatever threads a library has started

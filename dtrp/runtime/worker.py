@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,13 +21,12 @@ from .. import accelerators
 from .batch import Feed, Loss, Skip, Update
 from .config import TrainConfig
 from .environment import Environment
-from .inline import finish
 from .links import LostStage, Message
 from .program import StageProgram
 from .random import random_state, set_random_state
 from .registered import Registered
 from .shared import CALLER, Line, SharedLinks
-from .stage import Stage
+from .stage import Stage, finish
 from .transfer import dumps, loads, unsendable
 from .vitals import Page, show_life
 from .voice import Voice
@@ -70,18 +68,14 @@ def pickled_setups(
 class Worker:
     """Obeys what comes over the line from the caller."""
 
-    def __init__(
-        self, stage: int, n_stages: int, lines: list[Any], voice: Voice, page: int, caller: int
-    ) -> None:
-        self.links = SharedLinks(stage, [Line(*line) for line in lines])
+    def __init__(self, stage: int, lines: list[Line], voice: Voice, page: Page, caller: int) -> None:
+        self.links = SharedLinks(stage, lines)
         self.voice = voice
         self.stage: Stage | None = None
-        self.specs: list[pytree.TreeSpec] = []
-        self.held: deque[Feed] = deque()  # whose rounds are not due yet
         self.failed = False
         self.unsaid: list[Loss | Skip] = []
         self.said = 0.0  # when, by the clock
-        show_life(Page(page, n_stages), stage, self._look, lambda: os._exit(1), caller)
+        show_life(page, stage, self._look, lambda: os._exit(1), caller)
 
     def _look(self) -> tuple[int, bool, str]:
         if self.stage is None:
@@ -107,7 +101,7 @@ class Worker:
                 if channel.kind == "feed":
                     self._feed(message)
                     continue
-                verb, *arguments = message.values[0]
+                verb, *arguments = loads(message.values[0])
                 if verb == "stop":
                     return
                 if self.failed and verb != "ask":
@@ -124,26 +118,18 @@ class Worker:
     def _feed(self, message: Message) -> None:
         if self.failed or self.stage is None:
             return
-        spec, evaluates, part, parts, share, lr_scale, batches, inputs, *values = message.values
-        target = pytree.tree_unflatten(values[inputs:], self.specs[spec])
+        structure, evaluates, part, parts, share, lr_scale, batches, inputs, *values = message.values
+        target = values[inputs]
+        if structure is not None:
+            target = pytree.tree_unflatten(values[inputs:], _structure(structure))
         feed = Feed(message.slot, values[:inputs], target, Update(lr_scale, batches), part, parts, share)
         if not evaluates:
-            self.held.append(feed)
-            if len(self.held) > self.stage.schedule.lag(self.stage.stage):
-                self._round()
+            finish(self.stage.feed(feed))
+            self._tell_news()
             return
         result = finish(self.stage.answers.evaluate(feed))
         if self.stage.program.is_last:
             self.tell("result", result)
-
-    def _round(self) -> None:
-        assert self.stage is not None
-        finish(self.stage.run(self.held.popleft()))
-        self._tell_news()
-
-    def do_spec(self, spec: pytree.TreeSpec) -> None:
-        """The structure of targets to come."""
-        self.specs.append(spec)
 
     def do_start(
         self, environment: Environment, registered: Registered, device: torch.device, setup: bytes
@@ -170,8 +156,6 @@ class Worker:
 
     def do_drain(self, close_group: bool) -> None:
         assert self.stage is not None
-        while self.held:
-            self._round()
         finish(self.stage.drain(close_group=close_group))
         self._tell_news()
 
@@ -182,6 +166,7 @@ class Worker:
     def do_ask(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         """Also after a failure."""
         assert self.stage is not None
+        self._say_news()
         self.tell("reply", number, getattr(self.stage.answers, method)(*arguments))
 
     def _tell_news(self, *, wait: bool = False) -> None:
@@ -196,5 +181,48 @@ class Worker:
             self._say_news()
 
     def _say_news(self) -> None:
-        self.tell("news", self.unsaid)
+        if self.unsaid:
+            self.tell("news", self.unsaid)
         self.unsaid, self.said = [], time.monotonic()
+
+
+@cache
+def _structure(pickled: bytes) -> pytree.TreeSpec:
+    spec: pytree.TreeSpec = loads(pickled)
+    return spec
+
+
+def main(
+    stage: int,
+    n_stages: int,
+    lines: list[Line],
+    given: list[int],
+    descriptors: list[int],
+    replies: int,
+    page: int,
+    caller: int,
+) -> None:
+    """Entry point of a worker process.
+
+    Parameters
+    ----------
+    given, descriptors : list of int
+        What ``lines``, ``replies`` and ``page`` call descriptors, and their numbers here.
+    caller : int
+        The process that the worker is not to outlive.
+    """
+    here = dict(zip(given, descriptors, strict=True))
+    voice = Voice(here[replies])
+    voice.take_over()
+    code = 1
+    try:
+        ends = [Line(line.source, line.target, *(here.get(d, -1) for d in line[2:])) for line in lines]
+        Worker(stage, ends, voice, Page(here[page], n_stages), caller).run()
+        voice.finish()
+        code = 0
+    except OSError:
+        pass  # the caller is gone
+    except BaseException as e:
+        voice.fail(e)
+    finally:
+        os._exit(code)  # whatever threads a library has started

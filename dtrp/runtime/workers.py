@@ -17,8 +17,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import WorkerError
@@ -27,7 +29,6 @@ from .batch import Feed, Loss, Skip
 from .config import TrainConfig
 from .environment import Environment
 from .evaluation import Measure
-from .forms import Pickled
 from .inline import Results
 from .links import Channel, LostStage, Message
 from .processes import Processes, talking, weak
@@ -77,7 +78,8 @@ class Workers:
         self._replies: dict[tuple[int, int], Any] = {}
         self._calls = 0
         self._fed = self._finished = 0  # mini-batches
-        self._specs: dict[pytree.TreeSpec, int] = {}
+        self._structures: dict[pytree.TreeSpec, bytes] = {}  # of targets, pickled
+        self._bad: list[tuple[int, tuple[Any, ...]]] = []  # failures and deaths, as they are heard of
         self._rescued: list[dict[str, Any]] = []
         self._stats: list[StageStats | None] = [None] * self.n_stages
         self._asked: set[int] = set()
@@ -157,7 +159,12 @@ class Workers:
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """A method of every stage's `Answers`, after all rounds so far; results in stage order."""
         self._check()
-        return self._answers(self._ask("call", range(self.n_stages), method, arguments))
+        self._calls += 1
+        self._command_all("call", self._calls, method, arguments)
+        questions = [(k, self._calls) for k in range(self.n_stages)]
+        while not self._replies.keys() >= set(questions):
+            self._listen()
+        return [self._replies.pop(question) for question in questions]
 
     def states(self) -> Iterable[dict[str, Any]]:
         """Every stage's `Answers.state`."""
@@ -175,9 +182,10 @@ class Workers:
         known = [s for s in self._stats if s is not None]
         return known if len(known) == self.n_stages else None
 
-    def rescued(self) -> list[dict[str, Any]]:
-        """After a failure: what those stages have trained whose processes lived on."""
-        return self._rescued
+    def rescued(self) -> tuple[list[Loss | Skip], list[dict[str, Any]]]:
+        """After a failure: what stages whose processes lived on have said, and trained."""
+        news, self._news = self._news, []
+        return news, self._rescued
 
     def renew(
         self, programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
@@ -194,7 +202,7 @@ class Workers:
         if self._kill.alive and self.failure is None:
             with interrupts.held(), contextlib.suppress(WorkerError, LostStage):
                 self._command_all("stop")
-                self.crew.wait(PATIENCE, self._drain_sockets)
+                self.crew.wait(PATIENCE, partial(self._take, 0.05))
         self._end()
 
     # ---- speaking ------------------------------------------------------------------------------------------
@@ -202,15 +210,15 @@ class Workers:
     def _send_feeds(self, feeds: Sequence[Feed], *, evaluates: bool) -> None:
         messages = []
         for feed in feeds:
-            leaves, spec = pytree.tree_flatten(feed.target)
-            number = self._specs.get(spec)
-            if number is None:
-                number = self._specs[spec] = len(self._specs)
-                self._command_all("spec", spec)
+            leaves, structure = [feed.target], None
+            if feed.target is not None and not isinstance(feed.target, Tensor):
+                leaves, spec = pytree.tree_flatten(feed.target)
+                structure = self._structures.get(spec)
+                if structure is None:
+                    structure = self._structures[spec] = dumps(spec)
             update = feed.update
-            meta = [number, evaluates, feed.part, feed.parts, feed.share, update.lr_scale, update.batches]
-            values = [*meta, len(feed.inputs), *feed.inputs, *leaves]
-            messages.append(Message(feed.batch, values))
+            meta = [structure, evaluates, feed.part, feed.parts, feed.share, update.lr_scale, update.batches]
+            messages.append(Message(feed.batch, [*meta, len(feed.inputs), *feed.inputs, *leaves]))
         with interrupts.held():
             for k, message in enumerate(messages):
                 self._post(k, Channel("feed", CALLER, k), message)
@@ -222,7 +230,7 @@ class Workers:
                 self._command(k, data)
 
     def _command(self, k: int, pickled: bytes) -> None:
-        self._post(k, Channel("command", CALLER, k), Message(0, [Pickled(pickled)]))
+        self._post(k, Channel("command", CALLER, k), Message(0, [pickled]))
 
     def _post(self, k: int, channel: Channel, message: Message) -> None:
         try:
@@ -230,26 +238,6 @@ class Workers:
         except LostStage:
             self._listen()  # it has said why, or its death is news
             raise
-
-    def _ask(
-        self, verb: str, stages: Iterable[int], method: str, arguments: tuple[Any, ...]
-    ) -> list[tuple[int, int]]:
-        self._calls += 1
-        data = dumps((verb, self._calls, method, arguments))
-        asked = []
-        with interrupts.held():
-            for k in stages:
-                self._command(k, data)
-                asked.append((k, self._calls))
-        return asked
-
-    def _answers(self, asked: Iterable[tuple[int, int]]) -> list[Any]:
-        answers = []
-        for question in asked:
-            while question not in self._replies:
-                self._listen()
-            answers.append(self._replies.pop(question))
-        return answers
 
     def _result(self) -> Any:
         while not self._results:
@@ -278,33 +266,25 @@ class Workers:
         while True:
             interrupts.check()
             with interrupts.held():
-                if self._take(GLANCE if block else 0.0) or not block:
+                heard = self._take(GLANCE if block else 0.0)
+                if self._bad:
+                    self._fail()
+                if heard or not block:
                     return
                 self._look()
 
     def _look(self) -> None:
         stuck = self._watch.look()
         if stuck is not None:
-            self._fail([(stuck[0], ("stuck", stuck[1]))])
+            self._bad.append((stuck[0], ("stuck", stuck[1])))
+            self._fail()
 
     def _take(self, seconds: float) -> bool:
         """What is there within so many seconds; whether there was anything."""
         heard = self.crew.hear(seconds)
-        bad = []
         for stage, message in heard:
-            if message[0] in ("error", "died"):
-                bad.append((stage, message))  # the cause may come behind its consequences
-            else:
-                self._note(stage, message)
-        if bad:
-            self._fail(bad)
+            self._note(stage, message)
         return bool(heard)
-
-    def _drain_sockets(self) -> None:
-        """While workers end: what they still say must not keep them."""
-        for stage, message in self.crew.hear(0.05):
-            if message[0] in ("print", "log"):
-                self._note(stage, message)
 
     def _note(self, stage: int, message: tuple[Any, ...]) -> None:
         match message:
@@ -328,6 +308,8 @@ class Workers:
                 if logger.isEnabledFor(level):
                     text = f"[stage {stage}] {text}"
                     logger.handle(logger.makeRecord(name, level, file, line, text, (), None, function))
+            case ("error", *_) | ("died",):
+                self._bad.append((stage, message))
             case ("ready",):
                 self._ready.add(stage)
 
@@ -337,18 +319,12 @@ class Workers:
         if self.failure is not None:
             raise self.failure.again()
 
-    def _fail(self, seen: list[tuple[int, tuple[Any, ...]]]) -> None:
+    def _fail(self) -> None:
         """Find the first cause, ask the others what they have trained, end all workers, raise."""
-        seen.sort(key=lambda s: _rank(s[1]))
         deadline = time.monotonic() + GRACE
-        while _rank(seen[0][1]) > 0 and time.monotonic() < deadline:
-            for other in self.crew.hear(deadline - time.monotonic()):
-                if other[1][0] in ("error", "died"):
-                    seen.append(other)
-                else:
-                    self._note(*other)
-            seen.sort(key=lambda s: _rank(s[1]))
-        stage, message = seen[0]
+        while min(map(_rank, self._bad)) > 0 and time.monotonic() < deadline:
+            self._take(deadline - time.monotonic())  # the cause may come behind its consequences
+        stage, message = min(self._bad, key=_rank)
         trace = ""
         if message[0] == "error":
             text, trace = f"stage {stage} failed: {message[1]}", message[2]
@@ -365,30 +341,27 @@ class Workers:
     def _rescue(self) -> None:
         """What the stages have trained, of as many as still answer: a failed one does, and its peers."""
         deadline = time.monotonic() + PATIENCE
-        awaited = set()
+        question = Message(0, [dumps(("ask", -1, "state", ()))])
+        asked = []
         for k in self._ready & self.crew.alive():
             with contextlib.suppress(LostStage, WorkerError):
-                self.crew.links.send(
-                    Channel("command", CALLER, k), Message(0, [Pickled(dumps(("ask", -1, "state", ())))])
-                )
-                awaited.add(k)
-        while awaited and time.monotonic() < deadline:
-            for stage, message in self.crew.hear(deadline - time.monotonic()):
-                if message[0] == "died":
-                    awaited.discard(stage)
-                elif message[0] == "reply" and message[1] == -1:
-                    self._rescued.append(message[2])
-                    awaited.discard(stage)
-                elif message[0] in ("news", "print", "log"):
-                    self._note(stage, message)
+                self.crew.links.send(Channel("command", CALLER, k), question)
+                asked.append(k)
+        while (left := deadline - time.monotonic()) > 0:
+            dead = {k for k, message in self._bad if message[0] == "died"}
+            if all(k in dead or (k, -1) in self._replies for k in asked):
+                break
+            self._take(left)
+        self._rescued = [self._replies.pop((k, -1)) for k in asked if (k, -1) in self._replies]
 
     def _end(self) -> None:
         self._kill.detach()
         self.crew.kill()
 
 
-def _rank(message: tuple[Any, ...]) -> int:
+def _rank(said: tuple[int, tuple[Any, ...]]) -> int:
     """Causes before consequences: an exception, a death, a lost connection."""
+    _, message = said
     if message[0] == "error":
         return 0 if message[3] is None else 2
     return 0 if message[0] == "stuck" else 1

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import CheckpointError
 from . import launched
 from .arguments import n_counted
-from .checkpoint import read_checkpoint, write_checkpoint, write_together
+from .checkpoint import read_checkpoint, write_checkpoint
 from .compensation import Mini
 from .config import TrainConfig
 from .folder import existing
@@ -35,6 +35,7 @@ from .run_state import RunState, concerns
 from .training_state import SECTIONS
 
 if TYPE_CHECKING:
+    from ..planning import Planning
     from .ranks import Ranks
     from .run import Run
     from .workers import Workers
@@ -43,16 +44,6 @@ log = logging.getLogger("dtrp")
 
 _PLAIN = (bool, int, float, str, type(None))
 _OWN = ("seed", "threads")  # settings that may differ between ranks
-
-
-class Planned(Protocol):
-    """What is asked of the compiled model here."""
-
-    @property
-    def n_stages(self) -> int: ...
-    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None: ...
-    def planned(self) -> str: ...
-    def adopt(self, text: str) -> None: ...
 
 
 class Alone:
@@ -64,7 +55,7 @@ class Alone:
     def __init__(self, executor: str, watchdog: float) -> None:
         self.executor, self.watchdog = executor, watchdog
 
-    def prepare(self, compiled: Planned, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def prepare(self, compiled: Planning, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Plan for this example, unless planned already."""
         compiled.prepare(args, kwargs)
 
@@ -155,7 +146,7 @@ class Together(Alone):
             replicas = f", {self.mesh.replicas} times" if self.mesh.replicas > 1 else ""
             log.info("%d stages on as many ranks of a launcher%s", n_stages, replicas)
 
-    def prepare(self, compiled: Planned, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def prepare(self, compiled: Planning, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Rank 0 plans, the others follow: a search that ends by the clock may find something else here."""
 
         def plan() -> str:
@@ -276,7 +267,7 @@ class Together(Alone):
             ours = {"model", "extra", "loss", *SECTIONS}
             content = {section: v for section, v in content.items() if section in ours}
         with self.peers.at("saving"):
-            write_together(path, content, self.mesh)
+            write_checkpoint(path, content, folder=True, mesh=self.mesh)
 
     def read(self, path: Any, owner: Owner) -> dict[str, Any]:
         """Of a folder each rank reads what it has a place for; a file is rank 0's to read."""

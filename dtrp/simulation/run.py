@@ -18,9 +18,8 @@ from dtrp.partitioner.stage_cost import RECOMPUTE as RECOMPUTES
 from dtrp.partitioner.stage_cost import predictions
 from dtrp.partitioner.training import ASSUMED, Training
 from dtrp.pipeline import Pipeline
-from dtrp.runtime.events import Event
+from dtrp.runtime.events import Event, write_timeline
 from dtrp.runtime.schedule import ORDERS, Schedule
-from dtrp.runtime.timeline import write_timeline
 
 from .cluster import Cluster, Link, cluster_of, count_of
 from .engine import BACKWARD, FORWARD, KINDS, RECOMPUTE, STEP, Floats, Lines, Trace, Work, run

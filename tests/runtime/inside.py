@@ -47,8 +47,11 @@ def refuse_workers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(workers, "Processes", refuse)
 
 
-def both_ends(most: int | None = None, wait: Wait | None = None) -> tuple[SharedLinks, SharedLinks]:
-    """Stages 0 and 1 with a line in each direction, as two processes have them: descriptors of their own."""
-    there, back = open_line(0, 1), open_line(1, 0)
+def both_ends(
+    most: int | None = None, wait: Wait | None = None, first: int = 0
+) -> tuple[SharedLinks, SharedLinks]:
+    """Stages 0 (or the caller) and 1 with a line in each direction, as two processes have them: descriptors
+    of their own."""
+    there, back = open_line(first, 1), open_line(1, first)
     mine = [line._replace(memory=os.dup(line.memory)) for line in (there, back)]
-    return SharedLinks(0, mine, most=most, wait=wait), SharedLinks(1, [there, back], most=most, wait=wait)
+    return SharedLinks(first, mine, most=most, wait=wait), SharedLinks(1, [there, back], most=most, wait=wait)

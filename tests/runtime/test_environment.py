@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dtrp
-from dtrp.runtime.forms import blanks, put_together, small_part, take_apart
+from dtrp.runtime.forms import blanks, put_together, take_apart
 from dtrp.runtime.transfer import dumps, importable, loads
 from dtrp.runtime.vitals import Page, Sign, Watch
 
@@ -146,7 +146,7 @@ def test_default_device_does_not_reach_what_the_runtime_makes() -> None:
         tensors, rows = blanks(parcel.form)
         for row, source in zip(rows, parcel.payload, strict=True):
             row.copy_(source)
-        again = put_together(parcel.form, memoryview(small_part(parcel)), tensors)
+        again = put_together(parcel.form, parcel.rest, tensors)
         back = loads(dumps(values))
     for a, b, c in zip(values, again, back, strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import select
 import subprocess
 import sys
@@ -25,20 +26,18 @@ import dtrp
 from dtrp.runtime.forms import (
     ALIGNMENT,
     Parcel,
-    Pickled,
     blanks,
     copy_rows,
-    pack_form,
     places,
     put_together,
-    small_part,
     take_apart,
-    unpack_form,
 )
 from dtrp.runtime.links import Channel, LostStage, Message, QueueLinks, canonical, dense_order
 from dtrp.runtime.meter import Meter
 from dtrp.runtime.ports import receive
+from dtrp.runtime.processes import workers_environment
 from dtrp.runtime.shared import MOST_BEHIND, SharedLinks, open_line
+from dtrp.runtime.starting import warm
 from dtrp.runtime.transfer import dumps, loads
 from dtrp.wiring import CALLER, Source, StageWires, Wiring
 
@@ -95,12 +94,12 @@ def again(values: list[Any]) -> list[Any]:
         assert start % ALIGNMENT == 0
         packed[start : start + row.numel()] = row
 
-    form = unpack_form(memoryview(pack_form(parcel.form)))
+    form = pickle.loads(pickle.dumps(parcel.form))
     assert form == parcel.form
     tensors, rows = blanks(form)
     assert places(rows) == [*starts, end]
     copy_rows(rows, packed)
-    return put_together(form, memoryview(small_part(parcel)), tensors)
+    return put_together(form, memoryview(parcel.rest + b"more"), tensors)
 
 
 # --- Forms ------------------------------------------------------------------------------------------------
@@ -136,22 +135,19 @@ def test_values_of_one_form_differ_in_nothing_but_their_bytes() -> None:
 
     one = form(torch.ones(2, 3), 4, 0.5, None, "a")
     assert form(torch.zeros(2, 3), 5, 1.5, None, {"b": 2}) == one
-    other = [(torch.ones(3, 2), 4), (torch.ones(2, 3).double(), 4), (torch.ones(3, 2).T, 4),
-             (torch.ones(2, 3), True), (torch.ones(2, 3), 4.0)]  # fmt: skip
-    assert len({form(torch.ones(2, 3), 4), *(form(*v) for v in other)}) == 6
+    other = [(torch.ones(3, 2), 4), (torch.ones(2, 3).double(), 4), (torch.ones(3, 2).T, 4)]
+    assert len({one, *(form(*v) for v in other)}) == 4
 
 
 def test_what_is_no_dense_tensor_travels_as_a_pickle() -> None:
     (sparse,) = again([torch.eye(3).to_sparse()])
     assert sparse.layout is torch.sparse_coo
     assert torch.equal(sparse.to_dense(), torch.eye(3))
-    assert again([Pickled(dumps([1, 2]))]) == [[1, 2]], "pickled once, not twice"
 
 
 def test_numbers_need_no_payload() -> None:
     parcel = take_apart([1, 2.0, None, True])
-    assert parcel == Parcel((("i",), ("f",), ("n",), ("b",)), [], parcel.numbers, [])
-    assert len(parcel.numbers) == 24
+    assert parcel == Parcel((None,) * 4, [], pickle.dumps([1, 2.0, None, True], 5))
 
 
 @settings(max_examples=100, deadline=None)
@@ -339,7 +335,7 @@ def test_a_closed_peer_wakes_who_waits_for_it(doing: str, wait: Any) -> None:
     """A reader; a writer of more than the socket holds; one that waits for a place. As in a worker, whose
     sockets block, and as in the caller, which listens meanwhile."""
     before = psutil.Process().num_fds()
-    ends = both_ends(1, wait)
+    ends = both_ends(1, wait, CALLER)
     closing = threading.Timer(0.2, ends[1].close)
     closing.start()
 
@@ -366,6 +362,18 @@ def test_a_closed_line_still_gives_what_was_sent(ends: tuple[SharedLinks, Shared
     assert ends[1].take(FORWARD) == Message(0, [1])
     with pytest.raises(LostStage, match="lost the connection to stage 0: it was closed"):
         ends[1].take(FORWARD)
+
+
+def test_what_is_sent_to_a_stage_that_is_gone_is_dropped(ends: tuple[SharedLinks, SharedLinks]) -> None:
+    """Else a stage would stop at another's failure sooner or later as the clock has it, rather than when it
+    needs something of it."""
+    ends[1].send(Channel("backward", 1, 0), Message(7, [2.0]))
+    ends[1].close()
+    for slot in range(5):
+        ends[0].send(FORWARD, Message(slot, [large(0.0)]))
+    assert ends[0].take(Channel("backward", 1, 0)) == Message(7, [2.0])
+    with pytest.raises(LostStage):
+        ends[0].take(Channel("backward", 1, 0))
 
 
 def test_closing_can_spare_one_peer() -> None:
@@ -428,6 +436,7 @@ def test_large_values_reach_the_next_stage(memfd: bool, monkeypatch: pytest.Monk
     """Through anonymous memory, and through a file without a name where the system has none."""
     if not memfd:
         monkeypatch.delattr(os, "memfd_create", raising=False)
+    warm(workers_environment(1))  # one, which stays
     before = psutil.Process().num_fds()
     states = []
     for executor in ("inline", "workers"):

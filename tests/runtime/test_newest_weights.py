@@ -175,6 +175,24 @@ def fail(t: Any, bad: Any) -> None:
     t.flush()
 
 
+@pytest.mark.parametrize("n_stages", [2, 3])
+def test_losses_of_finished_batches_are_told_after_a_failure(n_stages: int) -> None:
+    """With workers at least those that inline tells, to the bit: the stages go as far as they can with what
+    the failed one has sent; of the batch that fails there is none."""
+    losses = []
+    for executor in ("inline", "workers"):
+        with trainer(compiled(in_the_middle(), n_stages), executor, seed=0) as t:
+            for x, y in batches(20):
+                t.step(x, y)
+            with pytest.raises(dtrp.WorkerError, match="three is a bad number"):
+                fail(t, batches(1, size=3)[0])
+            losses.append(t.losses)
+    inline, workers = losses
+    assert len(inline) <= len(workers) <= 20
+    assert workers[: len(inline)] == inline
+    assert len(inline) > 20 - 2 * n_stages
+
+
 def bad_metric(output: Tensor, target: Tensor) -> float:
     raise ArithmeticError("immeasurable")
 

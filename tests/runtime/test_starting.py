@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -19,13 +20,12 @@ from dtrp.runtime.processes import workers_environment
 from .inside import processes
 from .toys import batches, compiled, mlp, trainer
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are fresh interpreters")
 
-
-def parent() -> starting.WarmParent:
-    found = starting.warm(workers_environment(1))
-    assert found is not None
-    return found
+def parent() -> int:
+    """The number of its process."""
+    pid = starting.warm(workers_environment(1)).pid
+    assert pid is not None
+    return pid
 
 
 def test_workers_are_as_the_script_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,36 +41,61 @@ def test_workers_are_as_the_script_is_now(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with trainer(compiled(mlp(2)), "workers", threads=2) as t:
         assert t.evaluate(batches(1), metric=metric)["metric"] == 1.0
-        assert all(process.parent is first for process in t._run.executor.crew.processes)
-    assert parent() is first
+        assert all(psutil.Process(pid).ppid() == first for pid in processes(t))
+    assert parent() == first
+
+
+def test_the_script_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the parent is begun with is not the script's afterwards; nor does Python's own way with a path
+    that is no text end the parent."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere")])
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    before = dict(os.environ), list(sys.path), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with trainer(compiled(mlp(2)), "workers") as t:
+        t.step(*batches(1)[0])
+    assert (dict(os.environ), sys.path, signal.pthread_sigmask(signal.SIG_BLOCK, [])) == before
 
 
 def test_variables_that_libraries_read_at_loading_want_a_new_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads them again in a fork."""
-    first = parent()
+    first, descriptors = parent(), psutil.Process().num_fds()
     monkeypatch.setenv("OMP_PROC_BIND", "false")
-    second = parent()
-    assert second is not first
-    assert first.ended
-    assert first.process.poll() is not None
+    assert parent() != first
+    assert not psutil.pid_exists(first)
+    assert psutil.Process().num_fds() == descriptors
 
 
 @pytest.mark.slow
-def test_without_its_parent_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_parent_a_run_goes_on() -> None:
     """The parent may be killed at any time: workers live on and are ended as ever, the next run has a new
-    one; where none can be, workers are fresh interpreters."""
+    one."""
     first = parent()
     with trainer(compiled(mlp(2)), "workers") as t:
         t.step(*batches(1)[0])
         pids = processes(t)
-        os.kill(first.process.pid, signal.SIGKILL)
-        first.process.wait()
+        os.kill(first, signal.SIGKILL)
         t.fit(batches(4), 1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    monkeypatch.setattr(starting, "warm", lambda environment: None)
     with trainer(compiled(mlp(2)), "workers") as t:
         t.fit(batches(2), 1)
-        assert all(isinstance(p, subprocess.Popen) for p in t._run.executor.crew.processes)
+
+
+SCRIPT = """
+import os, signal, tempfile
+from dtrp.runtime.processes import workers_environment
+from dtrp.runtime.starting import warm
+print(warm(workers_environment(1)).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_of_a_killed_script_nothing_is_left(tmp_path: Path) -> None:
+    """Neither the parent nor the folder in which it listens."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(dtrp.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, env=environment, check=False)
+    psutil.wait_procs([p for p in psutil.process_iter() if p.pid == int(done.stdout)], timeout=60)
+    assert not psutil.pid_exists(int(done.stdout))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_how_a_forked_worker_ended_is_known() -> None:
