@@ -130,7 +130,9 @@ def compile(
         try:
             pipeline.prepare(*call_arguments(example_inputs))
         except TypeError as e:
-            raise TypeError(f"example_inputs: {e}; {_EXAMPLE}") from None
+            one = "; a dict that is itself one argument goes into a tuple: example_inputs=(batch,)"
+            told = one if isinstance(example_inputs, dict) else ""
+            raise TypeError(f"example_inputs: {e}; {_EXAMPLE}{told}") from None
         except CaptureError as e:
             args, _ = call_arguments(example_inputs)
             if len(args) == 1 and isinstance(args[0], (list, dict)):
@@ -183,6 +185,9 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model is the class {model.__name__}: give compile an object, {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    lazy = next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(f"the parameter {lazy!r} has no shape yet: call the model once first, model(x)")
     kind = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(

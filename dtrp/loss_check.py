@@ -102,6 +102,7 @@ def _check_call(loss_fn: Callable[..., Any], extra: Mapping[str, Any]) -> None:
 class _StandIn:
     """What stands for output and target of a batch like the example's."""
 
+    model: nn.Module
     config: TrainConfig
     mode: FakeTensorMode
     leaves: list[Any]  # of the output, as captured
@@ -130,7 +131,7 @@ class _StandIn:
         mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
         if mode is None:
             return None
-        return cls(config, mode, leaves, captured.train.out_spec, target, now, size)
+        return cls(captured.model, config, mode, leaves, captured.train.out_spec, target, now, size)
 
     def output(self) -> Any:
         """The output, of fakes."""
@@ -230,9 +231,20 @@ class _StandIn:
             raise _Refused(
                 TypeError(f"{told(loss_fn)} calls backward(); only return the loss: the stages go backward")
             )
+        graph = _graph(loss)
+        used = {id(node.variable) for node in graph if hasattr(node, "variable")}
+        for name, p in self.model.named_parameters():
+            if id(p) in used:
+                raise _Refused(
+                    ValueError(
+                        f"{told(loss_fn)} uses the model's own parameter {name!r}, which trains in a stage "
+                        f"elsewhere: decay weights by the optimizer (weight_decay=, param_groups=), or let "
+                        f"the model's forward return the penalty beside its output"
+                    )
+                )
         if not roots or (loss.requires_grad and loss.is_leaf):  # made so on purpose
             return
-        if not loss.requires_grad or not any(_reaches(loss, root) for root in roots):
+        if not loss.requires_grad or graph.isdisjoint(map(_node, roots)):
             raise _Refused(
                 TypeError(
                     f"{told(loss_fn)} gave a tensor without a gradient back to the model's output: it does "
@@ -263,18 +275,20 @@ class _StandIn:
         return self.batch != self.example and tensor.dim() > 0 and tensor.shape[0] == self.batch
 
 
-def _reaches(loss: Tensor, root: Tensor) -> bool:
-    """Whether ``root`` is in the graph of ``loss``; nothing is computed."""
-    wanted = torch.autograd.graph.get_gradient_edge(root).node
-    seen, stack = set(), [loss.grad_fn]
+def _graph(loss: Tensor) -> set[Any]:
+    """The nodes of a loss's graph; nothing is computed."""
+    seen: set[Any] = set()
+    stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if node is wanted:
-            return True
         if node is not None and node not in seen:
             seen.add(node)
             stack += [parent for parent, _ in node.next_functions]
-    return False
+    return seen
+
+
+def _node(root: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(root).node
 
 
 @contextmanager

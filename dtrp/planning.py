@@ -6,6 +6,7 @@ This is the seam between the two halves: all that a trainer asks of the model th
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from .loss_check import check_loss
 from .orders import choose_order
 from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
+from .partitioner.capture.graph import Signature
 from .partitioner.capture.modes import Flags, flags_of, training_flags
 from .partitioner.capture.watch import Watch
 from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice
@@ -39,6 +41,11 @@ from .runtime.stats import StageStats
 from .training_report import TrainingReport
 from .trial import tried
 
+log = logging.getLogger("dtrp")
+
+_FORMS = 8
+"""Forms of call that get stages of their own; more are refused: something changes that should be a tensor."""
+
 
 class Planning:
     """Of one model."""
@@ -46,7 +53,9 @@ class Planning:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self.model, self.request = model, request
         self._compiled: Compiled | None = None  # the latest that was used
-        self._variants: dict[Any, Compiled] = {}  # by flags, and whether gradients are enabled
+        self._variants: dict[Any, Compiled] = {}  # by form, flags, and whether gradients are enabled
+        self._forms: dict[int, Signature] = {}  # of calls; the first is the one that was planned for
+        self.form, self._n_forms = 0, 0  # of the latest call; how many were made
         self._watch: Watch | None = None
         self._call: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})  # the latest
         self._planned_for: tuple[Sequence[Any], Mapping[str, Any]] | None = None  # of other sizes, perhaps
@@ -102,11 +111,12 @@ class Planning:
             The model was changed since, and could not be captured again or does not fit its plan any more.
         """
         with EXCLUSIVE:
-            self._call = args, kwargs
             changed = self.changed()
             if changed:
                 self._planned_for = None
-                self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+                self._forget()
+            before = self._call, self.form
+            self._call, self.form = (args, kwargs), self.form_of(args, kwargs)
             try:
                 self._compiled = self._variant(flags_of(self.model), torch.is_grad_enabled())
             except DtrpError as error:
@@ -115,7 +125,43 @@ class Planning:
                         f"{changed} is not as it was when the pipeline was compiled, and the model could not "
                         f"be compiled again: {error}"
                     ) from error
-                raise
+                if not self._compiled or self.form == before[1]:
+                    raise
+                log.info("there is no graph for calls of another form: %s", error)
+                del self._forms[self.form]
+                self._call, self.form = before  # whose graph says what does not fit
+            else:
+                if self.form != before[1]:
+                    self.example = keep_example(self.bind(args, kwargs))
+
+    def _forget(self) -> None:
+        self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+        self._forms, self.form = {}, 0
+
+    def form_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Which form of call this is: arguments that may be left out, flags and the like make others, each
+        with a graph of its own. What is no call of the model, or brings other numbers, is of the latest form,
+        which does not fit.
+        """
+        if not self._forms:
+            return 0
+        present = self._forms[self.form]
+        for number, form in ((self.form, present), *self._forms.items()):
+            if form.fits(args, kwargs):
+                return number
+        try:
+            made = Signature.of(self.model, args, kwargs)
+        except TypeError:
+            return self.form
+        plain = all(isinstance(v, (bool, str, type(None))) for v in made.new_values(present))
+        if not plain or len(self._forms) == _FORMS:
+            return self.form
+        return self._new_form(made)
+
+    def _new_form(self, signature: Signature) -> int:
+        self._n_forms += 1
+        self._forms[self._n_forms] = signature
+        return self._n_forms
 
     def _variant(self, flags: Flags, grad: bool) -> Compiled:
         """The stages for these modes: those that are there, or others laid over them."""
@@ -134,7 +180,8 @@ class Planning:
             if measured and on_host and by_itself and self.n_stages > 1:
                 tensors = base.captured.signature.flatten(args, kwargs)
                 base = tried(base, self.request, self.model, tensors)
-            self._variants[base.captured.flags, True] = base
+            self.form = self._new_form(base.captured.signature)
+            self._variants[self.form, base.captured.flags, True] = base
             whole = {kept.module for kept in base.captured.kept_whole}
             called = {
                 str(node.target)
@@ -142,18 +189,19 @@ class Planning:
                 for node in mode.module.graph.find_nodes(op="call_module")
             }
             self._watch = Watch(self.model, whole, base.captured.tensor_attributes, called)
-            self._compiled, self._planned_for = base, (args, kwargs)
-            self.example = keep_example(self.bind(args, kwargs))
+            self._planned_for = args, kwargs
         grad = grad or not base.captured.asks_grad
         if not any(flags):
             flags = base.captured.flags  # its eval graph
-        if (flags, grad) not in self._variants:
+        key = self.form, flags, grad
+        if key not in self._variants:
             captured = capture(self.model, *self._call, opened=base.captured.opened, flags=flags, grad=grad)
-            self._variants[flags, grad] = adapt(base, captured, self.request)
-        return self._variants[flags, grad]
+            self._variants[key] = adapt(base, captured, self.request)
+        return self._variants[key]
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors of one call, in the order of the wiring's model inputs.
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], form: int | None = None) -> list[Tensor]:
+        """The tensors of one call, in the order of the wiring's model inputs; ``form``: that it must have
+        (default: the latest call's).
 
         Raises
         ------
@@ -161,6 +209,10 @@ class Planning:
             They do not fit the example that was compiled for.
         """
         captured = self.made.captured
+        if form is not None and form != self.form:
+            captured = next((c.captured for (other, *_), c in self._variants.items() if other == form), None)
+            if captured is None:
+                raise TypeError("the model was compiled again since")
         tensors = captured.signature.flatten(args, kwargs)
         with EXCLUSIVE:  # a call of another shape may be traced
             fits = self._fits.get(id(captured))
@@ -181,7 +233,7 @@ class Planning:
         told = json.loads(text)
         plan, opened = Plan.of_dict(told["plan"]), tuple(told["opened"])
         self.request = replace(self.request, plan=plan, opened=opened)
-        self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
+        self._forget()
 
     # ---- for a trainer -----------------------------------------------------------------------------------
 

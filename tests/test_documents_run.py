@@ -1,8 +1,12 @@
 """Documents keep their word: every python block of README and docs is run, notebook and site are built."""
 
 import ast
+import doctest
+import importlib
 import importlib.util
 import re
+import shlex
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,24 +20,27 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrp
+from dtrp.cli import main
 from dtrp.pipeline import Pipeline
+
+from .runtime.ranks import ended, started
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-ELSEWHERE = {  # pages whose blocks need what is not here, and the test that has them
-    ("running.md", "init_device_mesh"): "tests of to_pipelining",
-    ("simulator.md", "cluster.json"): "tests of the simulator",
-    ("api.md", "simulate("): "tests of the simulator",
-}
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"`(dtrp (?:plan|export) [^`]*:[^`]*)`")
 
 
-def blocks(page):
-    return [b for b in BLOCK.findall(page.read_text(encoding="utf-8")) if not _elsewhere(page, b)]
+def blocks(page, language="python"):
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(text) for _, kind, text in found if kind == language]
 
 
-def _elsewhere(page, block):
-    return any(page.name == name and mark in block for name, mark in ELSEWHERE)
+def commands(page):
+    """Lines for a shell, those that stand in a sentence included."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if not line.startswith("python benchmarks/")]  # by their options, below
+    return lines + SHELL.findall(page.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -75,12 +82,17 @@ def test_the_first_page(names):
     run(block, names)
 
 
-@pytest.mark.parametrize("page", ["recipe.md", "cluster.md"])
-def test_pages_that_train(page, names):
-    """Of the cluster page the first block: the others need a launcher (tests/runtime/test_torchrun.py)."""
-    found = blocks(ROOT / "docs" / page)
-    for block in found[:1] if page == "cluster.md" else found:
-        run(block, names)
+def test_the_recipe(names):
+    (block,) = blocks(ROOT / "docs" / "recipe.md")
+    run(block, names)
+
+
+def test_cluster_pages_blocks_work_without_a_launcher_too(names):
+    *found, last = blocks(ROOT / "docs" / "cluster.md")
+    for block in [*found, last]:
+        if "init=" not in block:
+            run(block, names)
+    assert Path("run", ".metadata").exists()
 
 
 def test_the_tutorial_and_the_report(names):
@@ -98,7 +110,7 @@ def test_an_annealed_loss(names):
         def forward(self, x):
             return self.back(self.mean(x)), self.mean(x), self.spread(x)
 
-    (block,) = blocks(ROOT / "docs" / "running.md")
+    block, _ = blocks(ROOT / "docs" / "running.md")  # the other one: test_under_torchs_own_schedules
     loss, loop = block.split("\n\n", 1)
     run(loss, names)
     pipe = dtrp.compile(Coder(), n_gpus=2, example_inputs=torch.randn(4, 4))
@@ -154,7 +166,7 @@ class TestApiGuide:
 
     def test_every_block_is_run_by_one_of_these(self):
         marks = ("plans at the first batch", "for x, y in loader", "class Half", "SaveBest", "load_chain",
-                 "PipelineTrainer", "PipelineStrategy", "partition(", "simulate(")  # fmt: skip
+                 "PipelineTrainer", "PipelineStrategy", "partition(")  # fmt: skip
         for block in blocks(ROOT / "docs" / "api.md"):
             assert any(mark in block for mark in marks), block
 
@@ -163,8 +175,8 @@ class TestApiGuide:
 
 
 def test_no_page_is_forgotten():
-    """A page with python blocks that no test above runs."""
-    known = [
+    """A page with python blocks or commands that no test here runs."""
+    python = [
         "README",
         "index",
         "recipe",
@@ -176,8 +188,12 @@ def test_no_page_is_forgotten():
         "api",
         "simulator",
     ]
+    shell = ["README", "api", "cluster", "onnx", "planner", "simulator"]  # README's two lines: .ci/run
     for page in PAGES:
-        assert not blocks(page) or page.stem in known, f"{page.name} has blocks that no test runs"
+        assert not blocks(page) or page.stem in python, f"{page.name} has blocks that no test runs"
+        assert not commands(page) or page.stem in shell, f"{page.name} has commands that no test runs"
+        for text in blocks(page, ""):
+            assert not re.match(r"(\$ )?(dtrp|python|torchrun|pip) ", text), f"not marked as bash: {text}"
 
 
 def test_the_notebook_is_the_tutorial():
@@ -219,3 +235,157 @@ def test_the_site_builds_without_warnings(tmp_path):
     reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
     for name in ("dtrp.compiling.compile", "dtrp.callbacks.EMA", "lightning.PipelineStrategy"):
         assert f'id="dtrp.{name.removeprefix("dtrp.")}"' in reference or f".{name}" in reference, name
+
+
+# --- Commands -----------------------------------------------------------------------------------------
+
+
+def test_scripts_named_in_sentences_take_those_options():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text(encoding="utf-8")
+        for script, rest in re.findall(r"python ((?:benchmarks|examples)/\S+?\.py)([^`\n#]*)", text):
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for option in re.findall(r"--[\w-]+", rest):
+                assert f'"{option}"' in source, f"{page.name}: {script} {option}"
+
+
+GPT = """
+from torch import nn
+class GPT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(100, 32)
+        layer = lambda: nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        self.layers = nn.Sequential(*(layer() for _ in range(16)))
+        self.head = nn.Linear(32, 100)
+    def forward(self, tokens):
+        return self.head(self.layers(self.embed(tokens)))
+gpt = GPT
+"""
+
+
+@pytest.fixture
+def cluster(names):
+    """What the simulator's page takes for granted: a model of one's own, and the file that it shows."""
+    Path("my").mkdir()
+    Path("my", "models.py").write_text(GPT, encoding="utf-8")
+    (text,) = blocks(ROOT / "docs" / "simulator.md", "json")
+    Path("cluster.json").write_text(text, encoding="utf-8")
+
+
+def test_the_simulators_page(names, cluster):
+    (block,) = blocks(ROOT / "docs" / "simulator.md")
+    names["model"] = nn.Sequential(*(nn.Linear(16, 16) for _ in range(20)))
+    run(block, {**names, "x": torch.randn(4, 16)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["api.md", "onnx.md", "planner.md", "simulator.md"])
+def test_commands(page, names, cluster, monkeypatch):
+    """As they stand there."""
+    torchvision = pytest.importorskip("torchvision")
+    pytest.importorskip("onnxscript")
+    monkeypatch.syspath_prepend(".")
+    if page == "onnx.md":
+        pipe = dtrp.compile(torchvision.models.resnet18(), n_gpus=2, example_inputs=torch.randn(2, 3, 32, 32))
+        with pipe.trainer(F.cross_entropy, names["optimizer"]) as trainer:
+            trainer.step(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
+            trainer.save("run.ckpt")
+    found = [line for line in commands(ROOT / "docs" / page) if line.startswith("dtrp ")]
+    assert found
+    for line in found:
+        assert main(shlex.split(line)[1:]) == 0, line
+
+
+# --- Under a launcher ---------------------------------------------------------------------------------
+
+PREAMBLE = """
+import os, torch, dtrp, torch.nn.functional as F
+from functools import partial
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import Schedule1F1B
+from torch.utils.data import DataLoader, TensorDataset
+torch.manual_seed(0)
+class Decoder(nn.Sequential):
+    def __init__(self, config=None):
+        super().__init__(*(nn.Linear(8, 8) for _ in range(9)))
+model, config = Decoder(), None
+x, y = torch.randn(32, 8), torch.randint(0, 8, (32,))
+loader = val_loader = DataLoader(TensorDataset(x, y), 8)
+"""
+
+
+def launch(command, folder, block, mended=()):
+    """A torchrun line of a page, with a page's block as train.py."""
+    for was, becomes in (
+        ("epochs=90", "epochs=1"),
+        ("trainer(...,", "trainer(F.cross_entropy, SGD,"),
+        *mended,
+    ):
+        block = block.replace(was, becomes)
+    script = f"{PREAMBLE}\nSGD = partial(torch.optim.SGD, lr=0.1)\n{block}\nprint('ENDED', flush=True)\n"
+    (folder / "train.py").write_text(script, encoding="utf-8")
+    words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:]]
+    return started(words, folder, {})
+
+
+def ended_well(*processes, ranks):
+    found = [ended(process, 200.0) for process in processes]
+    assert [code for code, _ in found] == [0] * len(found), found
+    assert sum(text.count("ENDED") for _, text in found) == ranks
+
+
+@pytest.mark.slow
+def test_under_a_launcher(tmp_path):
+    """The first and the last line of the page on clusters, on this host; between them stand those for two
+    hosts (tests/runtime/test_two_hosts.py) and for Slurm, of which it says that it was not run."""
+    plain, of_meta, resumes = (blocks(ROOT / "docs" / "cluster.md")[i] for i in (0, 2, 3))
+    first, *between, last = commands(ROOT / "docs" / "cluster.md")
+    assert all("is_host" in line or line.startswith(("#SBATCH", "head=", "srun ")) for line in between)
+    ended_well(launch(first, tmp_path, plain), ranks=4)
+    safetensors = pytest.importorskip("safetensors.torch")
+    (tmp_path / "weights").mkdir()
+    tensors = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9))).state_dict()
+    safetensors.save_file(tensors, tmp_path / "weights" / "all.safetensors")
+    mended = [("loss_fn=..., optimizer=...", "loss_fn=F.cross_entropy, optimizer=SGD")]
+    ended_well(launch(first, tmp_path, of_meta, mended), ranks=4)
+    assert (tmp_path / "run" / ".metadata").exists()
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        here = f"localhost:{sock.getsockname()[1]}"
+    last = last.replace("host1:29500", here).replace("--nproc-per-node 4", "--nproc-per-node 2")
+    hosts = [launch(last, tmp_path, "pipe = dtrp.compile(model, n_gpus=4)\n" + resumes) for _ in range(2)]
+    ended_well(*hosts, ranks=4)
+
+
+@pytest.mark.slow
+def test_under_torchs_own_schedules(tmp_path):
+    _, block = blocks(ROOT / "docs" / "running.md")
+    (command,) = re.findall(
+        r"Under `(torchrun [^`]*)`, in every rank", (ROOT / "docs" / "running.md").read_text()
+    )
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
+    dtrp.compile(model, n_gpus=2, example_inputs=torch.randn(8, 8)).plan.save(tmp_path / "plan.json")
+    ended_well(launch(f"{command} train.py", tmp_path, block, [('"cuda"', '"cpu"')]), ranks=2)
+
+
+WITH_EXAMPLES = [
+    "onnx", "partitioner.devices", "partitioner.partition", "partitioner.report",
+    "simulation.cluster", "simulation.run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_in_docstrings(module):
+    failed, tried = doctest.testmod(importlib.import_module(f"dtrp.{module}"))
+    assert tried > 0
+    assert failed == 0
+
+
+def test_no_docstring_with_an_example_is_forgotten():
+    for path in (ROOT / "dtrp").rglob("*.py"):
+        found = [line for line in path.read_text(encoding="utf-8").splitlines() if ">>> " in line]
+        if not all("+SKIP" in line for line in found):  # what needs a file of the user's
+            name = ".".join(path.relative_to(ROOT / "dtrp").with_suffix("").parts).removesuffix(".__init__")
+            assert name in WITH_EXAMPLES, f"{path} has examples that no test runs"

@@ -385,6 +385,11 @@ def test_a_model_compiled_twice(pipe: dtrp.Pipeline) -> None:
         dtrp.compile(pipe, n_gpus=2)  # type: ignore[arg-type]
 
 
+def test_models_without_shapes() -> None:
+    with pytest.raises(ValueError, match=r"'0.weight' has no shape yet: call the model once first"):
+        dtrp.compile(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), n_gpus=2)
+
+
 def test_models_with_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="has no parameters: there is nothing to train"):
         dtrp.compile(nn.Sequential(nn.ReLU()), n_gpus=2)
@@ -398,6 +403,7 @@ EXAMPLES: dict[str, tuple[Any, str]] = {
     "a batch": ((X, Y), "example_inputs: .*too many positional arguments; .*without targets"),
     "numpy": (X.numpy(), "called with a ndarray: give tensors"),
     "a loader": (DataLoader([X]), "called with a DataLoader: give tensors"),  # type: ignore[arg-type]
+    "a dict": ({"image": X}, r"a dict that is itself one argument goes into a tuple: .*\(batch,\)"),
     "a shape": ((16, 8), "too many positional arguments; give what the model is called with"),
 }
 
@@ -414,6 +420,25 @@ def test_a_list_as_example() -> None:
     for example, kind in (([X], "list"), (({"input": X},), "dict")):
         with pytest.raises(dtrp.CaptureError, match=f"the {kind} in example_inputs is one argument of the"):
             dtrp.compile(net(), n_gpus=2, example_inputs=example)
+
+
+def test_examples_of_another_dtype() -> None:
+    """What numpy gives."""
+    with pytest.raises(dtrp.CaptureError, match=r"of different dtypes meet\n  to do: .*x.float\(\) \(numpy"):
+        dtrp.compile(net(), n_gpus=2, example_inputs=X.double())
+
+
+def test_a_loss_that_uses_the_models_parameters(pipe: dtrp.Pipeline, no_workers: None) -> None:
+    """A worker would have a copy of them, which stays as it was."""
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target) + sum(p.square().sum() for p in pipe.parameters())
+
+    with (
+        pipe.trainer(loss, SGD) as t,
+        pytest.raises(ValueError, match=r"own parameter '0.weight', .*weight_decay=.* beside its output"),
+    ):
+        t.step(X, Y)
 
 
 PLACES: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,12 +11,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..compiling import compile
+from ..pipeline import Pipeline
 from ..runtime.run_state import RunState
 from ..runtime.trainer import Trainer
 from ..runtime.training_state import flat_options, flat_state, unflattened
@@ -166,14 +169,39 @@ def release(optimizer: Optimizer) -> None:
     optimizer.state.clear()
 
 
-def refuse(told: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
-    """Refuse options of `Pipeline.trainer` that the library's own settings determine.
+def options(
+    pipeline: Any, training: Any, told: Mapping[str, str], source: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of `dtrp.compile` and `Pipeline.trainer` that a user gave; a number is one of stages.
+
+    Parameters
+    ----------
+    told
+        Options of `Pipeline.trainer` that the library's own settings determine, and which of them.
 
     Raises
     ------
     TypeError
+        They are none, or are ``told``.
     """
-    twice = [name for name in given if name in told]
-    if twice:
-        instead = ", ".join(f"{name} comes from {told[name]}" for name in twice)
+    if type(pipeline) is int:
+        pipeline = {"n_gpus": pipeline}
+    checked = []
+    for name, given, function, example in (
+        ("pipeline", pipeline, compile, "{'n_gpus': 4}"),
+        ("training", training, Pipeline.trainer, "{'method': '1f1b'}"),
+    ):
+        if not isinstance(given, Mapping | None):
+            raise TypeError(f"{name}={given!r}: expected options by name, such as {name}={example}")
+        known = set(inspect.signature(function).parameters) - {"self", "model"}
+        for option in given or {}:
+            if option not in known:
+                close = get_close_matches(str(option), known, n=1)
+                choice = ", ".join(sorted(known - set(told)))
+                hint = f"; did you mean {close[0]!r}?" if close else f": expected one of {choice}"
+                raise TypeError(f"{name}={{{option!r}: ...}} is no option of {function.__qualname__}{hint}")
+        checked.append(dict(given or {}))
+    if twice := [option for option in checked[1] if option in told]:
+        instead = ", ".join(f"{option} comes from {told[option]}" for option in twice)
         raise TypeError(f"training={dict.fromkeys(twice, ...)}: {instead}; set it in {source}")
+    return checked[0], checked[1]

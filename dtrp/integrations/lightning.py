@@ -32,7 +32,7 @@ except ImportError as e:
 from ..compiling import compile
 from ..runtime.loss import own_loss
 from ..runtime.trainer import Trainer
-from .handover import SameOptimizer, SameScheduler, export_state, import_state, keep_still, refuse, release
+from .handover import SameOptimizer, SameScheduler, export_state, import_state, keep_still, options, release
 
 REST = "dtrp"
 """In a checkpoint, beside the library's own entries: counters of batches, and the like."""
@@ -67,8 +67,8 @@ class PipelineStrategy(SingleDeviceStrategy):
 
     Parameters
     ----------
-    pipeline : mapping
-        Options of `dtrp.compile`, such as ``{"n_gpus": 4}``.
+    pipeline : mapping or int
+        Options of `dtrp.compile`, such as ``{"n_gpus": 4}``; a number is that of stages.
     training : mapping
         Options of `Pipeline.trainer` that Lightning has none for, such as ``{"method": "bp"}``.
     device : str or torch.device
@@ -92,15 +92,14 @@ class PipelineStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        pipeline: Mapping[str, Any] | None = None,
+        pipeline: Mapping[str, Any] | int | None = None,
         training: Mapping[str, Any] | None = None,
         *,
         device: str | torch.device = "cpu",
         **kwargs: Any,
     ) -> None:
         super().__init__(device=device, **kwargs)
-        self._pipeline, self._training = dict(pipeline or {}), dict(training or {})
-        refuse(_FROM, self._training, "Lightning")
+        self._pipeline, self._training = options(pipeline, training, _FROM, "Lightning")
         self._run: Trainer | None = None
         self._step: TrainingStep | None = None
         self._told, self._newest = 0, math.nan  # losses that have been logged, and the last of them
@@ -271,8 +270,8 @@ class TrainingStep(nn.Module):
 
     def log(self, loss: float) -> None:
         """Log a loss that has come, as `training_step` would have."""
-        for name, options in self._notes.of_loss.items():
-            self._notes.true_log(name, loss, **options)
+        for name, how in self._notes.of_loss.items():
+            self._notes.true_log(name, loss, **how)
 
     def put_back(self) -> None:
         """The module's own ``log``."""
@@ -306,9 +305,9 @@ class _Notes:
 
     def end(self, loss: Any) -> None:
         """What was the loss, of what was logged."""
-        for name, value, options in self._called:
+        for name, value, how in self._called:
             if value is loss:
-                self.of_loss[name] = options
+                self.of_loss[name] = how
             elif name not in self.warned:
                 self.warned.add(name)
                 rank_zero_warn(

@@ -36,7 +36,7 @@ except ImportError as e:
 from ..compiling import compile
 from ..runtime.loss import own_loss
 from ..runtime.trainer import Trainer
-from .handover import SameOptimizer, SameScheduler, export_state, import_state, keep_still, refuse, release
+from .handover import SameOptimizer, SameScheduler, export_state, import_state, keep_still, options, release
 
 REST = "dtrp.pt"
 """In a checkpoint, beside the library's own files: counters of batches, and the like."""
@@ -74,8 +74,8 @@ class PipelineTrainer(_Trainer):
     ----------
     *args, **kwargs
         As of `transformers.Trainer`.
-    pipeline : mapping
-        Options of `dtrp.compile`, such as ``{"n_gpus": 4}``.
+    pipeline : mapping or int
+        Options of `dtrp.compile`, such as ``{"n_gpus": 4}``; a number is that of stages.
     training : mapping
         Options of `Pipeline.trainer` that `TrainingArguments` have none for, such as ``{"method": "bp"}``.
 
@@ -97,7 +97,7 @@ class PipelineTrainer(_Trainer):
     def __init__(
         self,
         *args: Any,
-        pipeline: Mapping[str, Any] | None = None,
+        pipeline: Mapping[str, Any] | int | None = None,
         training: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -105,8 +105,7 @@ class PipelineTrainer(_Trainer):
         if given is not None:
             _check(given)
             given._n_gpu = min(given.n_gpu, 1)  # the devices are the stages': no copies of the model
-        self._pipeline, self._training = dict(pipeline or {}), dict(training or {})
-        refuse(_FROM, self._training, "TrainingArguments")
+        self._pipeline, self._training = options(pipeline, training, _FROM, "TrainingArguments")
         self._run: Trainer | None = None
         super().__init__(*args, **kwargs)
 

@@ -50,7 +50,8 @@ def _last_off(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[tuple[An
     if not args and named:
         raise TypeError(
             f"step() got no target among {', '.join(map(repr, named))}: name it 'target', the others as the "
-            f"model's forward does; pass loss_fn=None to trainer() if the model gives its own loss"
+            f"model's forward does ((batch, target) where the model takes the dict itself); pass "
+            f"loss_fn=None to trainer() if the model gives its own loss"
         )
     if not args:
         raise TypeError(
@@ -185,7 +186,10 @@ def what_step_takes(args: tuple[Any, ...], has_target: bool) -> str:
     if any(type(value).__module__ == "numpy" for value in args):
         return "give tensors, as by torch.as_tensor"
     if len(args) == 1 and isinstance(args[0], Mapping):
-        return "step takes a batch's parts by name: step(**batch)"
+        return (
+            "step takes a batch's parts by name: step(**batch); a dict that the model itself takes comes "
+            "before the target: step(batch, y)"
+        )
     if not has_target:
         return "with loss_fn=None, step takes the model's arguments alone, no target and no extra"
     if len(args) == 1 and isinstance(args[0], (tuple, list)):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import interrupts
-from .program import hooks_of
+from .arguments import follow_batch
+from .program import hooks_of, trained
 from .run_state import RunState
 from .twins import scalars_of
 
@@ -29,6 +30,15 @@ _WRITTEN = (
 _LOST = (
     "the parameter %r was changed by the script while batches were being trained: call trainer.flush() "
     "before such a change, so that it is made to the newest weights"
+)
+_FORM = (
+    "a batch has other arguments than those before (one that may be left out, a flag): the pipeline is "
+    "emptied and goes on with stages for these, whenever they change; batches of one form (a mask of ones, "
+    "say) are faster"
+)
+_WAITING = (
+    "batches of one update (accumulate=%d) must have the same arguments: %r got a gradient from one of them, "
+    "and is not used by this one"
 )
 log = logging.getLogger("dtrp")
 
@@ -116,7 +126,7 @@ class Changes:
         self._settings = Settings(nn.Module())
         self._values = Values({}, {})
         self._told = False
-        self._shelved: dict[str, Any] = {}  # the optimizer's state of parameters that are frozen meanwhile
+        self._formed = False
 
     def begin(self) -> None:
         """Stages are about to be made of the model as it is."""
@@ -190,6 +200,24 @@ class Changes:
             executor.call("load_state", values, owner.attributes() if assigned else {})
         self.note()
 
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, follow: bool) -> list[Tensor]:
+        """A batch's tensors. `follow`: where it has another form than those before (a mask that may be left
+        out, say), stages of that form go on.
+        """
+        run = self._run
+        try:
+            return run.compiled.bind(args, kwargs, run.form)
+        except (TypeError, ValueError):
+            ranked = run.world.executor == "torchrun"
+            if not follow or ranked or run.executor is None or run.compiled.form_of(args, kwargs) == run.form:
+                raise
+        self._restage(args, kwargs)
+        tensors = run.compiled.bind(args, kwargs, run.form)
+        run.along = follow_batch(tensors)
+        log.log(logging.INFO if self._formed else logging.WARNING, _FORM)
+        self._formed = True
+        return tensors
+
     def _restage(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Stages of the model as it is now go on from here."""
         run = self._run
@@ -201,8 +229,8 @@ class Changes:
         state = run.content()
         run.world.prepare(run.compiled, args, kwargs)
         programs = run.compiled.programs(run.owner.loss)
-        self._shelved |= {k: v for k, v in state["optimizer"].items() if k.startswith("state.")}
-        state["optimizer"] = self._shelved | state["optimizer"]
+        if lost := sorted(state["gradients"].keys() - trained(programs, run.owner.first_names())):
+            raise ValueError(_WAITING % (run.config.accumulate, lost[0]))
         self.begin()
         with interrupts.held(), run.rescued():
             run.replace(programs, RunState(state))

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import WorkerError
-from .arguments import as_call, check_loader, feeds
+from .arguments import Call, as_call, check_loader, feeds, take_target
 from .batch import Feed, WithExtra
 from .loss import scalar_loss
 
@@ -153,8 +153,9 @@ def combine(batches: Iterable[Mapping[str, tuple[Any, float]] | Failed]) -> dict
             if weight == 0.0:
                 if name in whole:
                     raise WorkerError(
-                        f"metric {name!r} has to see all batches, of which each replica has seen a part; "
-                        f"give a function (output, target) -> number, whose mean is taken, or use one replica"
+                        f"metric {name!r} has to see all batches, of which each replica, or form of batch, "
+                        f"has its own; give a function (output, target) -> number, whose mean is taken, or "
+                        f"use one replica and batches of one form"
                     )
                 whole[name] = mean
                 continue
@@ -199,34 +200,39 @@ def evaluate(run: Run, loader: Iterable[Any], metric: Any) -> dict[str, Any]:
     measure = Measure.of(run.loss_fn, metric)
     check_loader(loader, run.config.loss_fn is not None)
     run.drain()
-    batches = iter(loader)
-    first = next(batches, None)
-    if first is None:
-        return {}
-    executor, *_ = run.ready(*as_call(first))
-
-    def fed() -> Iterator[list[Feed]]:
-        for number, batch in enumerate(chain([first], batches)):
-            _, tensors, target = run.ready(*as_call(batch), follow=False)
-            yield feeds(run.eval_wiring, number, tensors, target)
-
-    with run.rescued(), closing(executor.evaluate(fed(), measure)) as results:
-        found = combine(results)
-    run.loggers.evaluation(len(run.history.losses), found)
+    found = combine(_answers(run, loader, measure))
+    if found:
+        run.loggers.evaluation(len(run.history.losses), found)
     return found
 
 
 def predict(run: Run, loader: Iterable[Any]) -> Iterator[Any]:
     """See `Trainer.predict`."""
-    executor = run.executor
-    if executor is None:
+    if run.executor is None:
         raise RuntimeError("no stage runs before the first step (and after the last): use pipe(x)")
     run.drain()
+    yield from _answers(run, loader, None)
 
-    def fed() -> Iterator[list[Feed]]:
-        for number, batch in enumerate(loader):
-            tensors = run.compiled.bind(*as_call(batch))
-            yield feeds(run.eval_wiring, number, tensors, None)
 
-    with run.rescued(), closing(executor.evaluate(fed(), None)) as outputs:
-        yield from outputs
+def _answers(run: Run, loader: Iterable[Any], measure: Measure | None) -> Iterator[Any]:
+    """What the last stage gives for each batch, which has a target where there is a ``measure``. Batches of
+    another form than those before go through stages for these."""
+    targets = measure is not None
+    has_target = targets and run.config.loss_fn is not None
+
+    def form(call: Call) -> int:
+        inputs, named, _ = take_target(run.compiled.model, *call, has_target=has_target)
+        return run.compiled.form_of(inputs, named)
+
+    def feed(numbered: tuple[int, Call]) -> list[Feed]:
+        number, call = numbered
+        _, tensors, target = run.ready(*call, targets=targets, follow=False)
+        return feeds(run.eval_wiring, number, tensors, target)
+
+    for _, calls in groupby(map(as_call, loader), form):
+        first = next(calls)
+        executor, *_ = run.ready(*first, targets=targets)
+
+        fed = map(feed, enumerate(chain([first], calls)))  # noqa: B031
+        with run.rescued(), closing(executor.evaluate(fed, measure)) as found:
+            yield from found

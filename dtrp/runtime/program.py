@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -163,6 +163,12 @@ class StageProgram:
 
     def wiring(self, training: bool) -> Wiring:
         return self.train if training else self.evaluate
+
+
+def trained(programs: Sequence[StageProgram], first_names: Mapping[str, str]) -> set[str]:
+    """The parameters that stages train, by their first names."""
+    held = [named for one in programs for named in one.module.named_parameters()]
+    return {first_names.get(name, name) for name, p in held if p.requires_grad}
 
 
 def _assign(root: nn.Module, name: str, value: Any) -> None:

@@ -30,7 +30,7 @@ from .inline import Inline
 from .loggers import Loggers
 from .loss import held_loss, ignored_target
 from .optim import OptimizerKind
-from .program import StageProgram
+from .program import StageProgram, trained
 from .rebalance import Move
 from .run_state import RunState, check_builds, model_groups
 from .world import join
@@ -86,7 +86,10 @@ class Run:
         self.in_flight = False
         self.stale = False  # the stages have newer weights than the model
         self.changes = Changes(self)
-        self._along: list[bool] = []  # which model inputs have a row for each sample
+        self.along: list[bool] = []  # which model inputs have a row for each sample
+        self.form: int | None = None  # of the batches that the stages are for
+        self._trained: set[str] = set()  # parameters that they train
+        self._shelved: dict[str, Any] = {}  # the optimizer's state of others
         self._exact = False  # the exact order is followed for now
         self.exact_updates: float = config.exact_start
 
@@ -113,15 +116,16 @@ class Run:
     # ---- batches -------------------------------------------------------------------------------------------
 
     def ready(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, follow: bool = True
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, follow: bool = True, targets: bool = True
     ) -> tuple[Executor, list[Tensor], Any]:
         """The running stages, a batch's tensors and its target; what can be refused is refused first.
 
-        ``follow``: what the script has changed on the model.
+        ``follow``: what the script has changed on the model, and other forms of batches; ``targets``: whether
+        a batch has one, where there is a loss.
         """
         if self.closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        compiled, has_target = self.compiled, self.config.loss_fn is not None
+        compiled, has_target = self.compiled, targets and self.config.loss_fn is not None
         inputs, named, target = take_target(compiled.model, args, kwargs, has_target=has_target)
         if self.executor is not None:
             if follow:
@@ -131,7 +135,7 @@ class Run:
         try:
             if self.executor is None:
                 self.world.prepare(compiled, inputs, named)
-            tensors = compiled.bind(inputs, named)
+            tensors = self.changes.bind(inputs, named, follow=follow)
         except TypeError as e:
             raise TypeError(f"{e}; {what_step_takes(args, has_target)}") from None
         return self.executor or self._start(tensors, target), tensors, target
@@ -189,7 +193,7 @@ class Run:
             config.parts,
             least=config.least_part,
             ignored=ignored_target(config.loss_fn),
-            along=self._along,
+            along=self.along,
         )
 
     def _collect(self, executor: Executor, *, wait: bool = False) -> None:
@@ -267,7 +271,7 @@ class Run:
 
     def _choose_order(self, tensors: Sequence[Tensor], target: Any) -> None:
         """A resumed run goes on in the order that it was saved with, unless another was asked for."""
-        self._along = follow_batch(tensors)
+        self.along = follow_batch(tensors)
         saved = {} if self.resume is None else self.resume.counters.get("order", {})
         config = self.config.decided(**saved) if saved else self.config
         config = self.compiled.choose_order(config, tensors, target)
@@ -282,6 +286,8 @@ class Run:
     def _launch(self, programs: list[StageProgram]) -> Executor:
         """Stages for these programs."""
         self.wiring, self.eval_wiring = programs[0].train, programs[0].evaluate
+        self.form = self.compiled.form
+        self._trained = trained(programs, self.owner.first_names())
         groups = model_groups(self.owner, self.config)
         config = replace(self.config, groups=groups, loss_fn=self.loss_fn)
         return self.world.start(programs, config, seed=self._seed, record=self.records, there=self.executor)
@@ -331,7 +337,7 @@ class Run:
 
     def gather(self, stages: Sequence[Any]) -> RunState:
         """From what the stages gave (`Answers.training_state`)."""
-        return RunState.gather(self.owner, self.config, stages, self._counters())
+        return RunState.gather(self.owner, self.config, stages, self._counters(), self._shelved)
 
     def _counters(self) -> dict[str, Any]:
         order = {} if self.config.is_open else {name: getattr(self.config, name) for name in _ORDER}
@@ -367,6 +373,7 @@ class Run:
             self._seed = state.counters["seed"]
         state = self.world.complete(state, self.owner)
         executor.call("load_state", *state.modules())
+        self._shelved = state.of_others(self._trained)
         executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))
 
 

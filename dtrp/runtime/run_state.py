@@ -25,7 +25,7 @@ from .handback import Owner, by_name
 from .optim import Group, ParameterSet, build_optimizer, groups_of
 from .random import random_state, set_random_state
 from .scaling import gathered
-from .training_state import SECTIONS, check_set, export_set, upgraded
+from .training_state import SECTIONS, check_set, complete, export_set, upgraded
 
 _COUNTERS = {
     "batches": int,
@@ -60,16 +60,21 @@ class RunState:
         config: TrainConfig,
         stages: Sequence[Mapping[str, Any]],
         counters: Mapping[str, Any],
+        shelved: Mapping[str, Any],
     ) -> Self:
-        """From what the stages gave (`Answers.training_state`); none before the first batch."""
+        """From what the stages gave (`Answers.training_state`), none before the first batch; ``shelved``: the
+        optimizer's state of what none of them uses."""
         # A stage without gradients steps no scheduler: its state counts last.
         ordered = sorted(stages, key=lambda stage: not stage["takes_part"])
         sets = [stage["parameters"] for stage in ordered if stage["parameters"] is not None]
-        sets = sets or [export_set(_all_parameters(owner, config), {})]
+        fresh = _all_parameters(owner, config)
+        sets = sets or [export_set(fresh, {})]
         content: dict[str, Any] = {key: {} for key in SECTIONS}
         for one in sets:
             for key in SECTIONS:
                 content[key] = one[key] | content[key]
+        content["optimizer"] = {**shelved, **content["optimizer"]}
+        complete(content, fresh, sets[0]["groups"])
         ambient = stages[0]["random"] if len(stages) == 1 else None
         content["training"] = {**sets[0]["training"], "scale": gathered([s["scale"] for s in stages])}
         content |= {"counters": dict(counters), "random": random_state(), "ambient": ambient}
@@ -106,6 +111,17 @@ class RunState:
         """Whether only some of its tensors were read; others are on the meta device."""
         named = chain(by_name(self.content).items(), *(self.content[key].items() for key in SECTIONS))
         return any(isinstance(value, Tensor) and value.is_meta for _, value in named)
+
+    def of_others(self, names: Collection[str]) -> dict[str, Any]:
+        """The optimizer's state of parameters that are not among these."""
+        kept = {f"state.{name}" for name in names}
+        return {
+            key: value
+            for key, value in self.content["optimizer"].items()
+            if key.startswith("state.")
+            and key.rpartition(".")[0] not in kept
+            and not key.startswith("state..")
+        }
 
     def to_write(self, owner: Owner) -> dict[str, Any]:
         """All sections, with the modules' present state."""

@@ -10,7 +10,7 @@ refuse parameters that have had no gradient so far, empty groups, and state that
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,8 @@ def export_set(parameters: ParameterSet, names: Mapping[str, str]) -> dict[str, 
     flat: dict[str, Any] = {}
     waiting: dict[str, int] = {}
     for group in optimizer.param_groups:
-        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         for p in group["params"]:
-            flat.update(flat_options(saved_as[p], options))
+            flat.update(flat_options(saved_as[p], _options(group)))
             waiting[saved_as[p]] = parameters.waiting
     by_key: Mapping[Any, Any] = optimizer.state
     whole = {k: v for k, v in by_key.items() if isinstance(k, str)}  # of no one parameter
@@ -47,6 +46,7 @@ def export_set(parameters: ParameterSet, names: Mapping[str, str]) -> dict[str, 
         "gradients": {n: p.grad for p, n in saved_as.items() if p.grad is not None},
         "previous": {n: parameters.previous[p] for p, n in saved_as.items() if p in parameters.previous},
         "waiting": waiting,
+        "groups": [_options(group) for group in parameters.groups],
         "training": {
             "optimizer": type(optimizer).__name__,
             "groups": len(parameters.groups),
@@ -128,6 +128,27 @@ def import_set(parameters: ParameterSet, saved: Saved, names: Mapping[str, str],
     parameters.gathered = float(parameters.waiting)
     if parameters.scheduler is not None:
         parameters.scheduler.load_state_dict(copy.deepcopy(saved["training"]["scheduler"]))
+
+
+def complete(content: dict[str, Any], fresh: ParameterSet, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Add what no stage uses: the options are those that the group has by now.
+
+    Parameters
+    ----------
+    fresh
+        All trainable parameters of the model.
+    groups
+        Present options of its groups.
+    """
+    waits = max(content["waiting"].values(), default=0)
+    for members, options in zip(fresh.members, groups, strict=True):
+        for name in sorted(fresh.names.keys() & members - content["waiting"].keys()):
+            content["optimizer"].update(flat_options(name, options))
+            content["waiting"][name] = waits
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 
 
 def flat_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

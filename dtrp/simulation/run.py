@@ -86,8 +86,9 @@ def simulate(
 
     Examples
     --------
-    >>> from dtrp.partitioner.profile import Profile, StageProfile
-    >>> four = Profile((StageProfile(forward=1.0, backward=2.0, sweep=0.0),) * 4)
+    >>> from dtrp.partitioner.profile import Message, Profile, StageProfile
+    >>> chain = tuple(Message(k, k + 1, 1, 1) for k in range(3))
+    >>> four = Profile((StageProfile(forward=1.0, backward=2.0, sweep=0.0),) * 4, chain)
     >>> result = simulate(four, schedule="1f1b", micro_batches=8, recompute=False)
     >>> round(result.stages[0].idle, 4), 3 / (8 + 3)
     (0.2727, 0.2727272727272727)

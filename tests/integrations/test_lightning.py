@@ -101,7 +101,7 @@ def fit(folder: Path, module: Any, strategy: Any = "auto", *, resume: Any = None
 
 
 def stages(**training: Any) -> PipelineStrategy:
-    return PipelineStrategy({"n_gpus": 2}, {"executor": "inline", **training})
+    return PipelineStrategy(2, {"executor": "inline", **training})
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,17 @@ def test_what_stages_cannot_do_is_refused(
         fit(tmp_path, kind(), stages(), **options)
 
 
-def test_settings_that_lightning_has_are_refused() -> None:
-    with pytest.raises(TypeError, match="max_grad_norm comes from gradient_clip_val; set it in Lightning"):
-        PipelineStrategy(training={"max_grad_norm": 1.0})
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"pipeline": "2"}, "pipeline='2': expected options by name, such as pipeline="),
+    ({"pipeline": {"ngpus": 2}}, "is no option of compile; did you mean 'n_gpus'"),
+    ({"training": "bp"}, "training='bp': expected options by name, such as training={'method'"),
+    ({"training": {"zero": 3}}, "no option of Pipeline.trainer: expected one of"),
+    ({"training": {"max_grad_norm": 1.0}}, "comes from gradient_clip_val; set it in Lightning"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), OPTIONS)
+def test_options_that_make_no_sense(given: dict[str, Any], message: str) -> None:
+    """Told where they are given, not when training begins."""
+    with pytest.raises(TypeError, match=message):
+        PipelineStrategy(**given)

@@ -271,3 +271,19 @@ def test_what_cannot_be_honoured_is_refused(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         trained(tmp_path, PipelineTrainer, pipeline={"n_gpus": 2}, eval_dataset=texts(2), **given, **options)
+
+
+def test_a_loader_that_accelerate_made(tmp_path: Path) -> None:
+    """A loop of one's own needs no more of accelerate."""
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(texts(), batch_size=2, collate_fn=padded)  # type: ignore[arg-type]
+    losses = []
+    for given in (loader, Accelerator(cpu=True).prepare(loader)):
+        with dtrp.compile(gpt2(), n_gpus=2).trainer(
+            None, partial(torch.optim.AdamW, lr=0.02), method="bp", executor="inline"
+        ) as t:
+            t.fit(given, 1)
+            losses.append(t.losses)
+    assert losses[0] == losses[1]

@@ -465,3 +465,17 @@ def test_checkpoint_without_gradients_at_its_inputs(x):
     captured.graph(True)(x).sum().backward()
     assert captured.model.a.weight.grad is None
     assert captured.model.b.weight.grad is not None
+
+
+def test_inputs_that_take_no_other_order():
+    """Offsets begin with zero: other samples of the example are no call of the model."""
+
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bags, self.head = nn.EmbeddingBag(20, 4, mode="mean"), nn.Linear(4, 2)
+
+        def forward(self, ids, offsets):
+            return self.head(self.bags(ids, offsets))
+
+    assert_faithful(Bags(), (torch.arange(12) % 20, torch.tensor([0, 3, 4, 9])))

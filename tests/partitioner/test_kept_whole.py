@@ -264,3 +264,14 @@ def test_objects_that_it_changes_for_some_values_are_refused(x):
         dtrp.CaptureError, match="how it changes an object that it is given depends on values"
     ):
         capture(Model(use, clamp), (x,), run=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_what_calls_a_scripted_function(x):
+    """Recording sees nothing of what happens in it: that shows where its result is given back, not later
+    where another module uses it."""
+    scripted = torch.jit.script(torch.nn.functional.silu)
+    captured = assert_faithful(Model(around, Model(lambda m, x: m.b(scripted(m.a(x))))), (x,))
+    assert names(captured) == ["inner"]
+    with pytest.raises(dtrp.CaptureError, match=r"cannot be followed \(TorchScript"):
+        capture(Model(lambda m, x: m.b(scripted(m.a(x)))), (x,))

@@ -79,6 +79,12 @@ _KNOWN = (
         "{whole}.",
     ),
     (
+        ("must have the same dtype", "should be the same", "expected scalar type"),
+        "values of different dtypes meet",
+        "Where the inputs' dtype is not the parameters': x.float() (numpy gives float64), model.float(), or "
+        "inputs of the model's dtype. Mixed precision is pipe.trainer(autocast=torch.bfloat16).",
+    ),
+    (
         ("CannotRecord",),
         "the model does something that a graph cannot hold",
         "Rewrite this line without it, or {whole}.",

@@ -101,8 +101,8 @@ class Signature:
             if isinstance(leaves[i], torch.Tensor) or not _same(leaves[i], expected):
                 raise ValueError(
                     f"argument {self.names[i]!r} was {expected!r} when the model was compiled and is "
-                    f"{_short(leaves[i])} now; only tensors may change between calls. "
-                    f"Compile again with an example of this form."
+                    f"{_short(leaves[i])} now. What changes between calls must be a tensor: give "
+                    f"torch.tensor(...), or compile again with an example of this form."
                 )
         for i in self.tensors:
             if not isinstance(leaves[i], torch.Tensor):
@@ -111,6 +111,19 @@ class Signature:
                     f"{_short(leaves[i])} now. Compile again with an example of this form."
                 )
         return [leaves[i] for i in self.tensors]
+
+    def fits(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call is of this form."""
+        try:
+            self.flatten(args, kwargs)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def new_values(self, before: Signature) -> list[Any]:
+        """Plain values that are others than in ``before``, or not there."""
+        known = {before.names[i]: value for i, value in before.constants.items()}
+        return [v for i, v in self.constants.items() if not _same(v, known.get(self.names[i], known))]
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` with ``tensors`` in the placeholders' places."""

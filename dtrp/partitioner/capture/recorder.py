@@ -177,6 +177,7 @@ class Recorder(TorchFunctionMode, Observer):
                 result = proceed(module, *args, **kwargs)
                 if foreign_randomness() != states:
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
+            self.writer.check_known(result)
             return result
 
         outer, self.writer.module = self.writer.module, name

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import base_types
 
@@ -19,7 +20,9 @@ from .fakes import FakeWorld, light
 from .gradients import enclose
 from .location import user_location
 from .methods import held_name
-from .structure import Step, opened_object
+from .structure import Step, opened_object, tensors_in
+
+_UNSEEN = "it cannot be followed (TorchScript, a C++ extension, another thread, or an earlier call)"
 
 
 class CannotRecord(Exception):
@@ -213,12 +216,16 @@ class GraphWriter:
             self.held[name] = self._world.originals[id(tensor)]
             self._attributes[id(tensor)] = (tensor, name)
         else:
-            raise CannotRecord(
-                "uses a tensor that was made where it cannot be followed "
-                "(TorchScript, a C++ extension, another thread, or an earlier call)"
-            )
+            raise CannotRecord(f"uses a tensor that was made where {_UNSEEN}")
         # A node for each use: parameters are at hand in every stage and need not travel between them.
         return self.node("get_attr", name, (), {}, tensor)
+
+    def check_known(self, result: Any) -> None:
+        """Whether all tensors that a module gives are known: else it is kept whole, and not who uses them."""
+        for _, tensor in tensors_in(result):
+            known = self._known, self._attributes, self._world.originals
+            if isinstance(tensor, FakeTensor) and not any(id(tensor) in names for names in known):
+                raise CannotRecord(f"gives a tensor that was made where {_UNSEEN}")
 
     # Going back
 

@@ -1,0 +1,158 @@
+"""Batches whose arguments come and go: the plain loop's results, or a refusal that names the way out."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dtrp
+
+from .toys import ADAMW
+
+inline_or_slow = pytest.mark.parametrize(
+    "executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)]
+)
+G = torch.Generator().manual_seed(0)
+Y = torch.randint(0, 4, (8,), generator=G)
+
+
+class Optional(nn.Module):
+    """What is left out leaves parameters out, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.style = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.deep = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+        self.head = nn.Linear(16, 4)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, more: dict[str, Tensor] | None = None,
+        negate: bool = False, scale: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        h = self.first(x)
+        if mask is not None:
+            h = h * mask
+        for name in sorted(more or {}):
+            h = h + self.style(more[name])  # type: ignore[index]
+        out = self.head(self.deep(h)) * scale
+        return -out if negate else out
+
+
+def x() -> Tensor:
+    return torch.randn(8, 8, generator=G)
+
+
+CALLS: list[dict[str, Any]] = [
+    {}, {"mask": torch.rand(8, 16, generator=G)}, {"more": {"a": x()}}, {"more": {"a": x(), "b": x()}},
+    {}, {"mask": torch.rand(8, 16, generator=G)}, {"negate": True}, {"more": {"a": x()}}, {},
+]  # fmt: skip
+BATCHES = [{"x": x(), **call, "target": Y} for call in CALLS]
+
+
+def plain(optimizer: Any, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[float]]:
+    model, losses = Optional(), []
+    o = optimizer(model.parameters())
+    for batch in batches:
+        o.zero_grad()
+        call = {k: v for k, v in batch.items() if k != "target"}
+        loss = F.cross_entropy(model(**call), batch["target"])
+        loss.backward()
+        o.step()
+        losses.append(loss.item())
+    return model.state_dict(), losses
+
+
+@inline_or_slow
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_plain_loop_does_the_same(micro_batches: int, executor: str) -> None:
+    """Optimizer states of parameters that a batch does not use stay, and go on where the next one does."""
+    state, losses = plain(ADAMW, BATCHES)
+    model = Optional()
+    method = {1: "bp", 2: "gpipe"}[micro_batches]
+    with dtrp.compile(model, n_gpus=2).trainer(
+        F.cross_entropy, ADAMW, method=method, micro_batches=micro_batches, executor=executor
+    ) as t:
+        for batch in BATCHES:
+            t.step(**batch)
+    assert t.losses == pytest.approx(losses, rel=1e-4)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_decoupled_training_goes_on_and_says_once_what_it_costs(caplog: pytest.LogCaptureFixture) -> None:
+    model = Optional()
+    with (
+        caplog.at_level(logging.WARNING, "dtrp"),
+        dtrp.compile(model, n_gpus=3).trainer(F.cross_entropy, ADAMW, executor="inline", seed=0) as t,
+    ):
+        t.fit(BATCHES, 3)
+    assert len(t.losses) == 3 * len(BATCHES)
+    assert sum(t.losses[-len(BATCHES) :]) < sum(t.losses[: len(BATCHES)])
+    assert sum("a batch has other arguments" in r.message for r in caplog.records) == 1
+
+
+def test_calls_evaluation_and_prediction(tmp_path: Path) -> None:
+    """In any order, and also between two batches of another form."""
+    model = Optional()
+    pipe = dtrp.compile(model, n_gpus=2, example_inputs=BATCHES[0]["x"])
+    calls = [{k: v for k, v in batch.items() if k != "target"} for batch in BATCHES]
+    for call in calls:
+        torch.testing.assert_close(pipe(**call), model(**call))
+    with pipe.trainer(F.cross_entropy, ADAMW, executor="inline", method="bp") as t:
+        for batch, call in zip(BATCHES, calls, strict=True):
+            t.step(**batch)
+            pipe(**calls[2])
+            torch.testing.assert_close(pipe(**call), model(**call))
+        seen = t.evaluate(BATCHES)
+        outputs = list(t.predict(calls))
+    model.eval()
+    with torch.no_grad():
+        wanted = [model(**call) for call in calls]
+    for one, other in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert seen["loss"] == pytest.approx(sum(F.cross_entropy(o, Y).item() for o in wanted) / len(wanted))
+    state, _ = plain(ADAMW, BATCHES)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_saved_where_a_batch_did_not_use_all(tmp_path: Path) -> None:
+    whole, resumed = Optional(), Optional()
+    made = {"loss_fn": F.cross_entropy, "optimizer": ADAMW, "executor": "inline", "method": "bp"}
+    with dtrp.compile(whole, n_gpus=2).trainer(**made) as t:
+        for i, batch in enumerate(BATCHES):
+            t.step(**batch)
+            if i == 4:
+                t.save(tmp_path / "run.ckpt")
+    with dtrp.compile(resumed, n_gpus=2).trainer(**made) as t:
+        t.load(tmp_path / "run.ckpt")
+        for batch in BATCHES[5:]:
+            t.step(**batch)
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], msg=name)
+
+
+def test_a_number_that_changes_is_refused() -> None:
+    """Each would want a graph of its own."""
+    with dtrp.compile(Optional(), n_gpus=2).trainer(F.cross_entropy, ADAMW, executor="inline") as t:
+        t.step(BATCHES[0]["x"], Y)
+        with pytest.raises(ValueError, match=r"'scale' was 1.0 .* 0.5 now.* give torch.tensor\(...\)"):
+            t.step(x(), scale=0.5, target=Y)
+        t.step(BATCHES[0]["x"], Y)
+
+
+def test_a_gradient_that_could_not_wait_is_refused() -> None:
+    with dtrp.compile(Optional(), n_gpus=2).trainer(
+        F.cross_entropy, partial(torch.optim.SGD, lr=0.1), executor="inline", method="bp", accumulate=2
+    ) as t:
+        t.step(**BATCHES[2])
+        with pytest.raises(ValueError, match=r"accumulate=2\) must have the same arguments: 'style.bias'"):
+            t.step(**BATCHES[0])
