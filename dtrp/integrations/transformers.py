@@ -82,7 +82,8 @@ class PipelineTrainer(_Trainer):
     Raises
     ------
     ValueError
-        An argument of `TrainingArguments` cannot be honoured: says which, and what to do.
+        An argument of `TrainingArguments`, or a `compute_loss` of a subclass, cannot be honoured: says which,
+        and what to do.
     TypeError
         ``training`` has an option that `TrainingArguments` determine; the optimizer cannot be made anew for
         a stage.
@@ -107,6 +108,11 @@ class PipelineTrainer(_Trainer):
             given._n_gpu = min(given.n_gpu, 1)  # the devices are the stages': no copies of the model
         self._pipeline, self._training = options(pipeline, training, _FROM, "TrainingArguments")
         self._run: Trainer | None = None
+        if type(self).compute_loss is not _Trainer.compute_loss:
+            raise ValueError(
+                f"{type(self).__name__} overrides compute_loss, which stages would not call: give it as "
+                f"compute_loss_func=(outputs, labels, num_items_in_batch), or let the model return that loss"
+            )
         super().__init__(*args, **kwargs)
 
     # ---- what the stages train -----------------------------------------------------------------------------

@@ -273,6 +273,17 @@ def test_what_cannot_be_honoured_is_refused(
         trained(tmp_path, PipelineTrainer, pipeline={"n_gpus": 2}, eval_dataset=texts(2), **given, **options)
 
 
+def test_a_loss_of_a_subclass_is_refused(tmp_path: Path) -> None:
+    """Otherwise the model's own would be trained, without a word."""
+
+    class Weighted(PipelineTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return 2 * model(**inputs).loss
+
+    with pytest.raises(ValueError, match=r"Weighted overrides compute_loss, .*compute_loss_func="):
+        Weighted(gpt2(), arguments(tmp_path), train_dataset=texts())
+
+
 def test_a_loader_that_accelerate_made(tmp_path: Path) -> None:
     """A loop of one's own needs no more of accelerate."""
     from accelerate import Accelerator
