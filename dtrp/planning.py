@@ -210,9 +210,10 @@ class Planning:
         """
         captured = self.made.captured
         if form is not None and form != self.form:
-            captured = next((c.captured for (other, *_), c in self._variants.items() if other == form), None)
-            if captured is None:
+            made = [c.captured for (other, *_), c in self._variants.items() if other == form]
+            if not made:
                 raise TypeError("the model was compiled again since")
+            captured = made[0]
         tensors = captured.signature.flatten(args, kwargs)
         with EXCLUSIVE:  # a call of another shape may be traced
             fits = self._fits.get(id(captured))
