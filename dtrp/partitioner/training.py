@@ -108,11 +108,17 @@ class Training:
 
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
         """Versions of its weights that stage ``k`` holds on to: those that the graphs which it keeps were
-        built on. Micro-batches between two updates share one."""
-        if recompute or self.order in EXACT:
+        built on. Micro-batches between two updates share one; with an adaptive optimizer, where they aim at
+        the same update."""
+        graphs = round(self.in_flight(k, n_stages) * self.micro_batches)
+        if recompute or self.order in EXACT or not graphs:
             return 0.0
-        graphs = self.in_flight(k, n_stages) * self.micro_batches
-        return min(graphs, self.staleness(k, n_stages) + 1.0)
+
+        def version(slot: int) -> tuple[int, int]:
+            aim = slot * self.devices(k) // self.micro_batches if self.adaptive and self.predicts else 0
+            return (slot - graphs + 1) * self.devices(k) // self.micro_batches, aim
+
+        return float(max(len(set(map(version, range(i, i + graphs)))) for i in range(self.micro_batches)))
 
     def batch_time(self, ticks: Sequence[float], cores: float = 0.0) -> float:
         """Seconds per batch of a pipeline whose stages take ``ticks``, on so many cores that their devices

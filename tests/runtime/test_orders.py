@@ -188,21 +188,22 @@ def test_what_is_held(order: str, held: list[int]) -> None:
         assert [s.most_stashed for s in t.stats][:3] == held
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("order", ["fig1", "lean"])
-def test_micro_batches_share_versions_of_the_weights(order: str, parts: int) -> None:
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_micro_batches_share_versions_of_the_weights(adaptive: bool, order: str, parts: int) -> None:
     """With one for each graph, memory would grow with the parts; with fewer than the planner counts on, a
     graph would be on weights that have changed."""
     model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), torch.randn(12, 4)
     pipe = dtrp.compile(model, 4, example_inputs=x, recompute=False)
-    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer = partial(torch.optim.Adam, lr=0.1) if adaptive else SGD
     with pipe.trainer(
-        F.mse_loss, sgd, executor="inline", schedule=order, micro_batches=parts, rebalance=False
+        F.mse_loss, optimizer, executor="inline", schedule=order, micro_batches=parts, rebalance=False
     ) as trainer:
         for _ in range(20):
             trainer.step(x, x)
         found = [kept_versions(stage) for stage in stages(trainer)]
-    training = Training(1.0, order=order, micro_batches=parts)
+    training = Training(order=order, micro_batches=parts, adaptive=adaptive)
     assert found == [training.versions(k, 4, recompute=False) for k in range(4)]
 
 
