@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -203,7 +204,7 @@ def _check_model(model: Any) -> None:
 def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
     """A device per stage."""
     if n_gpus is not None:
-        if isinstance(n_gpus, bool) or not isinstance(n_gpus, int):
+        if isinstance(n_gpus, bool) or not hasattr(n_gpus, "__index__"):
             raise TypeError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
         if n_gpus < 1:
             raise ValueError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
@@ -223,7 +224,7 @@ def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) ->
         return places
     there = accelerators.here()
     ranks = launched.world_size()
-    n_stages = n_gpus or (ranks if ranks > 1 else len(there) or 2)
+    n_stages = int(n_gpus or (ranks if ranks > 1 else len(there) or 2))
     if ranks > 1 and there:
         return (torch.device(there[0].type),) * n_stages  # which one is each rank's own to say
     if not there:

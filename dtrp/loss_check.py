@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .partitioner.capture import Captured
 from .partitioner.capture.example_values import batch_of
+from .partitioner.capture.state import Held
 from .runtime.batch import WithExtra
 from .runtime.config import TrainConfig
 from .runtime.loss import as_scalar, call_loss, own_loss, told
@@ -53,6 +56,11 @@ def check_loss(captured: Captured, config: TrainConfig, inputs: Sequence[Tensor]
     if loss_fn is None:
         as_scalar(None, own_loss(stand_in.output()))
         return
+    with _as_found(loss_fn):
+        _judge(stand_in, loss_fn)
+
+
+def _judge(stand_in: _StandIn, loss_fn: Callable[..., Any]) -> None:
     try:
         stand_in.judge_fakes(loss_fn)
         return
@@ -69,6 +77,30 @@ def check_loss(captured: Captured, config: TrainConfig, inputs: Sequence[Tensor]
         f"{told(loss_fn)} fails as loss_fn(output, target) and works as loss_fn(target, output): swap its "
         f"arguments"
     )
+
+
+@contextmanager
+def _as_found(loss_fn: Callable[..., Any]) -> Iterator[None]:
+    """On leaving, what the loss changes when it runs is as before: its attributes, globals and closures."""
+    code: Any = inspect.unwrap(loss_fn.func if isinstance(loss_fn, partial) else loss_fn)
+    own = []
+    if not isinstance(code, FunctionType):
+        own = [vars(code)] if hasattr(code, "__dict__") else []
+        code = vars(type(code)).get("__call__")
+    if isinstance(loss_fn, nn.Module) or not isinstance(code, FunctionType):  # a module is tried as a copy
+        yield
+        return
+    place = code.__globals__
+    named = {name: place[name] for name in code.__code__.co_names if name in place}
+    cells = [(cell, cell.cell_contents) for cell in code.__closure__ or ()]
+    held = Held([*own, *named.values(), *(value for _, value in cells)])
+    try:
+        yield
+    finally:
+        held.put_back()
+        place.update(named)
+        for cell, value in cells:
+            cell.cell_contents = value
 
 
 class _Refused(Exception):

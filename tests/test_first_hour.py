@@ -268,6 +268,53 @@ def test_trying_a_loss_leaves_nothing_in_it() -> None:
     assert type(loss.mean) is Tensor
 
 
+CALLS, SEEN = 0, []
+
+
+def counts(output: Tensor, target: Tensor) -> Tensor:
+    """A loss that changes what its script holds."""
+    global CALLS
+    CALLS += 1
+    SEEN.append(output.detach())
+    return CALLS * F.cross_entropy(output, target)
+
+
+class Warming:
+    """A loss that is an object, and remembers."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * F.cross_entropy(output, target)
+
+
+def enclosed() -> Any:
+    calls = 0
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return calls * F.cross_entropy(output, target)
+
+    return loss
+
+
+@pytest.mark.parametrize("make", [lambda: counts, Warming, enclosed, lambda: partial(counts)])
+def test_trying_a_loss_is_no_call_of_it(make: Any) -> None:
+    global CALLS
+    CALLS = 0
+    SEEN.clear()
+    first = []
+    for loss_fn in (make(), F.cross_entropy):
+        torch.manual_seed(0)
+        model = Gives(lambda out: out)
+        first.append(train(loss_fn, model=model, method="bp", executor="inline", seed=0)[0])
+    assert first[0] == first[1]
+    assert len(SEEN) in (0, 3)
+
+
 # --- Arguments of the loss that travel with the batch -------------------------------------------------
 
 

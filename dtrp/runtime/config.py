@@ -65,6 +65,8 @@ class TrainConfig:
         _one_of("scheduler_step", self.scheduler_step, ("update", "epoch"))
         _one_of("schedule", self.order, ("fig1", "lean", "auto"))
         check_predictor(self.predictor)
+        flag("max_grad_norm_lag", self.max_grad_norm_lag)
+        flag("compile_stages", self.compile_stages)
         for name in ("optimizer", "loss_fn", "lr_scheduler", "param_groups"):
             value = getattr(self, name)
             if value is None and name != "optimizer":
@@ -89,7 +91,9 @@ class TrainConfig:
             raise ValueError(
                 f"exact_start={self.exact_start!r}: expected an int (updates) or a share below 1"
             )
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral)
+        ):
             raise TypeError(f"seed={self.seed!r}: expected an int or None")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise TypeError(f"autocast={self.autocast!r}: expected a dtype such as torch.bfloat16")
@@ -218,6 +222,8 @@ class Launch:
     logger: Any = None
 
     def __post_init__(self) -> None:
+        flag("progress", self.progress)
+        flag("record", self.record)
         looks = self.rebalance
         number = isinstance(looks, int) and not isinstance(looks, bool) and looks >= 2
         if not number and looks is not False and looks != "auto":
@@ -241,6 +247,17 @@ class Launch:
             ):
                 raise TypeError(f"autosave={autosave!r}: expected (path, seconds), such as ('run.ckpt', 600)")
             _number("autosave's seconds", autosave[1], above=0.0)
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises
+    ------
+    TypeError
+    """
+    if value not in (True, False):
+        raise TypeError(f"{name}={value!r}: expected True or False")
 
 
 def _count(name: str, value: Any) -> None:

@@ -73,9 +73,11 @@ def _remedy(loss_fn: Any, given: Any) -> str:
 
 
 def own_loss(output: Any) -> Any:
-    """The loss that a model gives itself: its output, or the output's ``loss`` entry."""
+    """The loss that a model gives itself: its output, its ``loss`` entry, or the first of ``(loss, ...)``."""
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, (tuple, list)) and output and not hasattr(output, "loss"):
+        return output[0] if isinstance(output[0], Tensor) and output[0].numel() == 1 else output
     if isinstance(output, dict) and "loss" in output:
         return output["loss"]
     if getattr(output, "loss", None) is not None:

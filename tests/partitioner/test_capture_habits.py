@@ -226,9 +226,23 @@ def assert_all(m, x):
     return m.a(x)
 
 
+# fmt: off
+def in_one_line(m, x):
+    assert x.shape[-1] == 4; assert not x.isnan().any(), "nan"; assert x.isfinite().all(); return m.a(x)  # noqa: E702
+# fmt: on
+
+
 @pytest.mark.parametrize(
     "forward",
-    [refuse_if_not_all, refuse_any_or_any, refuse_unless_both, refuse_several, refuse_both, assert_all],
+    [
+        refuse_if_not_all,
+        refuse_any_or_any,
+        refuse_unless_both,
+        refuse_several,
+        refuse_both,
+        assert_all,
+        in_one_line,
+    ],
 )
 def test_checks_however_they_are_spelt(forward, x):
     outer = Model(lambda m, x: m.b(m.inner(x)), forward)

@@ -270,7 +270,15 @@ class ScalarLoss(OwnLoss):
         return super().forward(x, labels)["loss"]
 
 
-@pytest.mark.parametrize("kind", [OwnLoss, ScalarLoss])
+class FirstOfSeveral(OwnLoss):
+    """A model that gives its loss before its scores."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        output = super().forward(x, labels)
+        return output["loss"], output["logits"]
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, ScalarLoss, FirstOfSeveral])
 @pytest.mark.parametrize("n_stages", [1, 2, 4])
 def test_the_model_gives_its_own_loss(n_stages: int, kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
@@ -287,7 +295,9 @@ def test_the_model_gives_its_own_loss(n_stages: int, kind: type[nn.Module]) -> N
     opt = SGD(twin.parameters())
     for batch, seen in zip(batches, losses, strict=True):
         output = twin(batch.args[0], labels=batch.target)
-        loss = output["loss"] if isinstance(output, dict) else output
+        loss = (
+            output["loss"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
+        )
         loss.backward()
         opt.step()
         opt.zero_grad()

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .custom import guard
-from .location import asking_frame
+from .location import asking_place
 
 _TELLING = ["_assert", "warn", "warning", "warning_once", "info", "debug", "error", "log", "print"]
 
@@ -34,8 +34,8 @@ def decide(condition: Node, evaluate: Callable[[Node], Any]) -> bool | None:
 
     ``evaluate`` gives a node's real value in the example, None if it cannot be told; so is the answer then.
     """
-    frame = asking_frame()
-    check = frame and check_at(frame.f_code.co_filename, frame.f_lineno)
+    asking = asking_place()
+    check = asking and check_at(*asking)
     if check is None:
         return None
     answer = passing_answer(*check)
@@ -62,8 +62,8 @@ class Answers(TorchFunctionMode):
             return self.left.pop(0)
 
 
-def check_at(file: str, line: int) -> tuple[ast.expr, bool] | None:
-    """The condition that stands at a line and what it must be, if its statement only refuses.
+def check_at(file: str, line: int, column: int | None) -> tuple[ast.expr, bool] | None:
+    """The condition that stands at a place and what it must be, if its statement only refuses.
 
     That is: assert, or if ... raise.
     """
@@ -71,7 +71,7 @@ def check_at(file: str, line: int) -> tuple[ast.expr, bool] | None:
         if isinstance(statement, ast.Call):
             continue
         test = statement.test
-        if test.lineno <= line <= (test.end_lineno or test.lineno):
+        if _holds(test, line, column):
             if isinstance(statement, ast.Assert):
                 return test, True
             return (test, False) if not statement.orelse and _refuses(statement.body[-1]) else None
@@ -98,13 +98,21 @@ def passing_answer(test: ast.expr, wanted: bool) -> bool | None:
 
 
 def is_told() -> bool:
-    """Whether the line that runs now is part of a message: of a check, a warning or a log."""
-    frame = asking_frame()
-    if frame is None:
+    """Whether what runs now is part of a message: of a check, a warning or a log."""
+    asking = asking_place()
+    if asking is None:
         return False
-    line = frame.f_lineno
-    calls = (n for n in _statements(frame.f_code.co_filename) if isinstance(n, ast.Call))
-    return any(n.lineno <= line <= (n.end_lineno or n.lineno) and _name(n) in _TELLING for n in calls)
+    file, line, column = asking
+    calls = (n for n in _statements(file) if isinstance(n, ast.Call))
+    return any(_name(n) in _TELLING and _holds(n, line, column) for n in calls)
+
+
+def _holds(node: ast.expr, line: int, column: int | None) -> bool:
+    """Whether a place is within an expression; several may stand in one line."""
+    end, after = node.end_lineno or node.lineno, node.end_col_offset or 0
+    if column is None or not node.lineno <= line <= end:
+        return node.lineno <= line <= end
+    return (node.lineno, node.col_offset) <= (line, column) < (end, after)
 
 
 @functools.lru_cache(maxsize=32)

@@ -63,8 +63,9 @@ _KNOWN = (
     (
         ("differs from the model", "gives", "where its graph runs"),
         "the graph does not do what the model does",
-        "Look for state that forward keeps outside of buffers, or for random numbers from numpy or Python, "
-        "in the part named above.",
+        "Look in the part named above for what forward keeps from call to call outside of its module (in a "
+        "global, an iterator, a generator of its own), and keep it in a buffer or a plain attribute of the "
+        "module, which is then kept whole; draw random numbers by torch.",
     ),
     (
         ("calls backward() inside forward",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from itertools import islice
 from types import FrameType
 
 import torch
@@ -33,6 +34,15 @@ def asking_frame() -> FrameType | None:
     while frame is not None and is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
+
+
+def asking_place() -> tuple[str, int, int | None] | None:
+    """The file, line and column of the expression that it is at, where they are known."""
+    frame = asking_frame()
+    if frame is None:
+        return None
+    line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    return frame.f_code.co_filename, line or frame.f_lineno, column
 
 
 def raised_at(error: BaseException) -> str:
