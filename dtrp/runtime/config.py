@@ -92,7 +92,7 @@ class TrainConfig:
                 f"exact_start={self.exact_start!r}: expected an int (updates) or a share below 1"
             )
         if self.seed is not None and (
-            isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral)
+            isinstance(self.seed, bool) or not hasattr(self.seed, "__index__")
         ):
             raise TypeError(f"seed={self.seed!r}: expected an int or None")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
