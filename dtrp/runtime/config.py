@@ -91,9 +91,7 @@ class TrainConfig:
             raise ValueError(
                 f"exact_start={self.exact_start!r}: expected an int (updates) or a share below 1"
             )
-        if self.seed is not None and (
-            isinstance(self.seed, bool) or not hasattr(self.seed, "__index__")
-        ):
+        if self.seed is not None and (isinstance(self.seed, bool) or not hasattr(self.seed, "__index__")):
             raise TypeError(f"seed={self.seed!r}: expected an int or None")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise TypeError(f"autocast={self.autocast!r}: expected a dtype such as torch.bfloat16")
