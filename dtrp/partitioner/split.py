@@ -80,10 +80,13 @@ def split(captured: Captured, plan: Plan, hazards: Hazards) -> Split:
 
 
 def reached_by_training(graph: ModeGraph) -> frozenset[str]:
-    """Nodes whose value depends on a parameter that is trained (``requires_grad``), as it stands now."""
+    """Nodes whose value depends on a parameter that is trained (``requires_grad``), as it stands now; by what
+    was written into it later, too."""
     reached: set[str] = set()
+    written: set[int] = set()  # storages, by nodes that are reached
     root = graph.module
-    for node in root.graph.nodes:
+    for access in graph.walk.accesses:
+        node = access.node
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(root)
             trained = isinstance(value, torch.Tensor) and value.requires_grad
@@ -91,9 +94,10 @@ def reached_by_training(graph: ModeGraph) -> frozenset[str]:
             trained = any(p.requires_grad for p in root.get_submodule(str(node.target)).parameters())
         else:
             trained = False
-        if trained or any(a.name in reached for a in node.all_input_nodes):
+        if trained or any(a.name in reached for a in node.all_input_nodes) or access.reads & written:
             reached.add(node.name)
-    return frozenset(reached)
+            written |= access.writes
+    return frozenset(reached.union(a.node.name for a in graph.walk.accesses if a.makes & written))
 
 
 def split_graph(

@@ -329,3 +329,59 @@ def test_nothing_is_backwarded_below_the_lowest_trained_parameter(method: str) -
         for batch in batches:
             trainer.step(*batch.args, batch.target)
     assert not fired
+
+
+class Written(nn.Module):
+    """A new tensor, filled in place with what a layer gives, leaves the stage."""
+
+    def __init__(self, fill: Callable[[Tensor, Tensor], Tensor], frozen: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.fill = [fill]
+        self.a.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.fill[0](self.a(x), x)).relu())
+
+
+def by_columns(h: Tensor, x: Tensor) -> Tensor:
+    out = h.new_empty(h.shape)
+    out[:, ::2] = h[:, ::2].tanh()
+    out[:, 1::2] = h[:, 1::2].relu()
+    return out
+
+
+def by_a_loop(h: Tensor, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for i in range(4):
+        out[:, i] = h[:, i] * i
+    return out
+
+
+def by_index_copy(h: Tensor, x: Tensor) -> Tensor:
+    return torch.zeros(x.shape).index_copy_(1, torch.arange(8).flip(0), h)
+
+
+def by_a_view(h: Tensor, x: Tensor) -> Tensor:
+    out = torch.ones(x.shape[0], 2, 4)
+    left = out[:, 0]
+    left.mul_(h[:, :4])
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("fill", [by_columns, by_a_loop, by_index_copy, by_a_view])
+@pytest.mark.parametrize("n_stages", [2, 3])
+def test_what_was_written_in_place_carries_gradient(n_stages: int, fill: Any, frozen: bool) -> None:
+    """It had no gradient when it was made: else all layers before the cut stand still, silently."""
+    model = Written(fill, frozen)
+    twin, data = copy.deepcopy(model), [Batch((torch.randn(6, 8),), torch.randint(4, (6,))) for _ in range(8)]
+    pipe = dtrp.compile(model, n_stages, example_inputs=data[0].args)
+    with pipe.trainer(nn.functional.cross_entropy, SGD, method="bp", executor="inline") as trainer:
+        for batch in data:
+            trainer.step(*batch.args, batch.target)
+        trainer.flush()
+        losses = trainer.losses
+    assert losses == pytest.approx(plain_loop(twin, data, nn.functional.cross_entropy, SGD), rel=1e-6)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)

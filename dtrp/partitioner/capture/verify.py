@@ -282,6 +282,7 @@ class _Runner(Runner):
         super().__init__(model, traced.graph, world, traced.held)
         self.updates: dict[str, torch.Tensor] = {}
         self.accesses: list[Access] = []
+        self.values: list[tuple[Access, list[torch.Tensor]]] = []
 
     def where(self, number: int) -> tuple[str, str]:
         meta = self.node.meta if self.node is not None else {}
@@ -297,8 +298,11 @@ class _Runner(Runner):
             access.reads |= storages_in([self.env[a] for a in n.all_input_nodes])
             access.makes |= storages_in(value)
             tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
-            access.differentiable = any(v.requires_grad for v in tensors)
             self.accesses.append(access)
+            self.values.append((access, tensors))
+        else:  # a value may carry gradient since something was written into it
+            for access, tensors in self.values:
+                access.differentiable = any(v.requires_grad for v in tensors)
         return value
 
     def _value(self, n: Node) -> Any:
