@@ -193,6 +193,10 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"model is wrapped in {kind}: give compile model.module; stages have their own devices"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model was made by torch.jit: a script cannot be cut; give compile the module that it was made from"
+        )
     if hasattr(model, "_orig_mod"):
         raise TypeError(
             "model was made by torch.compile: give dtrp.compile the module that it was made from, and "
