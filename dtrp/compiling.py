@@ -195,7 +195,8 @@ def _check_model(model: Any) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "model was made by torch.jit: a script cannot be cut; give compile the module that it was made from"
+            "model was made by torch.jit, and a script cannot be cut: give compile the module that it was "
+            "made from"
         )
     if hasattr(model, "_orig_mod"):
         raise TypeError(

@@ -68,9 +68,8 @@ class GraphWriter:
         # The model's own tensors and their qualified names, by the ids of tensors and of their fake twins.
         self._attributes: dict[int, tuple[torch.Tensor, str]] = {}
         for prefix, module in model.named_modules():
-            for name, value in itertools.chain(
-                *map(dict.items, (module._parameters, module._buffers, vars(module)))
-            ):
+            tables = module._parameters, module._buffers, vars(module)
+            for name, value in itertools.chain.from_iterable(table.items() for table in tables):
                 for tensor in (value, world.twin(value)) if isinstance(value, torch.Tensor) else ():
                     self._attributes.setdefault(id(tensor), (tensor, f"{prefix}.{name}".removeprefix(".")))
 
