@@ -199,7 +199,7 @@ class Stage:
     def _forward(self, slot: int, feed: Feed) -> Steps:
         """The first forward of any stage but the last."""
         arrivals = yield from self.ports.arrivals(slot, feed)
-        horizons = self._horizons("forward")
+        horizons = self._horizons("forward", feed)
         flight = InFlight(feed, arrivals)
         twin: Twin | None = None
         graph = self.takes_part and not self.recomputes
@@ -236,7 +236,7 @@ class Stage:
         arrivals = self.ports.differentiable((yield from self.ports.arrivals(slot, feed)))
         if self.scaling is not None:
             self.scaling.heard(self.ports.overflowed)
-        horizons = self._horizons("forward")
+        horizons = self._horizons("forward", feed)
         twin = self.weights.ahead(horizons, feed.update.lr_scale)
         before = Snapshot(self.module) if self.config.gives_up else None
         self.meter.graph(+1)
@@ -269,7 +269,7 @@ class Stage:
             yield from self._gradients(slot, flight)
             if flight.skip:
                 return
-        horizons = self._horizons("recompute")
+        horizons = self._horizons("recompute", flight.feed)
         flight.twin = self.weights.ahead(horizons, flight.feed.update.lr_scale)
         flight.arrivals = self.ports.differentiable(flight.arrivals)
         self.meter.graph(+1)
@@ -346,7 +346,7 @@ class Stage:
             self.updates.update(flight.feed.update)
             self.meter.stop(mark, "step", -1)
 
-    def _horizons(self, kind: Literal["forward", "recompute"]) -> tuple[float, float]:
+    def _horizons(self, kind: Literal["forward", "recompute"], feed: Feed) -> tuple[float, float]:
         """In updates, of own parameters and of guests. A guest's update becomes visible one round after its
         owner's step, so that a first forward, which comes after the stage's own step, still misses one.
 
@@ -360,12 +360,13 @@ class Stage:
             slots, late = of(self.stage, config.horizon), kind == "forward" and not self.program.is_last
             between = schedule.depth(self.stage) - 1 if late and not schedule.exact else 0
             per_update = config.accumulate * schedule.parts
-            every = (slots, slots + late, slots - between, between)
-            known = tuple(float(in_updates(n, per_update)) for n in every)
+            every = (slots, slots + late, slots - between)
+            known = (*(float(in_updates(n, per_update)) for n in every), between)
             self._known_horizons[kind, schedule.order] = known
-        own, guests, beyond, to_come = known
+        own, guests, beyond, to_come = known  # the last one in slots
         if self._foresees and self.weights.own is not None:
-            own = beyond + math.floor(to_come + self.weights.own.gathered / config.accumulate + 1e-6)
+            batches = to_come / feed.parts + self.weights.own.gathered  # a small one has fewer parts
+            own = beyond + math.floor(batches / config.accumulate + 1e-6)
         scale = config.horizon_scale if config.predicts else 0.0
         return scale * own, scale * guests
 
