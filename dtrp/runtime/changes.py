@@ -61,8 +61,8 @@ class Settings:
         for p in self._parameters:
             found.append(p.requires_grad)
             if p._backward_hooks or p._post_accumulate_grad_hooks:
-                before, after = hooks_of(p)
-                found += [id(p), *map(id, before), *map(id, after)]
+                hooks = [id(hook) for side in hooks_of(p) for hook in side]  # without those of replicas
+                found += [id(p), *hooks] if hooks else []
         for module in self._modules:
             own = vars(module)
             found.append(module.training)

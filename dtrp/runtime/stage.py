@@ -193,6 +193,7 @@ class Stage:
         self._slot += self._fed
         self._round = self._fed = 0
         self.updates.begin_segment()
+        self.weights.loaded()
 
     # ---- actions -------------------------------------------------------------------------------------------
 

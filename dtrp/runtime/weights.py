@@ -69,7 +69,9 @@ class Weights:
         watch((p, p) for p in self.own_parameters)
 
     def loaded(self) -> None:
-        """To be called after weights or optimizers were overwritten."""
+        """To be called after weights or optimizers were overwritten, and where a saved run would go on: what
+        was predicted with less of a gradient than there is now is not used again.
+        """
         self._written.clear()
 
     # ---- modules to run passes on ------------------------------------------------------------------------

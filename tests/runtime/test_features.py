@@ -466,7 +466,7 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 
     said: dict[str, Any] = {}
     true = tqdm.set_postfix
-    monkeypatch.setattr("dtrp.runtime.progress.PACE", 0.0)
+    monkeypatch.setattr("dtrp.runtime.fitting.PACE", 0.0)
     monkeypatch.setattr(tqdm, "set_postfix", lambda bar, row, **kw: (said.update(row), true(bar, row, **kw)))
     with trainer(compiled(), progress=True) as t:
         t.fit(batches(6), 1)
