@@ -138,13 +138,16 @@ def test_exact_training_equals_the_library(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
 def test_fifty_updates_equal_the_library(precision: str, tmp_path: Path) -> None:
-    options = {"max_steps": 50, "bf16": precision == "bf16", "gradient_accumulation_steps": 2}
+    """In float64, but for the library's loss: of the last bits of float32, in which sums in another order
+    differ, fifty steps of AdamW make more than 1e-4 on some processors."""
+    options: dict[str, Any] = {"max_steps": 50, "gradient_accumulation_steps": 2}
+    options |= {"bf16": True} if precision == "bf16" else {"model": lambda: gpt2().double()}
     mine = trained(tmp_path / "a", PipelineTrainer, pipeline={"n_gpus": 2}, training=EXACT, **options)
     theirs = trained(tmp_path / "b", transformers.Trainer, **options)
     assert len(logged(mine)) == 50
-    assert logged(mine) == pytest.approx(logged(theirs), abs=1e-4 if precision == "fp32" else 0.02)
+    assert logged(mine) == pytest.approx(logged(theirs), abs=1e-4 if precision == "fp64" else 0.02)
 
 
 @pytest.mark.parametrize(
