@@ -46,7 +46,8 @@ def choose_order(
     least = STATISTICS if chosen == "auto" and _takes_statistics(model) else 1
     if parts == "auto":
         parts = most_parts(stages, training, config, samples // least)
-        parts = -(-samples // -(-samples // parts))  # as many as there are when all but the last are as large
+        size = -(-samples // parts)
+        parts = -(-samples // size) if size else 1  # as many as there are when all but the last are as large
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
     if why and chosen == "auto":
         parts = 1

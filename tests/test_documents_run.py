@@ -288,7 +288,7 @@ def test_commands(page, names, cluster, monkeypatch):
     monkeypatch.syspath_prepend(".")
     if page == "onnx.md":
         pipe = dtrp.compile(torchvision.models.resnet18(), n_gpus=2, example_inputs=torch.randn(2, 3, 32, 32))
-        with pipe.trainer(F.cross_entropy, partial(torch.optim.SGD, lr=1e-5)) as trainer:  # of a net that new
+        with pipe.trainer(F.cross_entropy, partial(torch.optim.SGD, lr=1e-5)) as trainer:
             trainer.step(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
             trainer.save("run.ckpt")
     found = [line for line in commands(ROOT / "docs" / page) if line.startswith("dtrp ")]

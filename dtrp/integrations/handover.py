@@ -32,7 +32,7 @@ class SameOptimizer:
     """Builds an optimizer like another one, for `Pipeline.trainer`.
 
     Over all trainable parameters of the model, in their order, it has the same groups; a stage's are
-    arranged by these (runtime/optim.py).
+    arranged by these (runtime/groups.py).
 
     Raises
     ------

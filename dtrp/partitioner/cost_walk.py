@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.capture.modes import in_mode
-from dtrp.partitioner.node_cost import NodeCost, NodeRunner, OutputSpec, TensorSpec
+from dtrp.partitioner.node_cost import NodeCost, NodeRunner, OutputSpec
+from dtrp.partitioner.node_key import TensorSpec
 from dtrp.partitioner.peak import NodeMemory
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from dtrp.partitioner.stage_cost import (
     RECOMPUTE,
     overlaps,
     stage_costs,
-    stage_models,
     transfer_attribute,
 )
+from dtrp.partitioner.stage_models import stage_models
 from dtrp.partitioner.training import ASSUMED, Training
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from dtrp.partitioner.stage_cost import (
     StageCost,
     overlaps,
     stage_costs,
-    stage_models,
     transfer_attribute,
 )
+from dtrp.partitioner.stage_models import stage_models
 from dtrp.partitioner.training import Training
 from dtrp.partitioner.units import duration
 

@@ -101,7 +101,7 @@ class Answers:
                     tensor.copy_(tensors[name])
         modules = own_modules(self.stage.module)
         set_attributes(modules, completed(attributes, attributes_of(modules)))
-        self.stage.weights.loaded()
+        self.stage.weights.forget()
 
     def training_state(self, names: Mapping[str, str]) -> dict[str, Any]:
         """What besides weights and buffers the next batch's training depends on, by parameter name;
@@ -120,7 +120,7 @@ class Answers:
         """Take over what `training_state` gave, in whatever stages; ``names``: names here -> saved ones."""
         for parameters in self.stage.weights.sets:
             import_set(parameters, saved, names, gradients=parameters is self.stage.weights.own)
-        self.stage.weights.loaded()
+        self.stage.weights.forget()
         if self.stage.scaling is not None:
             self.stage.scaling.resume(saved["training"].get("scale"), hears=self.stage.program.is_last)
         if self.stage.passes.seed is not None and seed is not None:

@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
+from .groups import Group
 from .predictors import Predictor, check_predictor
 from .schedule import EXACT, Horizon, Schedule
-
-if TYPE_CHECKING:
-    from .optim import Group
 
 EXECUTORS = ("auto", "inline", "workers", "torchrun")
 MOST_PARTS = 254  # micro-batches that wait on a line at once: the number of a place is a byte

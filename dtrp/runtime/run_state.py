@@ -21,11 +21,13 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from .config import TrainConfig
+from .groups import Group, groups_of
 from .handback import Owner, by_name
-from .optim import Group, ParameterSet, build_optimizer, groups_of
+from .optim import ParameterSet, build_optimizer
 from .random import random_state, set_random_state
 from .scaling import gathered
-from .training_state import SECTIONS, check_set, complete, export_set, upgraded
+from .training_state import SECTIONS, check_set, complete, export_set
+from .version_1 import upgraded
 
 _COUNTERS = {
     "batches": int,

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from .. import accelerators
 from .answers import Answers
 from .batch import Feed, InFlight, Update
+from .clipping import Norms
 from .config import TrainConfig
 from .links import Links
 from .loss import Report, check_finite
@@ -48,7 +49,7 @@ from .scaling import LossScale
 from .schedule import in_updates
 from .tied import TiedGradients
 from .twins import Snapshot, Twin
-from .updates import Norms, Updates
+from .updates import Updates
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class Stage:
         self._slot += self._fed
         self._round = self._fed = 0
         self.updates.begin_segment()
-        self.weights.loaded()
+        self.weights.forget()
 
     # ---- actions -------------------------------------------------------------------------------------------
 

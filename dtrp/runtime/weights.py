@@ -68,9 +68,9 @@ class Weights:
         self._watch = watch
         watch((p, p) for p in self.own_parameters)
 
-    def loaded(self) -> None:
-        """To be called after weights or optimizers were overwritten, and where a saved run would go on: what
-        was predicted with less of a gradient than there is now is not used again.
+    def forget(self) -> None:
+        """What was predicted is not used again: weights or optimizers were overwritten, or a saved run would
+        go on here, which would predict with all of the gradient that there is by now.
         """
         self._written.clear()
 

@@ -11,7 +11,7 @@ import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ class Worker:
         self.unsaid, self.said = [], time.monotonic()
 
 
-@cache
+@lru_cache(maxsize=256)
 def _structure(pickled: bytes) -> pytree.TreeSpec:
     spec: pytree.TreeSpec = loads(pickled)
     return spec

@@ -12,7 +12,8 @@ from dtrp.partitioner.costs import cost_graph
 from dtrp.partitioner.devices import device_spec
 from dtrp.partitioner.peak import NodeMemory
 from dtrp.partitioner.planner import solve
-from dtrp.partitioner.stage_cost import predictions, stage_costs, stage_models
+from dtrp.partitioner.stage_cost import predictions, stage_costs
+from dtrp.partitioner.stage_models import stage_models
 from dtrp.partitioner.training import Training
 
 P, G, A, X, Y = 100, 100, 7, 5, 3  # bytes: parameters, gradients, kept, model input, output of each node

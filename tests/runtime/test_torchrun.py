@@ -208,7 +208,7 @@ def test_gpipe_has_room_for_all_its_parts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_runs_on_ranks(tmp_path: Path) -> None:
-    """The example as it is, on four ranks, gives the workers' weights."""
+    """The example, on four ranks, gives the workers' weights, if no cuts move by the clock meanwhile."""
     root = Path(dtrp.__file__).parents[1]
     script = f"""
     import runpy
@@ -216,7 +216,7 @@ def test_the_quickstart_runs_on_ranks(tmp_path: Path) -> None:
     made = []
     compile = dtrp.compile
     dtrp.compile = lambda model, *a, **k: made.append(compile(model, *a, **k)) or made[-1]
-    made_trainer = dtrp.Pipeline.trainer  # cuts that move by the clock would make two runs of it
+    made_trainer = dtrp.Pipeline.trainer
     dtrp.Pipeline.trainer = lambda *a, **k: made_trainer(*a, **dict(k, rebalance=False))
     sys.argv = ["quickstart.py", "--epochs", "2"]
     runpy.run_path({str(root / "examples" / "quickstart.py")!r}, run_name="__main__")
