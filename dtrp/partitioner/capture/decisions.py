@@ -71,7 +71,8 @@ def check_at(file: str, line: int, column: int | None) -> tuple[ast.expr, bool] 
         if isinstance(statement, ast.Call):
             continue
         test = statement.test
-        if _holds(test, line, column):
+        # Python 3.11 says the whole statement where later ones say the condition.
+        if (statement.lineno, statement.col_offset) == (line, column) or _holds(test, line, column):
             if isinstance(statement, ast.Assert):
                 return test, True
             return (test, False) if not statement.orelse and _refuses(statement.body[-1]) else None
