@@ -1,7 +1,7 @@
 """What the runtime itself costs: time above the plain loop where stages have next to nothing to compute.
 
     python benchmarks/overhead.py [--rounds 7] [--batches 300] [--parts inline workers mlp] [--json F]
-    python benchmarks/overhead.py --parts inline --gate 1.5     # exit code 1 above 1.5 ms per stage and tick
+    python benchmarks/overhead.py --parts inline --gate 7     # exit code 1 above 7 times the plain loop's CPU
 
 - inline: K linear layers of 8x8, one per stage, batch 4, all stages in this process. CPU time of the process
   per batch, less the plain loop's, over K. The scheme itself costs something: a second forward pass in every
@@ -220,7 +220,10 @@ def tiny_rows(executor: str, rounds: int, count: int, schedule: str) -> list[Row
             for what, pairs in (("CPU above plain", seen), ("by hand above plain", hand))
         ]
         plains = [plain.cpu * 1e3 for plain, _ in seen]
-        rows.append(Row(executor, stages, "plain, CPU", "ms per batch", plains))
+        rows += [
+            Row(executor, stages, "plain, CPU", "ms per batch", plains),
+            Row(executor, stages, "CPU over plain", "times", [ours.cpu / plain.cpu for plain, ours in seen]),
+        ]
     return rows
 
 
@@ -247,9 +250,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--schedule", default="fig1", help="where the version has a choice")
     parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument(
-        "--gate", type=float, metavar="MILLISECONDS", help="most that inline may take above plain"
-    )
+    parser.add_argument("--gate", type=float, metavar="TIMES", help="most of inline's CPU time over plain")
     args = parser.parse_args()
     if args.gate is not None and "inline" not in args.parts:
         parser.error("--gate judges the part inline")
@@ -288,9 +289,10 @@ def main() -> int:
         args.json.write_text(json.dumps({**about, "rows": numbers}, indent=1) + "\n")
     if args.gate is None:
         return 0
-    most = max(row.median for row in rows if row.what == "CPU above plain")
+    # The least of the rounds: what else runs on the machine can only add to it, and adds to both.
+    most = max(min(row.values) for row in rows if row.what == "CPU over plain")
     verdict = "above" if most > args.gate else "within"
-    print(f"gate: {most:.3f} ms of CPU per stage-tick, {verdict} {args.gate:g}")
+    print(f"gate: {most:.2f} times the plain loop's CPU time, {verdict} {args.gate:g}")
     return int(most > args.gate)
 
 
