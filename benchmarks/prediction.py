@@ -134,16 +134,22 @@ def throughput(
     """Of a run on worker processes: its report, its stages' processor time and its own, seconds per batch."""
     pipe = dtrp.compile(model, n_stages, example_inputs=x, devices=["cpu"] * n_stages, costs=costs)
     optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
-    with pipe.trainer(criterion, optimizer, executor="workers", seed=0, rebalance=False) as trainer:
-        for _ in range(2 * n_stages + 2):
+    fill = 2 * n_stages
+    with pipe.trainer(
+        criterion, optimizer, executor="workers", seed=0, rebalance=False, record=True
+    ) as trainer:
+        for _ in range(fill + 2):
             trainer.step(x, y)
         trainer.flush()
         before, start, done = trainer.stats, time.perf_counter(), 0
-        while done < 12 or (time.perf_counter() - start < 5 and done < 300):
+        while done < fill + 12 or (time.perf_counter() - start < 5 and done < 300):
             trainer.step(x, y)
             done += 1
         trainer.flush()
-        seconds = (time.perf_counter() - start) / done
+        # From one update of the first stage to another, while the pipeline was full.
+        ends = [e.end for e in trainer.events if e.stage == 0 and e.kind == "step"][fill + 2 :]
+        full = ends[1 : len(ends) - fill + 2]
+        seconds = (full[-1] - full[0]) / (len(full) - 1)
         window = [now.since(then) for now, then in zip(trainer.stats, before, strict=True)]
         parts = trainer.config.micro_batches
         assert isinstance(parts, int)
