@@ -45,9 +45,7 @@ def choose_order(
     chosen, parts = config.micro_batches, config.micro_batches
     least = STATISTICS if chosen == "auto" and _takes_statistics(model) else 1
     if parts == "auto":
-        parts = most_parts(stages, training, config, samples // least)
-        size = -(-samples // parts)
-        parts = -(-samples // size) if size else 1  # as many as there are when all but the last are as large
+        parts = most_parts(stages, training, config, samples, least)
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
     if why and chosen == "auto":
         parts = 1
@@ -64,8 +62,11 @@ def choose_order(
     return chosen_config
 
 
-def most_parts(stages: Sequence[StageReport], training: Training, config: TrainConfig, limit: int) -> int:
-    """The parts, up to ``limit``, that train to the same loss soonest; more where a tick hardly gets longer.
+def most_parts(
+    stages: Sequence[StageReport], training: Training, config: TrainConfig, samples: int, least: int = 1
+) -> int:
+    """The parts of so many samples, ``least`` in each, that train to the same loss soonest; more where a tick
+    hardly gets longer.
 
     Exact orders have no delay but bubbles: theirs is the number that makes a batch fastest.
     """
@@ -81,8 +82,11 @@ def most_parts(stages: Sequence[StageReport], training: Training, config: TrainC
     def tick(parts: int) -> float:
         return max(stage.tick_time + (parts - 1) * stage.slot_time for stage in stages)
 
-    # With so many, the delay is a quarter of an update: there is nothing left to gain.
-    candidates = range(1, max(1, min(limit, 4 * (n_stages - 1))) + 1)
+    # With so many, the delay is a quarter of an update: there is nothing left to gain. All parts but the last
+    # are as large, so that some numbers never come about: sixteen samples in five parts are four of four.
+    limit = max(1, min(samples // least, 4 * (n_stages - 1)))
+    sizes = {-(-samples // parts) for parts in range(1, limit + 1)}
+    candidates = sorted({-(-samples // size) for size in sizes if size}) or [1]
     if config.exact:
         return min(candidates, key=lambda parts: tick(parts) * (1 + (n_stages - 1) / parts))
     soonest = min(candidates, key=lambda parts: tick(parts) * price(parts))

@@ -213,6 +213,20 @@ def test_parts_are_worth_what_they_cost(slot, order, adaptive, parts):
     assert most_parts(now, training, config, 1000) == parts
 
 
+@pytest.mark.parametrize("slot", [0.001, 0.01, 0.03, 0.035, 0.05, 0.2])
+def test_only_numbers_of_parts_that_come_about_are_compared(slot):
+    """Sixteen samples in five parts are four of four, whose delay is another, and costs other epochs."""
+    pipe = dtrp.compile(dense(8, 64), n_gpus=4, example_inputs=torch.randn(8, 64))
+    config = TrainConfig(loss_fn=F.mse_loss, optimizer=SGD, micro_batches="auto", order="auto")
+    training = Training(adaptive=True, order="lean")
+    now = [replace(stage, tick_time=1.0, slot_time=slot) for stage in pipe.report.stages]
+    cost = {n: (1 + (n - 1) * slot) * replace(training, micro_batches=n).price(4) for n in (1, 2, 3, 4, 6, 8)}
+    chosen = most_parts(now, training, config, 16)
+    assert len(list(split_batch([torch.zeros(16, 1)], None, chosen))) == chosen
+    if slot > 0.02:  # else a twentieth of a tick buys more
+        assert cost[chosen] == min(cost.values())
+
+
 def test_shares_count_the_targets_that_are_not_ignored():
     """The mean of the parts' means is the whole's mean, as cross-entropy takes it."""
     x, y = text()
