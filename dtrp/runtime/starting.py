@@ -43,6 +43,7 @@ NUMBER = struct.Struct("q")  # as fork servers tell
 
 _lock = threading.RLock()
 _parent: WarmParent | None = None
+_is_worker = False
 
 
 class WarmParent(forkserver.ForkServer):
@@ -61,8 +62,19 @@ class WarmParent(forkserver.ForkServer):
 
 
 def warm(environment: Mapping[str, str]) -> WarmParent:
-    """The warm parent, begun now if there is none that fits."""
+    """The warm parent, begun now if there is none that fits.
+
+    Raises
+    ------
+    RuntimeError
+        This is a worker: without end there would be more of them.
+    """
     global _parent
+    if _is_worker:
+        raise RuntimeError(
+            "a worker process must not start workers of its own. It imported a module of the script's that "
+            "trains while it is imported: put what trains under if __name__ == '__main__', or in a function"
+        )
     hold_standard_descriptors()
     with _lock, _told(environment):
         key = _key(environment)
@@ -227,6 +239,8 @@ class _Fork:
 
     def _bootstrap(self, sentinel: int) -> None:
         """Called in the new process: as a fresh interpreter would find things; does not return."""
+        global _is_worker
+        _is_worker = True
         try:
             *descriptors, out, err = forkserver.get_inherited_fds() or []
             os.dup2(out, 1)

@@ -98,6 +98,32 @@ def test_of_a_killed_script_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+UNGUARDED = """
+import dtrp, torch
+from functools import partial
+
+def distance(output, target):
+    return (output - target).pow(2).mean()
+
+x = torch.randn(4, 2)
+model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+pipe = dtrp.compile(model, 2, example_inputs=x)
+with pipe.trainer(distance, partial(torch.optim.SGD, lr=0.1), executor="workers") as trainer:
+    trainer.step(x, x)
+"""
+
+
+def test_a_module_that_trains_while_it_is_imported_starts_no_workers_in_workers(tmp_path: Path) -> None:
+    """Else each worker, which imports it for the loss, has workers, without end."""
+    (tmp_path / "mine.py").write_text(UNGUARDED)
+    path = os.pathsep.join([str(Path(dtrp.__file__).parents[1]), str(tmp_path)])
+    command, environment = [sys.executable, "-c", "import mine"], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "WorkerError" in done.stderr
+    assert "if __name__ == '__main__'" in done.stderr
+
+
 def test_how_a_forked_worker_ended_is_known() -> None:
     """Exit code or signal, which the parent tells."""
 
