@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -106,6 +107,22 @@ def keep_still(optimizer: Optimizer) -> None:
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # and here, too
     optimizer.step = step  # type: ignore[method-assign]
     optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+
+
+def check_rates(optimizer: Optimizer, expected: Sequence[Any]) -> None:
+    """Refuse rates that a hook or callback has set on an optimizer that is kept still.
+
+    Raises
+    ------
+    ValueError
+    """
+    for i, (group, rate) in enumerate(zip(optimizer.param_groups, expected, strict=False)):
+        if not math.isclose(group["lr"], rate, rel_tol=1e-6, abs_tol=1e-12):
+            raise ValueError(
+                f"a hook or callback has set lr={float(group['lr']):g} in group {i} of the optimizer, where "
+                f"{float(rate):g} is its or its scheduler's: the stages would not follow; let a scheduler "
+                f"(torch.optim.lr_scheduler.LambdaLR) say the rates"
+            )
 
 
 def export_state(run: Trainer, optimizer: Optimizer, scheduler: Any = None) -> dict[str, Any]:

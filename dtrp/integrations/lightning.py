@@ -3,10 +3,11 @@
     trainer = L.Trainer(strategy=PipelineStrategy(pipeline={"n_gpus": 4}), accumulate_grad_batches=4)
     trainer.fit(module, data)
 
-What is compiled is ``training_step(batch, 0)`` with all that it calls, up to the loss. A step of the loop
-hands the batch to the stages; optimizer and scheduler step there (handover.py). Losses come a few batches
-later: `log` of the loss in `training_step` logs those that have come. Validation, tests and predictions run
-in this process, on the strategy's device, with the newest weights.
+What is compiled is `training_step` with all that it calls, up to the loss. A step of the loop hands the batch
+to the stages, and with it, as tensors, what counts batches: ``batch_idx``, ``current_epoch``,
+``global_step``. Optimizer and scheduler step there (handover.py). Losses come a few batches later: `log` of
+the loss in `training_step` logs those that have come. Validation, tests and predictions run in this process,
+on the strategy's device, with the newest weights.
 """
 
 from __future__ import annotations
@@ -17,22 +18,32 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 try:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch import Trainer as LightningTrainer
+    from lightning.pytorch import callbacks as known
     from lightning.pytorch.plugins.precision import MixedPrecision, Precision
     from lightning.pytorch.strategies import SingleDeviceStrategy
-    from lightning.pytorch.utilities import rank_zero_warn
     from lightning.pytorch.utilities.model_helpers import is_overridden
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ImportError as e:
     raise ImportError("dtrp.integrations.lightning needs lightning: pip install 'dtrp[lightning]'") from e
 
 from ..compiling import compile
-from ..runtime.loss import own_loss
 from ..runtime.trainer import Trainer
-from .handover import SameOptimizer, SameScheduler, export_state, import_state, keep_still, options, release
+from .handover import (
+    SameOptimizer,
+    SameScheduler,
+    check_rates,
+    export_state,
+    import_state,
+    keep_still,
+    options,
+    release,
+)
+from .training_step import TrainingStep
 
 REST = "dtrp"
 """In a checkpoint, beside the library's own entries: counters of batches, and the like."""
@@ -55,11 +66,23 @@ _HOOKS = (
     "configure_gradient_clipping",
     "lr_scheduler_step",
     "on_after_backward",
+    "on_before_backward",
     "on_before_optimizer_step",
     "on_before_zero_grad",
     "optimizer_step",
     "optimizer_zero_grad",
 )
+
+
+_CHANGING = (
+    known.BaseFinetuning,
+    known.BatchSizeFinder,
+    known.GradientAccumulationScheduler,
+    known.LearningRateFinder,
+    known.ModelPruning,
+    known.StochasticWeightAveraging,
+)
+"""Callbacks that change in a run what stages are made of."""
 
 
 class PipelineStrategy(SingleDeviceStrategy):
@@ -83,9 +106,10 @@ class PipelineStrategy(SingleDeviceStrategy):
 
     Notes
     -----
-    ``batch_idx`` is 0 in what is compiled, and what `training_step` asks the trainer (``current_epoch``,
-    ``global_step``) stays as it was at the first batch. Values other than the loss that it logs are not
-    known here: they are named in a warning.
+    ``batch_idx``, ``self.current_epoch`` and ``self.global_step`` are tensors (int64, no dimensions) in
+    `training_step`: arithmetic follows them, a branch on them is refused, and so is what else the loop or the
+    trainer changes in a run. Values other than the loss that it logs are not known here: they are named in a
+    warning.
     """
 
     strategy_name = "dtrp"
@@ -116,18 +140,19 @@ class PipelineStrategy(SingleDeviceStrategy):
             _check(trainer, module, self)
             self._step = TrainingStep(module)
             keep_still(self.optimizers[0])
-            module.on_validation_model_zero_grad = _nothing  # type: ignore[method-assign]
+            module.on_validation_model_zero_grad = int  # type: ignore[assignment,method-assign]
 
     @property
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
 
-    def _started(self) -> Trainer:
+    def _started(self, batch: Any, counts: tuple[Tensor, ...]) -> Trainer:
         """The run, begun at the first batch: what is to be resumed has been loaded by then."""
         if self._run is not None:
             return self._run
         assert self._step is not None
+        self._step.check(batch, *counts)
         trainer, optimizer = self._module.trainer, self.optimizers[0]
         config = next(iter(self.lr_scheduler_configs), None)
         mixed = self.precision_plugin if isinstance(self.precision_plugin, MixedPrecision) else None
@@ -148,6 +173,7 @@ class PipelineStrategy(SingleDeviceStrategy):
             scheduler = None if config is None else config.scheduler
             import_state(run, optimizer, scheduler, rest, trainer.global_step)
         self._run, self._told = run, len(run.losses)
+        self._rates = [group["lr"] for group in optimizer.param_groups]
         return run
 
     def on_train_end(self) -> None:
@@ -172,19 +198,23 @@ class PipelineStrategy(SingleDeviceStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Hands a batch to the stages; the newest loss (NaN while none has come)."""
-        run, step, trainer = self._started(), self._step, self._module.trainer
+        step, trainer = self._step, self._module.trainer
         assert step is not None
-        batch, *_ = args
+        batch, *index = args
+        counts = tuple(map(torch.tensor, (*index, trainer.current_epoch, trainer.global_step)))
+        run = self._started(batch, counts)
+        config = next(iter(self.lr_scheduler_configs), None)
+        check_rates(self.optimizers[0], self._rates if config is None else config.scheduler.get_last_lr())
         size = trainer.accumulate_grad_batches
         if size != run.config.accumulate:
             raise ValueError(
                 f"accumulate_grad_batches was {run.config.accumulate} and is {size} now: the stages cannot "
                 f"change it in the middle of a run"
             )
-        scale = _share(trainer, int(args[1]) if len(args) > 1 else 0)
+        scale = _share(trainer, trainer.fit_loop.epoch_loop.batch_idx)
         self._scales.append(scale)
         with step.tracing():
-            run.step(batch, target=None, **({} if scale == 1.0 else {"extra": {"scale": scale}}))
+            run.step(batch, *counts, target=None, **({} if scale == 1.0 else {"extra": {"scale": scale}}))
         if trainer.is_last_batch:
             run._run.drain(close_group=True)
             run.end_epoch()
@@ -244,79 +274,6 @@ class PipelineStrategy(SingleDeviceStrategy):
         return self._run is not None and not self._run._run.closed
 
 
-class TrainingStep(nn.Module):
-    """A module whose forward is another one's `training_step`: the loss of a batch.
-
-    While it is traced, ``log`` notes what it is called with; the loss is logged when it is known.
-    """
-
-    def __init__(self, module: LightningModule) -> None:
-        super().__init__()
-        self.module = module
-        self._notes = _Notes(module.log)
-        module.log = self._notes  # type: ignore[method-assign]
-
-    def forward(self, batch: Any) -> Any:
-        notes = self._notes
-        notes.begin()
-        found = self.module.training_step(*((batch, 0) if _takes_index(self.module) else (batch,)))
-        loss = own_loss(found)
-        notes.end(loss)
-        return loss
-
-    def tracing(self) -> _Notes:
-        """A context in which ``log`` only notes."""
-        return self._notes
-
-    def log(self, loss: float) -> None:
-        """Log a loss that has come, as `training_step` would have."""
-        for name, how in self._notes.of_loss.items():
-            self._notes.true_log(name, loss, **how)
-
-    def put_back(self) -> None:
-        """The module's own ``log``."""
-        self.module.__dict__.pop("log", None)
-
-
-class _Notes:
-    """Stands in the place of a module's ``log``."""
-
-    def __init__(self, true_log: Callable[..., None]) -> None:
-        self.true_log = true_log
-        self.of_loss: dict[str, dict[str, Any]] = {}
-        self.warned: set[str] = set()
-        self._called: list[tuple[str, Any, dict[str, Any]]] = []
-        self._tracing = False
-
-    def __call__(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        if self._tracing:
-            self._called.append((name, value, options))
-        else:
-            self.true_log(name, value, *args, **options)
-
-    def __enter__(self) -> None:
-        self._tracing = True
-
-    def __exit__(self, *exc: object) -> None:
-        self._tracing = False
-
-    def begin(self) -> None:
-        self._called = []
-
-    def end(self, loss: Any) -> None:
-        """What was the loss, of what was logged."""
-        for name, value, how in self._called:
-            if value is loss:
-                self.of_loss[name] = how
-            elif name not in self.warned:
-                self.warned.add(name)
-                rank_zero_warn(
-                    f"training_step logs {name!r}, which is not the loss it returns: the stages do not give "
-                    f"it back, so it is not logged; log it in validation_step"
-                )
-        self._called = []
-
-
 def scaled_loss(output: Any, target: Any, scale: float = 1.0) -> Any:
     """What `training_step` gave, in the share that it has of an incomplete group of batches."""
     return output if scale == 1.0 else output * scale
@@ -329,14 +286,6 @@ def _share(trainer: LightningTrainer, index: int) -> float:
     if size == 1 or index < total - total % size:
         return 1.0
     return float(total % size) / size
-
-
-def _takes_index(module: LightningModule) -> bool:
-    return module.training_step.__code__.co_argcount > 2
-
-
-def _nothing() -> None:
-    """Gradients are the stages' business."""
 
 
 def _check(trainer: LightningTrainer, module: LightningModule, strategy: PipelineStrategy) -> None:
@@ -356,6 +305,24 @@ def _check(trainer: LightningTrainer, module: LightningModule, strategy: Pipelin
         raise ValueError(
             f"{kind} overrides {', '.join(hooks)}, which nothing would call: steps are the stages'"
         )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"{kind}.training_step takes dataloader_iter: stages need the batch; take (batch, batch_idx)"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, _CHANGING):
+            raise ValueError(
+                f"{name} changes in the middle of a run how the module is trained, which stages do not "
+                f"follow; train without it"
+            )
+        if isinstance(callback, known.WeightAveraging) and strategy._training.get("executor") != "inline":
+            raise ValueError(
+                f"{name} reads the weights after every batch, which other processes have then: "
+                f"training={{'executor': 'inline'}} has them here"
+            )
+        if hooks := [hook for hook in _HOOKS if hasattr(Callback, hook) and is_overridden(hook, callback)]:
+            raise ValueError(f"{name} overrides {', '.join(hooks)}, for gradients, which the stages have")
     for config in strategy.lr_scheduler_configs:
         if config.reduce_on_plateau or config.frequency != 1:
             raise ValueError(

@@ -36,7 +36,16 @@ except ImportError as e:
 from ..compiling import compile
 from ..runtime.loss import own_loss
 from ..runtime.trainer import Trainer
-from .handover import SameOptimizer, SameScheduler, export_state, import_state, keep_still, options, release
+from .handover import (
+    SameOptimizer,
+    SameScheduler,
+    check_rates,
+    export_state,
+    import_state,
+    keep_still,
+    options,
+    release,
+)
 
 REST = "dtrp.pt"
 """In a checkpoint, beside the library's own files: counters of batches, and the like."""
@@ -173,6 +182,9 @@ class PipelineTrainer(_Trainer):
     ) -> Tensor:
         """Hands a batch to the stages; the losses that have come since the last call."""
         assert self._run is not None
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        check_rates(self.optimizer, self.lr_scheduler.get_last_lr())
         named, parts = dict(inputs), self.current_gradient_accumulation_steps
         extra: dict[str, Any] = {}
         labels = named.get("labels")

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
-_MODULE = frozenset(nn.Module().__dict__)  # what every module has; the rest is its own
+# What every module has (a LightningModule also its trainer, which a copy lacks, and which hook is running);
+# the rest is its own.
+_MODULE = frozenset(nn.Module().__dict__) | {"_trainer", "_current_fx_name"}
 _SCALAR = (bool, int, float, complex, str, type(None))
 _SIMPLE = (*_SCALAR, bytes, Tensor, torch.dtype, torch.device, torch.Size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -92,7 +93,8 @@ def fit(folder: Path, module: Any, strategy: Any = "auto", *, resume: Any = None
     losses = Losses()
     usual = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(
-        default_root_dir=folder, strategy=strategy, callbacks=[losses], enable_model_summary=False,
+        default_root_dir=folder, strategy=strategy, enable_model_summary=False,
+        callbacks=[losses, *options.pop("callbacks", [])],
         **{**usual, **options},
     )  # fmt: skip
     trainer.fit(module, data(), data(8), ckpt_path=resume)
@@ -185,6 +187,113 @@ def test_what_else_is_logged_is_named(tmp_path: Path) -> None:
         fit(tmp_path, Talkative(), stages(), max_epochs=1)
 
 
+class Counting(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        out, total = self(x), self.trainer.estimated_stepping_batches
+        loss = F.cross_entropy(out, y) * 0.9**batch_idx * (1 - self.global_step / total)
+        loss = loss + 0.1 * self.current_epoch * out.pow(2).mean()
+        self.log("train", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+def test_what_counts_batches_is_followed(tmp_path: Path) -> None:
+    """An annealed loss is annealed in the stages, too: with each batch's own numbers, not the first one's."""
+    mine, theirs = Counting(schedule="fifty"), Counting(schedule="fifty")
+    a = fit(tmp_path, mine, stages(method="bp"))
+    b = fit(tmp_path, theirs)
+    assert a.losses.steps == pytest.approx(b.losses.steps, rel=1e-4)
+    for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_may_keep_what_it_pleases(tmp_path: Path) -> None:
+    """What a layer changes on itself in its own forward is its own affair: it really runs in its stage."""
+
+    class Counted(nn.Linear):
+        calls, last = 0, torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = super().forward(x)
+            return self.last * 0.9**self.calls
+
+    class Two(Module):
+        def __init__(self) -> None:
+            super().__init__(schedule="fifty")
+            self.first = Counted(8, 8)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((self.first(batch[0]), batch[1]), batch_idx)
+
+    mine, theirs = Two(), Two()
+    fit(tmp_path, mine, stages(method="bp"), max_epochs=1, limit_val_batches=0)
+    fit(tmp_path, theirs, max_epochs=1, limit_val_batches=0)
+    assert mine.first.calls == theirs.first.calls == 7
+    for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+ASKED: list[tuple[Any, str]] = [
+    (lambda m, loss, i: loss if i % 2 else 2 * loss, "training_step needs batch_idx, .* as a Python value"),
+    (lambda m, loss, i: loss * min(1.0, m.global_step / 9), "global_step as a Python value"),
+    (lambda m, loss, i: loss * math.cos(m.current_epoch), "or set an attribute of the module"),
+    (lambda m, loss, i: loss * m.optimizers().param_groups[0]["lr"], "asks for trainer.strategy"),
+    (lambda m, loss, i: loss * m.lr_schedulers().get_last_lr()[0], "asks for trainer.lr_scheduler_configs"),
+    (lambda m, loss, i: loss + (m.logger is None), "asks for trainer.logger, which the stages have not: ask"),
+    (lambda m, loss, i: m.seen.append(loss.detach()) or loss, "changes 'seen' .* stays with the stages"),
+    (lambda m, loss, i: m.metric.update(loss) or loss, "changes 'metric._update_count' from 0 to 1"),
+    (lambda m, loss, i: m.metric(loss) * 0 + loss, "changes 'metric._update_count' from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), ASKED, ids=[text[:30] for _, text in ASKED])
+def test_what_would_be_frozen_or_lost_is_refused(body: Any, message: str, tmp_path: Path) -> None:
+    """Before any weight is changed: a graph would give the first batch's answer for all, and what the stages
+    leave behind nobody would see."""
+    from torchmetrics import MeanMetric
+
+    class Asking(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+            self.metric = MeanMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return body(self, super().training_step(batch, batch_idx), batch_idx)
+
+    module = Asking()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, stages())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not module.seen
+
+
+class Nothing(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        pass
+
+
+def test_a_step_without_a_loss(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="training_step gave a NoneType: stages train on every batch"):
+        fit(tmp_path, Nothing(), stages())
+
+
+class Iterating(Module):
+    def training_step(self, dataloader_iter: Any) -> Any: ...  # type: ignore[override]
+
+
+class Rates(lightning.Callback):  # type: ignore[name-defined,misc]
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx:
+            trainer.optimizers[0].param_groups[1]["lr"] = 0.5
+
+
+class Norms(lightning.Callback):  # type: ignore[name-defined,misc]
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None: ...
+
+
 class Manual(Module):
     def __init__(self) -> None:
         super().__init__()
@@ -199,8 +308,23 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (Manual, {}, "automatic_optimization=False: the stages step"),
     (Hooked, {}, "Hooked overrides on_before_optimizer_step"),
     (Module, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "clip by the norm"),
+    (Iterating, {}, "takes dataloader_iter: stages need the batch"),
+    (Module, {"callbacks": [lightning.callbacks.GradientAccumulationScheduler({1: 2})]}, "do not follow"),
+    (Module, {"callbacks": [Rates()]}, r"has set lr=0.5 in group 1 .* where 0\.0\d+ is"),
+    (
+        partial(Module, schedule="fifty"),
+        {"callbacks": [Rates()]},
+        "set lr=0.5 in group 1 .* where 0.2 is",
+    ),
+    (Module, {"callbacks": [Norms()]}, "Norms overrides on_before_optimizer_step, for gradients"),
     (Module, {"precision": "64-true"}, "precision='64-true': expected '32-true'"),
 ]
+
+
+def test_averages_of_weights_need_the_weights_here(tmp_path: Path) -> None:
+    options = {"callbacks": [lightning.callbacks.EMAWeightAveraging()]}
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging reads the weights after .*'inline'"):
+        fit(tmp_path, Module(), PipelineStrategy(2), **options)
 
 
 @pytest.mark.parametrize(("kind", "options", "message"), REFUSED, ids=lambda v: str(v)[:30])
