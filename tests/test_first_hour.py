@@ -641,6 +641,20 @@ def test_using_a_trainer_that_is_closed(pipe: dtrp.Pipeline) -> None:
             use()
 
 
+@pytest.mark.parametrize("filled", [False, True], ids=["None", "float"])
+def test_a_loop_that_goes_backward_itself(pipe: dtrp.Pipeline, filled: bool) -> None:
+    """`step` gives no tensor: Python's own words say nothing of dtrp, so a note does."""
+
+    def loop() -> None:
+        with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+            while (loss := t.step(X, Y)) is None and filled:
+                pass
+            loss.backward()  # type: ignore[union-attr]
+
+    with pytest.raises(AttributeError, match="step gave: that is the newest finished batch's loss, a number"):
+        loop()
+
+
 def test_doubles_of_numpy(no_workers: None, pipe: dtrp.Pipeline) -> None:
     """Refused with the argument and what to do, not by a stage, somewhere in torch."""
     images = dtrp.compile(

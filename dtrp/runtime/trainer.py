@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from ..planning import Planning
 
 
+_NUMBER = (
+    "If this was asked of what trainer.step gave: that is the newest finished batch's loss, a number, and "
+    "None while the pipeline fills. The stages go backward and step by themselves: there is nothing to call."
+)
+
+
 class Trainer:
     """Trains a compiled model as a decoupled pipeline. A context manager.
 
@@ -364,6 +370,8 @@ class Trainer:
         if self._run.closed:
             return
         try:
+            if isinstance(error, AttributeError) and isinstance(error.obj, float | None) and error.name:
+                error.add_note(_NUMBER)
             if error is not None:
                 self._run.world.leave(error)
             if self._run.alive:
