@@ -58,7 +58,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "bp, 3 parts": {"method": "1f1b", "micro_batches": 3},
     "bp, 4 parts": {"method": "1f1b", "micro_batches": 4},
     "default": {},
-    "lean, 8 parts": {"schedule": "lean", "micro_batches": 8},
     "lean, 4 parts": {"schedule": "lean", "micro_batches": 4},
     "lean, 2 parts": {"schedule": "lean", "micro_batches": 2},
     "lean": {"schedule": "lean", "micro_batches": 1},
@@ -115,7 +114,7 @@ RUNS: list[Run] = [
     *group(R14, EARLIER),
     *group(images("resnet-8-gn", 4), ("bp", "default", "lean")),
     *group(GPT, ("bp", "default"), seeds=3),
-    *group(GPT, ("lean", "lean, 2 parts", "lean, 4 parts", "lean, 8 parts", "fig1")),
+    *group(GPT, ("lean", "lean, 2 parts", "lean, 4 parts", "fig1")),
     *(nadam(GPT, label) for label in ("bp", "lean", "default")),
     *group(text("adamw", 4, epochs=4), ("bp", "default")),
     *group(text("adamw", 2), ("default",)),  # back-propagation is that of four stages, bit for bit
