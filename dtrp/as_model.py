@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .partitioner.capture.modes import flags_of
+from .partitioner.capture.modes import flags_of, set_flags
 from .planning import Planning
 
 
@@ -28,7 +28,10 @@ class AsModel:
         """
         self.prepare(args, kwargs)
         tensors = self.bind(args, kwargs)
-        return self._planning.made.split.graph(any(flags_of(self.model)))(*tensors)
+        made, training = self._planning.made, any(flags_of(self.model))
+        if training:  # where the model's own code switches modes
+            set_flags(self.model, made.captured.flags)
+        return made.split.graph(training)(*tensors)
 
     @property
     def training(self) -> bool:

@@ -139,6 +139,7 @@ class _StandIn:
     mode: FakeTensorMode
     leaves: list[Any]  # of the output, as captured
     spec: pytree.TreeSpec
+    left: Mapping[str, Tensor]  # by forward, in attributes
     target: Any
     batch: int  # samples of the batch
     example: int  # and of the example
@@ -163,7 +164,8 @@ class _StandIn:
         mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
         if mode is None:
             return None
-        return cls(captured.model, config, mode, leaves, captured.train.out_spec, target, now, size)
+        spec, left = captured.train.out_spec, captured.left
+        return cls(captured.model, config, mode, leaves, spec, left, target, now, size)
 
     def output(self) -> Any:
         """The output, of fakes."""
@@ -253,7 +255,7 @@ class _StandIn:
         formats: Any = nullcontext()
         if self.config.autocast is not None and roots:
             formats = torch.autocast(roots[0].device.type, dtype=self.config.autocast)
-        with torch.enable_grad(), Watch(pairs), formats:
+        with self._left_behind(stand_in) as left, torch.enable_grad(), Watch(pairs), formats:
             given = call_loss(turned if swapped else loss_fn, output, target)
         try:
             loss = as_scalar(loss_fn, given)
@@ -265,6 +267,14 @@ class _StandIn:
             )
         graph = _graph(loss)
         used = {id(node.variable) for node in graph if hasattr(node, "variable")}
+        for name in (name for key, (name, _) in left.items() if key in used):
+            raise _Refused(
+                ValueError(
+                    f"{told(loss_fn)} reads {name!r}, where the model's forward leaves a tensor: stages run "
+                    f"apart from the loss, and would find another batch's there; let forward return it "
+                    f"beside its output"
+                )
+            )
         for name, p in self.model.named_parameters():
             if id(p) in used:
                 raise _Refused(
@@ -284,6 +294,23 @@ class _StandIn:
                     f"torch.tensor, no_grad); compute it from the output with torch operations"
                 )
             )
+
+    @contextmanager
+    def _left_behind(self, stand_in: Callable[[Tensor], Tensor]) -> Iterator[dict[int, tuple[str, Tensor]]]:
+        """Inside, attributes in which forward leaves tensors hold others: a loss that reads them shows it."""
+        made = {name: stand_in(tensor) for name, tensor in self.left.items()}
+        owners = {name: vars(self.model.get_submodule(name.rpartition(".")[0])) for name in made}
+        before = [(owners[name], name.rpartition(".")[2]) for name in made]
+        found = [owner.get(name, self) for owner, name in before]
+        try:
+            for (owner, name), tensor in zip(before, made.values(), strict=True):
+                owner[name] = tensor.requires_grad_() if tensor.is_floating_point() else tensor
+            yield {id(tensor): (name, tensor) for name, tensor in made.items()}
+        finally:
+            for (owner, name), value in zip(before, found, strict=True):
+                owner[name] = value
+                if value is self:
+                    del owner[name]
 
     def _failure(self, loss_fn: Callable[..., Any], error: Exception) -> TypeError:
         output, use = self.output(), ""

@@ -22,7 +22,7 @@ from .orders import choose_order
 from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
 from .partitioner.capture.graph import Signature
-from .partitioner.capture.modes import Flags, flags_of, training_flags
+from .partitioner.capture.modes import Flags, flags_of, set_flags, training_flags
 from .partitioner.capture.watch import Watch
 from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice
 from .partitioner.example import keep_example
@@ -171,6 +171,7 @@ class Planning:
             for value in (*args, *kwargs.values()):
                 if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
                     raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
+            found = training_flags(self.model)  # it may leave others behind
             with alone():
                 base = compile_model(self.model, self.request, args, kwargs)
             self.request = self.request.in_order(base.plan.placement)
@@ -181,7 +182,7 @@ class Planning:
                 tensors = base.captured.signature.flatten(args, kwargs)
                 base = tried(base, self.request, self.model, tensors)
             self.form = self._new_form(base.captured.signature)
-            self._variants[self.form, base.captured.flags, True] = base
+            self._variants.update({(self.form, f, True): base for f in (found, base.captured.flags)})
             whole = {kept.module for kept in base.captured.kept_whole}
             called = {
                 str(node.target)
@@ -315,5 +316,6 @@ class Planning:
         """What each stage runs, with the model's present parameters and their ``requires_grad``."""
         with EXCLUSIVE:
             compiled = self._compiled = self._variant(training_flags(self.model), True)
+            set_flags(self.model, compiled.captured.flags)  # as its own code does, where it switches modes
             evaluate = self._variant(compiled.captured.flags, False)  # which is done without gradients
             return make_programs(compiled, evaluate, self.model, self.request.devices, loss)

@@ -593,6 +593,7 @@ def test_steps(no_workers: None, mistake: str, planned: bool) -> None:
 
 LOADERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "nothing": ((None, 1), "got a NoneType as loader: expected an iterable of batches"),
+    "a text": (("abc", 1), "got a str as loader: expected an iterable of batches"),
     "a batch": (((X, Y), 1), r"got one batch as loader: expected an iterable of batches \(x, y\)"),
     "x and y": ((X, Y), r"epochs=tensor.*: expected an int >= 0, as in fit\(loader, epochs=10\)"),
     "epochs": (([(X, Y)], 2.0), r"epochs=2.0: expected an int >= 0"),

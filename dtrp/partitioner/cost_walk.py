@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
+from dtrp.partitioner.capture.left import Left
 from dtrp.partitioner.capture.modes import in_mode
 from dtrp.partitioner.node_cost import NodeCost, NodeRunner, OutputSpec
 from dtrp.partitioner.node_key import TensorSpec
@@ -74,6 +75,8 @@ class CostWalk:
         try:
             if is_gradient(node):
                 cost = self._gradient(node, args, kwargs)
+            elif isinstance(node.target, Left):
+                cost = replace(self._unknown(node, args, kwargs), exact=True)
             elif node.op == "call_module":
                 cost = self.runner.module(self.module.get_submodule(str(node.target)), args, kwargs)
             elif node.op == "call_method":

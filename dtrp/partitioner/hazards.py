@@ -32,6 +32,7 @@ from .capture.custom import same_form
 from .capture.gradients import regions
 from .capture.graph import Captured, ModeGraph
 from .capture.leaves import has_hooks
+from .capture.left import Left
 from .capture.operators import Access
 from .eval_rules import rules_of_eval, units, without_cycles
 
@@ -165,7 +166,7 @@ def _untransferable(gm: fx.GraphModule) -> list[set[str]]:
         elif not isinstance(node.meta.get("val"), TRAVELS):
             items = [u.name for u in node.users if u.op == "call_function" and u.target is operator.getitem]
             groups.append({node.name, *items})
-        checks = [u.name for u in node.users if u.target is same_form]
+        checks = [u.name for u in node.users if u.target is same_form or isinstance(u.target, Left)]
         groups.append({node.name, *checks})
     return groups
 

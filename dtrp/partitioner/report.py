@@ -234,6 +234,8 @@ class PartitionReport:
         orders
             Whether to price each under other orders and numbers of micro-batches, too (`Scaling.orders`).
         """
+        if isinstance(ks, int):
+            raise TypeError(f"compare({ks!r}): expected numbers of stages, such as [2, 4, 8]")
         points = []
         before_last = self._plan.recompute[:-1]
         recompute: bool | str = True if before_last and all(before_last) else "auto"

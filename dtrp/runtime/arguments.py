@@ -81,7 +81,7 @@ def check_loader(loader: Any, has_target: bool) -> None:
     rows = loader if isinstance(loader, (tuple, list)) else ()
     if has_target and len(rows) > 1 and all(isinstance(part, Tensor) for part in rows):
         got = "one batch"
-    elif isinstance(loader, Tensor) or not (hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")):
+    elif isinstance(loader, (Tensor, str)) or not (hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")):
         got = f"a {kind.__name__}"
     elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(

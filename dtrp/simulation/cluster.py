@@ -37,8 +37,8 @@ class Link:
     def __post_init__(self) -> None:
         if self.bandwidth != math.inf:
             object.__setattr__(self, "bandwidth", float(parse_bytes(self.bandwidth)))
-        _number("latency", self.latency, low=0.0)
-        _number("jitter", self.jitter, low=0.0)
+        number_of("latency", self.latency, low=0.0)
+        number_of("jitter", self.jitter, low=0.0)
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class Cluster:
         except ValueError as e:
             raise ValueError(f"speed must name devices by number, such as {{3: 0.5}}: {e}") from None
         for device, value in speed.items():
-            _number(f"speed[{device}]", value, above=0.0)
+            number_of(f"speed[{device}]", value, above=0.0)
             if device < 0:
                 raise ValueError(f"speed names device {device}: devices are numbered from 0")
         object.__setattr__(self, "speed", MappingProxyType(speed))
-        _number("jitter", self.jitter, low=0.0)
-        _number("overhead", self.overhead, low=0.0)
+        number_of("jitter", self.jitter, low=0.0)
+        number_of("overhead", self.overhead, low=0.0)
         if self.memory is not None:
             object.__setattr__(self, "memory", float(parse_bytes(self.memory)))
 
@@ -190,7 +190,8 @@ def count_of(name: str, value: Any) -> int:
     return value
 
 
-def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:
+def number_of(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:
+    """Refuse a setting that is no number, or none in its range."""
     text = f">= {low:g}" if low is not None else f"> {above:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r}: expected a number {text}")

@@ -21,7 +21,7 @@ from dtrp.pipeline import Pipeline
 from dtrp.runtime.events import Event, write_timeline
 from dtrp.runtime.schedule import ORDERS, Schedule
 
-from .cluster import Cluster, Link, cluster_of, count_of
+from .cluster import Cluster, Link, cluster_of, count_of, number_of
 from .engine import BACKWARD, FORWARD, KINDS, RECOMPUTE, STEP, Floats, Lines, Trace, Work, run
 from .result import SimulatedLink, SimulatedStage, Simulation
 
@@ -354,6 +354,9 @@ def _order(training: Training, n_stages: int) -> Schedule:
         raise ValueError(f"schedule={training.order!r}: expected one of {', '.join(map(repr, ORDERS))}")
     if training.horizon not in ("common", "stage"):
         raise ValueError(f"horizon={training.horizon!r}: expected 'common' or 'stage'")
+    if not isinstance(training.predicts, bool):
+        raise TypeError(f"predicts={training.predicts!r}: expected True or False")
+    number_of("optimizer_bytes", training.optimizer_bytes, low=0.0)
     return Schedule(training.order, n_stages, count_of("micro_batches", training.micro_batches))
 
 

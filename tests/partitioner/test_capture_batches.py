@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import weakref
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,17 @@ class Slots:
         self.x, self.scale = x, scale
 
 
+class SlotsToo(Slots):
+    def __init__(self, x, scale=1.0):
+        super().__init__(x, scale)
+        self.further = "in its __dict__"
+
+
+class Hides:
+    def __init__(self, x):
+        self.parts = deque([x])
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -86,7 +98,7 @@ class Model(nn.Module):
         return self.b(batch.x)
 
 
-KINDS = [Plain, Fields, Data, Registered, SimpleNamespace]
+KINDS = [Plain, Fields, Data, Registered, Slots, SlotsToo, SimpleNamespace]
 
 
 def made(kind, x, **options):
@@ -171,6 +183,6 @@ def test_a_batch_that_cannot_be_opened_is_refused(wrap):
     """Its tensors would be frozen: the graph would give the example's result for every batch."""
     with pytest.raises(
         TypeError,
-        match=r"is a (Slots|SimpleNamespace), which holds tensors where they cannot be seen.*register_p",
+        match=r"is a (Hides|SimpleNamespace), which holds tensors where they cannot be seen.*register_p",
     ):
-        capture(Model(), (wrap(Slots(torch.randn(4, 4))),))
+        capture(Model(), (wrap(Hides(torch.randn(4, 4))),))

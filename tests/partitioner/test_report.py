@@ -194,6 +194,8 @@ def test_a_plan_made_under_other_costs_has_a_bound_of_these(device):
 
 
 def test_compare(report):
+    with pytest.raises(TypeError, match=r"compare\(2\): expected numbers of stages, such as"):
+        report.compare(2)
     points = report.compare([1, 2, 3, 100])
     assert [p.n_stages for p in points] == [1, 2, 3]
     assert points[0].speedup == pytest.approx(1)

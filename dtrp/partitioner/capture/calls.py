@@ -57,6 +57,7 @@ class Calls:
         for tensor in changed:
             if attribute := self._writer.attribute_name(tensor):
                 self._checkpointed.refuse(attribute)
+                self._writer.refuse_loose(attribute)
         node = self._writer.node(*self._written(*form(function, args, kwargs)), result)
         self._sizes.parted(name, node, result)
         if kept:

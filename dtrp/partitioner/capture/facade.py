@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
 from .modes import BothModes, Flags
 from .operators import Walk
-from .record import record, record_fixed
+from .record import OtherModes, record, record_fixed
 from .recorder import VALUE_DEPENDENT
 from .second_look import look
 from .snapshot import untouched
@@ -87,7 +88,11 @@ def capture(
     for name in WAYS if ways is None else ways:
         try:
             with untouched(model), quiet(), plain_attention():
-                both = WAYS[name](task)
+                try:
+                    both = WAYS[name](task)
+                except OtherModes as found:
+                    task = replace(task, flags=found.flags, settled=True)
+                    both = WAYS[name](task)
                 walks = _check(task, both, run)
         except Exception as error:
             failures.append(Failure(name, error))
@@ -153,6 +158,7 @@ def _accepted(task: Task, both: BothModes, way: str, walks: Mapping[bool, Walk])
         both.train.asks_grad or both.eval.asks_grad,
         tuple(task.tensors),
         task.runs,
+        both.train.left,
     )
 
 

@@ -138,9 +138,18 @@ class FakeWorld:
         return result
 
     def _stranger(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A fake tensor that no graph knows."""
-        self._held.append(self.mode.from_tensor(tensor.detach().clone()))
-        return self._held[-1]
+        """A fake tensor that no graph knows yet."""
+        made = self._like(tensor)
+        self._held.append(made)
+        return made
+
+    def _like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new one; with gradient it is the result of an operation, which may be written to."""
+        made = _unread(self.mode.from_tensor(tensor.detach().clone()))
+        if not tensor.requires_grad:
+            return made
+        with self.mode, torch.enable_grad():
+            return made.requires_grad_().clone()
 
     def _imagined(self, run: RealRun, back: dict[int, torch.Tensor]) -> Any:
         """The result of ``run`` on fake tensors; ``back``: fake ones by the real ones' ids, added to."""
@@ -167,10 +176,7 @@ class FakeWorld:
                     x = second[id(x)] if all(sizes_too) else _part_of(x, [size or 1 for size in sizes_too])
                 elif self.sizes == "none":
                     x = x.new_zeros([0 if v else size for size, v in zip(sizes, valued, strict=True)])
-            made = _unread(self.mode.from_tensor(x.detach().clone()))
-            if x.requires_grad:
-                with self.mode, torch.enable_grad():  # the result of an operation: it may be written to
-                    made = made.requires_grad_().clone()
+            made = self._like(x)
             self._met[id(made)] = partial(_itself, x)
             self._held.append(made)
             back[key] = made

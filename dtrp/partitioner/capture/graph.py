@@ -186,6 +186,7 @@ class Captured:
     asks_grad: bool = False  # its code asks whether gradients are enabled
     example: tuple[torch.Tensor, ...] = ()  # the call's tensors that it was captured for
     runs: RealRuns = field(default_factory=RealRuns)  # of what is kept whole
+    left: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by forward, in attributes; fake ones
 
     def graph(self, training: bool) -> ModeGraph:
         """The graph of a mode."""

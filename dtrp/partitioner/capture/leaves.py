@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 # Modules of torch.nn that are made of others. Kept as one node they would be most of a model; opened, they
 # show the layers inside. TransformerEncoderLayer and MultiheadAttention stay closed: in evaluation they
@@ -44,6 +45,17 @@ def is_leaf(
         return True
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(
         module, _OPENED
+    )
+
+
+def is_lent(module: nn.Module, own: Mapping[nn.Module, list[int]]) -> bool:
+    """Whether a module has tensors for parameters that are not its ``own``, by their ids
+    (`torch.func.functional_call`), or shares what it makes of them with other calls
+    (`torch.nn.utils.parametrize.cached`)."""
+    return any(
+        [*map(id, m._parameters.values())] != own.get(m)
+        or (parametrize._cache_enabled and parametrize.is_parametrized(m))
+        for m in module.modules()
     )
 
 

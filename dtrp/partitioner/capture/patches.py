@@ -124,8 +124,17 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
     def flag(module: nn.Module, value: Any) -> None:
         module.__dict__["training"] = value
 
+    base: Any = vars(torch._C.TensorBase)["data"]
+
+    def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
+        if unseen() or (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
+            base.__set__(tensor, value)
+        else:  # a graph has no other way to say it; what holds the tensor sees the same
+            base.__get__(tensor).copy_(base.__get__(value))
+
     with replaced(
         (torch, "is_grad_enabled", asked),
+        NO_INFERENCE_TENSORS,
         (transformer, "_detect_is_causal_mask", given),
         (checkpoint, "_checkpoint_hook", once),
         (Distribution, "_validate_args", False),  # which looks at values only to refuse some
@@ -138,12 +147,21 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         for scope, name, bound in early:
             scope[name] = functools.partial(patched_apply, bound.__self__)
         nn.Module.training = property(read, flag)  # type: ignore[assignment]
+        torch.Tensor.data = property(base.__get__, assign)  # type: ignore[assignment]
         try:
             yield
         finally:
-            del nn.Module.training
+            del nn.Module.training, torch.Tensor.data
             for scope, name, bound in early:
                 scope[name] = bound
+
+
+def _without_gradients(region: torch.inference_mode) -> None:
+    region._inference_mode_context = torch.set_grad_enabled(not region.mode)  # type: ignore[assignment]
+
+
+# Inference mode is no_grad: what a stage gives goes on into layers that are trained, and is kept for that.
+NO_INFERENCE_TENSORS = (torch.inference_mode, "__enter__", _without_gradients)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch
 from torch.fx import Node
 
 from .custom import OtherSizes, guard
-from .fakes import FakeWorld, Sizes, fake_inputs
+from .fakes import FakeWorld, Sizes, fake_inputs, light
 from .graph import KeptWhole
 from .leaves import has_hooks
-from .modes import BothModes
+from .modes import BothModes, Flags, flags_of
 from .patches import ObservedFakeMode, observed
 from .propagate import Runner
 from .recorder import VALUE_DEPENDENT, Recorder
@@ -45,6 +45,8 @@ class _Found:
     traced: Traced
     failures: dict[str, str]  # modules that were given up half-way, and why
     changes: dict[str, str]  # modules that change plain state, and which
+    keeps: dict[str, str]  # modules that leave tensors in attributes, and which
+    taken: list[tuple[str, str]]  # such attributes of what is kept whole, which other code may read
     sized_by_values: bool
 
 
@@ -52,15 +54,34 @@ class _RootDecides(CannotRecord):
     """By sizes that are made from values."""
 
 
+class OtherModes(Exception):
+    """The model leaves its parts in other modes than it was found in, and so finds them in its next call."""
+
+    def __init__(self, flags: Flags) -> None:
+        super().__init__("it changes its parts' modes while it runs")
+        self.flags = flags
+
+
+class _Switches(Exception):
+    """The model calls a part in another mode, and switches back."""
+
+
 class _Recording:
     """Records one mode, and keeps what it learns about the model on the way."""
 
+    _KEPT = (
+        "keeps the tensor {0} from one call to the next: make it a buffer (self.register_buffer), let "
+        "forward return it, or move this code into a submodule, which is then kept whole"
+    )
     _LEFT = ": let forward return it, or move this code into a submodule, which is then kept whole"
 
     def __init__(self, task: Task, training: bool, sizes_open: bool = True) -> None:
         self._task, self._training, self._sizes_open = task, training, sizes_open
         self._closed = dict(task.closed)
         self._by_methods = False  # methods that cannot be recorded are kept whole
+        self._fixed_modes = not training or task.settled
+        self._for_state: set[str] = set()  # closed because they change plain state, or leave tensors
+        self._tries_again = False  # without closing these
 
     def __call__(self) -> Traced:
         """Record."""
@@ -76,6 +97,15 @@ class _Recording:
                 if self._by_methods:
                     raise
                 self._by_methods = True  # what decides may stand in a method
+                continue
+            except _Switches:
+                self._fixed_modes = True
+                continue
+            except CannotRecord:
+                if self._tries_again or not self._for_state:
+                    raise
+                self._tries_again = True  # what other code reads may be made anew in every call
+                self._closed = {n: why for n, why in self._closed.items() if n not in self._for_state}
                 continue
             if not failures:
                 return found.traced
@@ -112,13 +142,29 @@ class _Recording:
         run, model = self._task.run(self._training), self._task.model
         with run, world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
             found = self._recorded(world, mode)
+            own = "" in found.changes or "" in found.keeps
+            asks = bool(own or self._tries_again or found.taken) and not self._by_methods
+            settled = asks and self._settled(found, world, mode)
+        if settled and (own or self._tries_again):
+            notes = [
+                f"it {change}, as its first call does; calls of the pipeline do not"
+                for change in found.changes.values()
+            ]
+            notes += [
+                f"it leaves the tensor {name} in an attribute; calls of the pipeline leave none there"
+                for name in found.keeps.values()
+            ]
+            return replace(found, traced=replace(found.traced, notes=(*found.traced.notes, *notes)))
+        if own:
             change = found.changes.get("")
-            if not change:
-                return replace(found, failures={**found.failures, **found.changes})
-            if self._by_methods or not self._settled(found, world, mode):
-                raise CannotRecord(change + self._LEFT)
-        note = f"it {change}, as its first call does; calls of the pipeline do not"
-        return replace(found, traced=replace(found.traced, notes=(*found.traced.notes, note)))
+            raise CannotRecord(change + self._LEFT if change else self._KEPT.format(found.keeps[""]))
+        kept = {p: f"keeps the tensor {name} from one call to the next" for p, name in found.keeps.items()}
+        self._for_state |= {**found.changes, **kept}.keys()
+        failures = {**found.failures, **found.changes, **kept}
+        if asks and not settled and not failures:
+            name = ".".join(found.taken[0])
+            raise CannotRecord(f"reads {name!r} before it is made anew, as an earlier call left it")
+        return replace(found, failures=failures)
 
     def _settled(self, found: _Found, world: FakeWorld, mode: ObservedFakeMode) -> bool:
         """Whether a second call, after what the first one changed, changes nothing and does the same."""
@@ -126,12 +172,15 @@ class _Recording:
             again = self._recorded(world, mode)
         except Exception:
             return False
-        return not again.changes and same_graph(found.traced, again.traced)
+        read = {str(node.target) for node in found.traced.graph.find_nodes(op="get_attr")}
+        kept = read & found.traced.left.keys()  # what it reads as an earlier call left it
+        return not kept and not again.changes and same_graph(found.traced, again.traced)
 
     def _recorded(self, world: FakeWorld, mode: ObservedFakeMode) -> _Found:
         task, model, closed = self._task, self._task.model, self._closed
         inputs = fake_inputs(world, task.tensors)
-        recorder = Recorder(task, world, closed, inputs, self._sizes_open)
+        recorder = Recorder(task, world, closed, inputs, self._sizes_open, self._fixed_modes)
+        modes = flags_of(model)
         args, kwargs = task.signature.unflatten(inputs)
         mode.observer = recorder
         if self._by_methods:
@@ -143,8 +192,14 @@ class _Recording:
             raise CannotRecord("draws random numbers from Python's or numpy's generator")
         mode.observer, recorder.paused = None, True
         whole = {*closed, *recorder.failures}
-        changes = changes_of(model, state, whole, recorder.left)
-        changes.update((p, why) for p, why in recorder.keepers().items() if not within(p, whole))
+        changes = changes_of(model, state, whole, {*recorder.left, *recorder.taken})
+        if not self._fixed_modes and flags_of(model) != modes:
+            raise OtherModes(flags_of(model))
+        if not self._fixed_modes and recorder.other_mode:
+            raise _Switches
+        for (name, module), before in zip(model.named_modules(), modes, strict=True):
+            if module.training != before and not within(name, whole):
+                changes[name.rpartition(".")[0]] = f"leaves {name!r} in another mode than it had"
         leaves, out_spec = flatten_output(output)
         recorder.finish(leaves)
         graph = recorder.writer.graph
@@ -162,9 +217,11 @@ class _Recording:
             tuple(dict.fromkeys((*checks, *sizes))),
             asks_grad=recorder.asks_grad,
             asks_mode=recorder.asks_mode,
+            left={f"{p}.{n}".removeprefix("."): light(t) for (p, n), t in recorder.left.items()},
             held=recorder.writer.held,
         )
-        return _Found(traced, recorder.failures, changes, world.sized_by_values)
+        keeps = {p: why for p, why in recorder.keepers().items() if not within(p, whole)}
+        return _Found(traced, recorder.failures, changes, keeps, recorder.taken, world.sized_by_values)
 
 
 def _caller(node: Node) -> str:

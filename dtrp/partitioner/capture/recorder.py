@@ -32,7 +32,8 @@ from .custom import GradientFunction, guard, same_size
 from .decisions import decide
 from .example_values import ExampleCalls
 from .fakes import FakeWorld
-from .leaves import is_leaf
+from .leaves import is_leaf, is_lent
+from .left import attributes_of, forget_unread, take
 from .location import raised_at, user_location
 from .methods import KeptMethod, own_methods
 from .patches import Observer
@@ -66,6 +67,7 @@ class Recorder(TorchFunctionMode, Observer):
         closed: Collection[str],
         inputs: Sequence[torch.Tensor],
         sizes_open: bool = True,
+        fixed_modes: bool = False,
     ) -> None:
         super().__init__()
         model = task.model
@@ -73,12 +75,17 @@ class Recorder(TorchFunctionMode, Observer):
         self.sizes = Sizes(self.writer, lambda: self.paused)
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
         self.left: dict[tuple[str, str], torch.Tensor] = {}  # tensors assigned to attributes: module, name
+        self.taken: list[tuple[str, str]] = []  # attributes in which modules kept whole leave tensors
         self.asks_grad = False  # the model's code asks whether gradients are enabled
         self.asks_mode = ""  # "code" or only "layers" ask for a module's mode
         self._world = world
         self._closed, self._opened = closed, task.opened
         self._examples = ExampleCalls(model, world, self.writer, task.tensors)
         self._names = {m: name for name, m in model.named_modules()}
+        self._own = {m: [*map(id, m._parameters.values())] for m in self._names}
+        self._modes = {m: m.__dict__.get("training") for m in self._names}
+        self._fixed_modes = fixed_modes
+        self.other_mode = False  # something is called in another mode than it had when the call began
         self._checkpointed = Checkpointed()
         self._calls = Calls(self.writer, world, self.sizes, self._checkpointed)
         self._updates: dict[str, torch.Tensor] = {}
@@ -101,7 +108,7 @@ class Recorder(TorchFunctionMode, Observer):
         One that is made from sizes and constants alone is a cache: the graph makes it each time.
         """
         return {
-            path: f"keeps the tensor {f'{path}.{name}'.removeprefix('.')!r} from one call to the next"
+            path: repr(f"{path}.{name}".removeprefix("."))
             for (path, name), tensor in self.left.items()
             if self.writer.depends_on_inputs(tensor)
         }
@@ -120,6 +127,7 @@ class Recorder(TorchFunctionMode, Observer):
             node.meta["update"] = name
         self.asks_grad |= self._checkpointed.write(self.writer)
         self.writer.output(leaves)
+        forget_unread(self.writer.graph)
         self.sizes.tidy()
 
     # What the model does
@@ -168,13 +176,24 @@ class Recorder(TorchFunctionMode, Observer):
         if region and name in self._closed:
             raise CannotRecord(f"calls {name!r}, which is kept whole, inside a region of torch.autocast")
         whole = functools.partial(self._leaf, name, module, proceed, args, kwargs)
-        if not region and is_leaf(module, name, closed=self._closed, opened=self._opened):
+        lent = is_lent(module, self._own)
+        if lent and name in self._closed:
+            raise CannotRecord(f"calls {name!r}, which is kept whole, with other tensors as its parameters")
+        if not (region or lent) and is_leaf(module, name, closed=self._closed, opened=self._opened):
             return whole()
 
         def inside() -> Any:
-            states = foreign_randomness()
+            states, modes = (
+                foreign_randomness(),
+                [(vars(m), vars(m).get("training")) for m in module.modules()],
+            )
             with preserved_randomness():
-                result = proceed(module, *args, **kwargs)
+                try:
+                    result = proceed(module, *args, **kwargs)
+                except Exception:
+                    for values, mode in modes:  # in which it may be kept whole
+                        values.update({"training": mode} if mode is not None else {})
+                    raise
                 if foreign_randomness() != states:
                     raise CannotRecord("draws random numbers from Python's or numpy's generator")
             self.writer.check_known(result)
@@ -182,7 +201,7 @@ class Recorder(TorchFunctionMode, Observer):
 
         outer, self.writer.module = self.writer.module, name
         try:
-            if name in self._opened or region:
+            if name in self._opened or region or lent:
                 return inside()
             return self._try(name, inside, whole, (args, kwargs), outer)
         finally:
@@ -256,6 +275,8 @@ class Recorder(TorchFunctionMode, Observer):
         path = self._names.get(module)
         if path is None:
             return
+        if name == "training":
+            self.asks_mode = "code"
         old = module.__dict__.get(name)
         full = f"{path}.{name}" if path else name
         if name in module._buffers and isinstance(value, torch.Tensor):
@@ -309,7 +330,13 @@ class Recorder(TorchFunctionMode, Observer):
         return answer
 
     def _leaf(self, name: str, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before = versions(module)
+        if any(m.__dict__.get("training") is not self._modes.get(m) for m in module.modules()):
+            self.other_mode = True
+            if self._fixed_modes:
+                error = CannotRecord(f"calls {name!r} in another mode than it had when the call began")
+                error.__dict__["dtrp_module"] = None  # what can be kept whole is who switches
+                raise error
+        before, held = versions(module), attributes_of(module, self._names)
         if name in self._closed and before and module.training:
             self._checkpointed.refuse(f"{name}.{next(iter(before))}")
         with self._pause(), preserved_randomness():  # what it draws is its own affair
@@ -322,6 +349,10 @@ class Recorder(TorchFunctionMode, Observer):
                     kwargs,
                     kept=name if name in self._closed else "",
                 )
+                found = attributes_of(module, self._names)
+                taken = take(self.writer, name, {k: v for k, v in found.items() if held.get(k) is not v})
+                self.taken += taken
+                self.left |= {k: found[k] for k in taken if isinstance(found[k], torch.Tensor)}
             finally:
                 self.writer.module = outer
         if self._checkpointed.inside and updates_buffers(module, before):

@@ -20,6 +20,7 @@ from .custom import OtherSizes
 from .example_values import batch_of
 from .modes import BothModes
 from .operators import Walk
+from .patches import NO_INFERENCE_TENSORS, replaced
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced
@@ -100,6 +101,7 @@ def _behaviour(
     with (
         task.run(training, tensors=True),
         torch.set_grad_enabled(task.grad),
+        replaced(NO_INFERENCE_TENSORS),
     ):
         torch.manual_seed(0)
         random.seed(0)

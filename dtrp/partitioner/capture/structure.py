@@ -181,12 +181,20 @@ def _parts(value: Any) -> Iterator[tuple[Step, Any]]:
         names += [k for k in getattr(value, "__dict__", ()) if k not in names]
         yield from (((getattr, k), getattr(value, k)) for k in names if hasattr(value, k))
     elif _is_plain_object(value):
-        yield from (((getattr, k), v) for k, v in vars(value).items())
+        yield from (((getattr, k), getattr(value, k)) for k in attributes_of(value))
+
+
+def attributes_of(value: Any) -> list[str]:
+    """Names of an object's own attributes that have a value, those in ``__slots__`` included."""
+    slots = [vars(kind).get("__slots__", ()) for kind in reversed(type(value).__mro__)]
+    names = [n for kind in slots for n in ((kind,) if isinstance(kind, str) else kind)]
+    found = [n for n in names if not n.startswith("__") and hasattr(value, n)]
+    return list(dict.fromkeys([*found, *getattr(value, "__dict__", ())]))
 
 
 def _is_plain_object(value: Any) -> bool:
     return (
-        hasattr(value, "__dict__")
+        (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
         and not isinstance(value, _CODE)
         and type(value).__module__.split(".")[0] not in ("builtins", "torch", "numpy", "logging", "typing")
     )

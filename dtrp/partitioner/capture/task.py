@@ -29,6 +29,7 @@ class Task:
     runs: RealRuns = field(default_factory=RealRuns)  # shared by all that is tried
     flags: Flags = ()  # of training
     grad: bool = True  # whether gradients are enabled around the model
+    settled: bool = False  # the flags are those that the model itself leaves behind
 
     def __post_init__(self) -> None:
         if not self.flags:

@@ -26,6 +26,7 @@ class Traced:
     notes: tuple[str, ...] = ()
     asks_grad: bool = False  # the model's code asks whether gradients are enabled
     asks_mode: str = ""  # what asks for the mode: "code" that was recorded, or only "layers"
+    left: Mapping[str, torch.Tensor] = field(default_factory=dict)  # in attributes, by their full names
     # What is no part of the model, by the names that nodes give it: tensors, and methods that are kept whole.
     held: Mapping[str, torch.Tensor | nn.Module] = field(default_factory=dict)
 

@@ -134,6 +134,16 @@ class GraphWriter:
         """The qualified name of one of the model's own tensors, ``""`` for another."""
         return self._attributes[id(tensor)][1] if id(tensor) in self._attributes else ""
 
+    def refuse_loose(self, name: str) -> None:
+        """Refuse that a tensor of the model is changed that it would not keep: no parameter, no buffer."""
+        owner, _, own = name.rpartition(".")
+        module = None if name in self.held else self._model.get_submodule(owner)
+        if module is None or own not in {*module._parameters, *module._buffers}:
+            raise CannotRecord(
+                f"changes the tensor {name!r} in place, which is no buffer: make it one "
+                "(self.register_buffer), or move this code into a submodule, which is then kept whole"
+            )
+
     def uses_attribute(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is the model's own, and was changed in this recording."""
         return id(tensor) in self._attributes and id(tensor) in self._known
@@ -219,12 +229,15 @@ class GraphWriter:
         # A node for each use: parameters are at hand in every stage and need not travel between them.
         return self.node("get_attr", name, (), {}, tensor)
 
+    def is_new(self, tensor: torch.Tensor) -> bool:
+        """Whether nothing is known of a tensor."""
+        known = self._known, self._attributes, self._world.originals
+        return isinstance(tensor, FakeTensor) and not any(id(tensor) in names for names in known)
+
     def check_known(self, result: Any) -> None:
         """Whether all tensors that a module gives are known: else it is kept whole, and not who uses them."""
-        for _, tensor in tensors_in(result):
-            known = self._known, self._attributes, self._world.originals
-            if isinstance(tensor, FakeTensor) and not any(id(tensor) in names for names in known):
-                raise CannotRecord(f"gives a tensor that was made where {_UNSEEN}")
+        if any(self.is_new(tensor) for _, tensor in tensors_in(result)):
+            raise CannotRecord(f"gives a tensor that was made where {_UNSEEN}")
 
     # Going back
 
