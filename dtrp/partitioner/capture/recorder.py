@@ -277,7 +277,6 @@ class Recorder(TorchFunctionMode, Observer):
             return
         if name == "training":
             self.asks_mode = "code"
-        old = module.__dict__.get(name)
         full = f"{path}.{name}" if path else name
         if name in module._buffers and isinstance(value, torch.Tensor):
             twin = self.writer.attribute(full)
@@ -288,8 +287,6 @@ class Recorder(TorchFunctionMode, Observer):
             self._updates[full] = value
         elif name in module._parameters:
             raise CannotRecord(f"replaces the parameter {full!r}")
-        elif isinstance(old, torch.Tensor) and self.writer.uses_attribute(old):
-            raise CannotRecord(f"keeps the tensor {full!r} from one call to the next")
         elif isinstance(value, torch.Tensor):
             self.left[path, name] = value
 

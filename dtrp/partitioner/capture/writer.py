@@ -144,10 +144,6 @@ class GraphWriter:
                 "(self.register_buffer), or move this code into a submodule, which is then kept whole"
             )
 
-    def uses_attribute(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is the model's own, and was changed in this recording."""
-        return id(tensor) in self._attributes and id(tensor) in self._known
-
     def depends_on_inputs(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is made from an input, from the model's own tensors, or by chance."""
         known = self._known.get(id(tensor))
