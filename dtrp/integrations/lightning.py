@@ -128,6 +128,7 @@ class PipelineStrategy(SingleDeviceStrategy):
         self._step: TrainingStep | None = None
         self._told, self._newest = 0, math.nan  # losses that have been logged, and the last of them
         self._scales: deque[float] = deque()  # of batches whose loss has not come
+        self._open: tuple[int, int] | None = None  # an epoch that has not been ended, and its latest batch
         self._checkpoint: Mapping[str, Any] | None = None  # loaded, to be handed to the stages
 
     # ---- starting and ending -------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class PipelineStrategy(SingleDeviceStrategy):
         if self._step is not None:
             self._step.put_back()
             self._module.__dict__.pop("on_validation_model_zero_grad", None)
-        self._run = self._step = None
+        self._run = self._step = self._open = None
         super().teardown()
 
     # ---- steps ---------------------------------------------------------------------------------------------
@@ -211,18 +212,38 @@ class PipelineStrategy(SingleDeviceStrategy):
                 f"accumulate_grad_batches was {run.config.accumulate} and is {size} now: the stages cannot "
                 f"change it in the middle of a run"
             )
-        scale = _share(trainer, trainer.fit_loop.epoch_loop.batch_idx)
+        epoch, place = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx
+        if self._open is not None and self._open[0] != epoch:
+            self._cut_short(run)
+        self._open = epoch, place
+        scale = _share(trainer, place)
         self._scales.append(scale)
         with step.tracing():
             run.step(batch, *counts, target=None, **({} if scale == 1.0 else {"extra": {"scale": scale}}))
         if trainer.is_last_batch:
-            run._run.drain(close_group=True)
-            run.end_epoch()
+            self._end_epoch(run)
         for loss in run.losses[self._told :]:
             self._newest = loss / self._scales.popleft()
             step.log(self._newest)
         self._told = len(run.losses)
         return torch.tensor(self._newest)
+
+    def _cut_short(self, run: Trainer) -> None:
+        """End an epoch for the stages that a hook has ended."""
+        assert self._open is not None
+        (epoch, place), size = self._open, run.config.accumulate
+        if (place + 1) % size:
+            raise ValueError(
+                f"on_train_batch_start ended epoch {epoch} after {place + 1} batches, within an update over "
+                f"accumulate_grad_batches={size}, whose gradients the stages would keep: let it end after "
+                f"whole updates"
+            )
+        self._end_epoch(run)
+
+    def _end_epoch(self, run: Trainer) -> None:
+        run._run.drain(close_group=True)
+        run.end_epoch()
+        self._open = None
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The stages go backward."""
@@ -244,7 +265,10 @@ class PipelineStrategy(SingleDeviceStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """With the newest weights."""
         if self._running:
-            self._run.flush()  # type: ignore[union-attr]
+            assert self._run is not None
+            if self._open is not None and self._module.trainer.is_last_batch:
+                self._cut_short(self._run)
+            self._run.flush()
         return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class TrainingStep(nn.Module):
         return loss
 
     def check(self, batch: Any, *counts: Tensor) -> None:
-        """Run it as it is, once, and leave no trace.
+        """Run it as it is, leaving no trace.
 
         Raises
         ------
@@ -70,13 +70,11 @@ class TrainingStep(nn.Module):
             It asks for what changes in a run, decides by what counts batches, or leaves something behind.
         """
         module = self.module
-        before, tensors, inside = state_of(module), _tensors(module), set[tuple[str, str]]()
-        with untouched(module, tensors=True), self.tracing(), torch.no_grad(), _watching(module, inside):
-            self(batch, *(count.as_subclass(_Count) for count in counts))
-            changed = changes_of(module, before, (), inside)
-            for key, value in _tensors(module).items():
-                if key not in inside and value != tensors.get(key):
-                    changed.setdefault(key[0], f"changes {'.'.join(key).removeprefix('.')!r}")
+        try:
+            with torch.no_grad():  # activations need not be kept
+                changed = self._left_behind(batch, *counts)
+        except RuntimeError:  # it takes gradients itself, or fails for a reason that is its own
+            changed = self._left_behind(batch, *counts)
         paths = {id(m): path for path, m in module.named_modules()}
         logged = [paths[id(value)] for value in self._notes.modules if id(value) in paths]
         for path, text in changed.items():
@@ -85,6 +83,18 @@ class TrainingStep(nn.Module):
                     f"training_step {text}: that stays with the stages, and no other hook would see it. Keep "
                     f"it in a buffer (register_buffer), or compute it in validation_step"
                 )
+
+    def _left_behind(self, batch: Any, *counts: Tensor) -> dict[str, str]:
+        """Modules of whose state something is another after a step, and what."""
+        module, inside = self.module, set[tuple[str, str]]()
+        before, tensors = state_of(module), _tensors(module)
+        with untouched(module, tensors=True), self.tracing(), _watching(module, inside):
+            self(batch, *(count.as_subclass(_Count) for count in counts))
+            changed = changes_of(module, before, (), inside)
+            for key, value in _tensors(module).items():
+                if key not in inside and value != tensors.get(key):
+                    changed.setdefault(key[0], f"changes {'.'.join(key).removeprefix('.')!r}")
+        return changed
 
     def tracing(self) -> _Notes:
         """A context in which ``log`` only notes."""

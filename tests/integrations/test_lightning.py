@@ -234,6 +234,43 @@ def test_a_layer_may_keep_what_it_pleases(tmp_path: Path) -> None:
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+class Short(Module):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 4 else None
+
+
+def test_an_epoch_that_a_hook_ends(tmp_path: Path) -> None:
+    """The stages' schedulers count it, too; gradients of half an update the library drops, which stages would
+    not."""
+    mine, theirs = Short(schedule="epoch"), Short(schedule="epoch")
+    a = fit(tmp_path, mine, stages(method="bp"), max_epochs=3, limit_val_batches=0)
+    b = fit(tmp_path, theirs, max_epochs=3, limit_val_batches=0)
+    assert a.losses.steps == pytest.approx(b.losses.steps, rel=1e-4)
+    for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="ended epoch 0 after 4 batches, within an update over"):
+        fit(tmp_path, Short(schedule="epoch"), stages(), accumulate_grad_batches=3)
+
+
+def test_a_step_that_takes_gradients(tmp_path: Path) -> None:
+    """A penalty on the input's gradient: the step is tried with gradients where it asks for them."""
+
+    class Smooth(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = batch[0].detach().requires_grad_()
+            loss = F.cross_entropy(self.net[2:](self.net[0](x)), batch[1])
+            (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+            loss = loss + slope.pow(2).sum()
+            self.log("train", loss, on_step=True, on_epoch=True)
+            return loss
+
+    mine, theirs = Smooth(schedule="fifty"), Smooth(schedule="fifty")
+    fit(tmp_path, mine, stages(method="bp"), max_epochs=1, limit_val_batches=0)
+    fit(tmp_path, theirs, max_epochs=1, limit_val_batches=0)
+    for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
 ASKED: list[tuple[Any, str]] = [
     (lambda m, loss, i: loss if i % 2 else 2 * loss, "training_step needs batch_idx, .* as a Python value"),
     (lambda m, loss, i: loss * min(1.0, m.global_step / 9), "global_step as a Python value"),

@@ -284,6 +284,7 @@ def test_a_mask_of_a_transformer_is_no_branch_on_values():
 
 # torch.compile itself looks at .grad of its inputs; with warnings as errors the plain model fails as well.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compiled_submodule(x):
     model = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager"))
     captured = capture(model, (x,))
