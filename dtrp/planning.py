@@ -305,6 +305,14 @@ class Planning:
     def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
         """Refuse a loss that surely cannot be trained with, before any worker starts."""
         with EXCLUSIVE:
+            written = self.made.captured.train.walk.written if self.n_stages > 1 else frozenset()
+            for name, p in self.model.named_parameters():
+                if name in written and p.requires_grad and not config.exact:
+                    raise ValueError(
+                        f"the model's forward writes to the parameter {name!r}, which is trained: a "
+                        f"decoupled pass would write to weights of another batch; train with method='bp', "
+                        f"'1f1b' or 'gpipe', or write to it between batches"
+                    )
             check_loss(self.made.captured, config, inputs, target)
 
     def choose_order(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> TrainConfig:

@@ -380,3 +380,40 @@ def test_momentum_encoders(update):
     model = Model(forward)
     model.part = copy.deepcopy(model.backbone).requires_grad_(False)
     assert_trains_alike(model, stages=3)
+
+
+class Limited(nn.Module):
+    """Embeddings of limited norm, which torch scales down in every forward pass, and other such writes."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.rows = nn.Embedding(6, 8, max_norm=1.0 if write is None else None)
+        self.write = write
+
+    def forward(self, x):
+        if self.write is not None:
+            self.write(self.rows.weight)
+        return x + self.rows(torch.arange(6))
+
+
+def clamps(weight):
+    weight.data.clamp_(min=0)
+
+
+@pytest.mark.parametrize("write", [None, clamps], ids=["max_norm", "clamp"])
+def test_trained_weights_that_forward_writes_to(write):
+    """Passes of a decoupled order run on other weights than those that are stepped: writes would be lost."""
+    assert_trains_alike(Model(through, Limited(write)))
+    model, (x, y) = Model(through, Limited(write)), batches(1)[0]
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    for options in ({}, {"predictor": "none"}, {"method": "fdg"}):
+        with (
+            pytest.raises(ValueError, match=r"writes to the parameter 'part\.rows\.weight', which is"),
+            pipe.trainer(F.mse_loss, SGD, executor="inline", **options) as trainer,
+        ):
+            trainer.step(x, y)
+    model.part.rows.weight.requires_grad_(False)
+    with dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x).trainer(
+        F.mse_loss, SGD, executor="inline"
+    ) as trainer:
+        trainer.step(x, y)

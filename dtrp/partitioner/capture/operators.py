@@ -78,6 +78,7 @@ class Walk:
     accesses: tuple[Access, ...] = ()
     state: frozenset[int] = frozenset()  # storages of parameters and buffers
     flops: float = 0.0  # of the forward pass
+    written: frozenset[str] = frozenset()  # parameters that the forward pass writes to
 
 
 def storages_in(tree: Any) -> set[int]:

@@ -114,11 +114,13 @@ def _events_of_graph(task: Task, traced: Traced, training: bool) -> tuple[list[E
             _seed()
             found = dict(model.named_buffers())
             state = storages_in(_held_by(model, traced))
+            before = {name: p._version for name, p in model.named_parameters()}
             leaves = list(runner.run(*inputs))
+            written = frozenset(n for n, p in model.named_parameters() if p._version != before[n])
             # A module kept whole assigns to its buffers by itself.
             assigned = {n: b for n, b in model.named_buffers() if b is not found.get(n)}
             _finish(log, model, inputs, leaves, traced.out_spec, {**assigned, **runner.updates})
-    return log.events, Walk(tuple(runner.accesses), frozenset(state), float(log.flops + world.flops))
+    return log.events, Walk(tuple(runner.accesses), frozenset(state), float(log.flops + world.flops), written)
 
 
 def _held_by(model: nn.Module, traced: Traced) -> list[torch.Tensor]:
