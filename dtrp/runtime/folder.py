@@ -196,6 +196,7 @@ _DESCRIPTIONS = {
         *(str(d).removeprefix("torch.") for d in vars(torch).values() if type(d) is torch.dtype),
     },
     "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # their name on Python 3.13 alone
 }
 
 
