@@ -23,6 +23,7 @@ from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
 from .partitioner.capture.graph import Signature
 from .partitioner.capture.modes import Flags, flags_of, set_flags, training_flags
+from .partitioner.capture.unread import unread
 from .partitioner.capture.watch import Watch
 from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice
 from .partitioner.example import keep_example
@@ -57,6 +58,8 @@ class Planning:
         self._forms: dict[int, Signature] = {}  # of calls; the first is the one that was planned for
         self.form, self._n_forms = 0, 0  # of the latest call; how many were made
         self._watch: Watch | None = None
+        self._unread: dict[int, frozenset[str]] = {}  # names of strings that the code never looks at, by form
+        self._read: set[str] = set()  # those that it does look at
         self._call: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})  # the latest
         self._planned_for: tuple[Sequence[Any], Mapping[str, Any]] | None = None  # of other sizes, perhaps
         self._fits: dict[int, Fits] = {}
@@ -137,6 +140,7 @@ class Planning:
     def _forget(self) -> None:
         self._compiled, self._watch, self._variants, self._fits = None, None, {}, {}
         self._forms, self.form = {}, 0
+        self._unread, self._read = {}, set()
 
     def form_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """Which form of call this is: arguments that may be left out, flags and the like make others, each
@@ -147,16 +151,33 @@ class Planning:
             return 0
         present = self._forms[self.form]
         for number, form in ((self.form, present), *self._forms.items()):
-            if form.fits(args, kwargs):
+            if form.fits(args, kwargs, self._unread.get(number, ())):
                 return number
         try:
             made = Signature.of(self.model, args, kwargs)
         except TypeError:
             return self.form
-        plain = all(isinstance(v, (bool, str, type(None))) for v in made.new_values(present))
-        if not plain or len(self._forms) == _FORMS:
+        if not all(isinstance(v, (bool, str, type(None))) for v in made.new_values(present).values()):
             return self.form
-        return self._new_form(made)
+        for number, form in self._forms.items():
+            alike = (form.in_spec, form.tensors) == (made.in_spec, made.tensors)
+            if alike and self._looks_away(number, made, (args, kwargs)):
+                return number
+        return self.form if len(self._forms) == _FORMS else self._new_form(made)
+
+    def _looks_away(self, number: int, made: Signature, call: Any) -> bool:
+        """Whether calls differ from those of this form in strings that the model's code never looks at."""
+        form, known = self._forms[number], self._unread.get(number, frozenset())
+        new = {name: v for name, v in made.new_values(form).items() if name not in known}
+        made_of = [(c.captured, grad) for (of, _, grad), c in self._variants.items() if of == number]
+        if not made_of or not all(isinstance(v, str) for v in new.values()):
+            return False
+        if asked := new.keys() - self._read:
+            found = unread(self.model, *made_of[0], form, made.flatten(*call), asked)
+            self._unread[number] = known | found
+            self._read |= asked - found
+            new = {name: v for name, v in new.items() if name not in found}
+        return not new
 
     def _new_form(self, signature: Signature) -> int:
         self._n_forms += 1
@@ -215,7 +236,8 @@ class Planning:
             if not made:
                 raise TypeError("the model was compiled again since")
             captured = made[0]
-        tensors = captured.signature.flatten(args, kwargs)
+        any_text = self._unread.get(self.form if form is None else form, ())
+        tensors = captured.signature.flatten(args, kwargs, any_text)
         with EXCLUSIVE:  # a call of another shape may be traced
             fits = self._fits.get(id(captured))
             if fits is None:

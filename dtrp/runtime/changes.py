@@ -208,14 +208,17 @@ class Changes:
         try:
             return run.compiled.bind(args, kwargs, run.form)
         except (TypeError, ValueError):
+            other = run.compiled.form_of(args, kwargs) != run.form  # else it differs in strings at most
             ranked = run.world.executor == "torchrun"
-            if not follow or ranked or run.executor is None or run.compiled.form_of(args, kwargs) == run.form:
+            if other and (not follow or ranked or run.executor is None):
                 raise
-        self._restage(args, kwargs)
+        if other:
+            self._restage(args, kwargs)
         tensors = run.compiled.bind(args, kwargs, run.form)
-        run.along = follow_batch(tensors)
-        log.log(logging.INFO if self._formed else logging.WARNING, _FORM)
-        self._formed = True
+        if other:
+            run.along = follow_batch(tensors)
+            log.log(logging.INFO if self._formed else logging.WARNING, _FORM)
+            self._formed = True
         return tensors
 
     def _restage(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -156,3 +156,56 @@ def test_a_gradient_that_could_not_wait_is_refused() -> None:
         t.step(**BATCHES[2])
         with pytest.raises(ValueError, match=r"accumulate=2\) must have the same arguments: 'style.bias'"):
             t.step(**BATCHES[0])
+
+
+class Named(nn.Module):
+    """Takes batches as datasets give them: tensors, and beside them what they are called."""
+
+    def __init__(self, looks: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.looks = nn.Linear(8, 16), nn.Linear(16, 4), looks
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        h = self.first(batch["x"]).tanh()
+        if self.looks == "equal" and batch["name"][0] == "name 5":
+            h = h * 2
+        if self.looks == "kind" and isinstance(batch["name"][0], str) and batch["name"][0].endswith("5"):
+            h = h * 2
+        if self.looks == "word" and batch["task"] == "double":
+            h = h * 2
+        return self.last(h)  # type: ignore[no-any-return]
+
+
+def named(count: int) -> list[dict[str, Any]]:
+    """With names that never come again, and a word that says what is to be done."""
+    g = torch.Generator().manual_seed(0)
+    names = [[f"name {b + i}" for i in range(8)] for b in range(count)]
+    tasks = [("single", "double")[b % 3 == 1] for b in range(count)]
+    return [
+        {"x": torch.randn(8, 8, generator=g), "name": name, "task": task}
+        for name, task in zip(names, tasks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("looks", ["", "equal", "kind", "word"])
+def test_names_that_come_with_batches(looks: str) -> None:
+    """Twelve batches have twelve lists of names, which were once refused from the ninth on; where the code
+    does look at them, each is another graph.
+    """
+    batches = named(12 if looks in ("", "word") else 7)
+    model = Named(looks)
+    optimizer = ADAMW(model.parameters())
+    expected = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch), Y)
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    pipe = dtrp.compile(Named(looks), 2, example_inputs=(batches[0],))
+    with pipe.trainer(F.cross_entropy, ADAMW, method="bp", executor="inline") as trainer:
+        for batch in batches:
+            trainer.step(batch, Y)
+        trainer.flush()
+        assert trainer.losses == pytest.approx(expected, abs=1e-6)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,8 +70,10 @@ class Signature:
         """Names of the placeholders' arguments, in order."""
         return tuple(self.names[i] for i in self.tensors)
 
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The placeholders' tensors of one call.
+    def flatten(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], unread: Collection[str] = ()
+    ) -> list[torch.Tensor]:
+        """The placeholders' tensors of one call; ``unread``: names of strings that may be any.
 
         Raises
         ------
@@ -98,6 +100,8 @@ class Signature:
                 f"Compile again with an example of this form."
             )
         for i, expected in self.constants.items():
+            if isinstance(leaves[i], str) and self.names[i] in unread:
+                continue
             if isinstance(leaves[i], torch.Tensor) or not _same(leaves[i], expected):
                 raise ValueError(
                     f"argument {self.names[i]!r} was {expected!r} when the model was compiled and is "
@@ -112,18 +116,19 @@ class Signature:
                 )
         return [leaves[i] for i in self.tensors]
 
-    def fits(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    def fits(self, args: Sequence[Any], kwargs: Mapping[str, Any], unread: Collection[str] = ()) -> bool:
         """Whether a call is of this form."""
         try:
-            self.flatten(args, kwargs)
+            self.flatten(args, kwargs, unread)
         except (TypeError, ValueError):
             return False
         return True
 
-    def new_values(self, before: Signature) -> list[Any]:
-        """Plain values that are others than in ``before``, or not there."""
+    def new_values(self, before: Signature) -> dict[str, Any]:
+        """Plain values that are others than in ``before``, or not there, by name."""
         known = {before.names[i]: value for i, value in before.constants.items()}
-        return [v for i, v in self.constants.items() if not _same(v, known.get(self.names[i], known))]
+        mine = {self.names[i]: value for i, value in self.constants.items()}
+        return {name: v for name, v in mine.items() if not _same(v, known.get(name, known))}
 
     def unflatten(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` with ``tensors`` in the placeholders' places."""
