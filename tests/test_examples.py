@@ -143,7 +143,7 @@ class TestCifar10:
             ("resnet20", 0.27),
             ("resnet56", 0.85),
             ("resnet110", 1.7),
-            ("resnet1202", 19.4),
+            pytest.param("resnet1202", 19.4, marks=pytest.mark.slow),
             ("resnet18", 11.2),
             ("wrn-28-10", 36.5),
         ],

@@ -243,7 +243,7 @@ def compare_executors(case: Case, n_stages: int, optimizer: str, **knobs: Any) -
         (RESNET20, 3, "sgd", {}),
         (UNET, 4, "adamw", {"horizon": "stage"}),
         (GPT_TIED, 4, "sgd", {}),
-        (GPT_TIED, 2, "adamw", {"method": "fdg"}),
+        pytest.param(GPT_TIED, 2, "adamw", {"method": "fdg"}, marks=slow),
     ],
     ids=lambda value: str(value) if not isinstance(value, dict) else "-".join(value) or "plain",
 )

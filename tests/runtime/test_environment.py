@@ -279,7 +279,7 @@ LOW = {
 }
 
 
-@pytest.mark.parametrize("kind", LOW)
+@pytest.mark.parametrize("kind", [k if k == "lock" else pytest.param(k, marks=pytest.mark.slow) for k in LOW])
 def test_what_cannot_travel_is_refused(tmp_path: Path, kind: str) -> None:
     use = """
         class Net(nn.Module):
