@@ -264,7 +264,7 @@ class Simulation:
 
         def put(kind: str, to: int, slot: int) -> Iterator[Any]:
             channel = Channel(kind, k, to)  # type: ignore[arg-type]
-            while len(self.queues[channel]) >= abs(to - k) + 2:
+            while len(self.queues[channel]) >= schedule.places(k, to):
                 yield None
             links.send(channel, Message(slot, []))
 
