@@ -86,13 +86,16 @@ print(json.dumps([m for m in {heavy.split()} if m in sys.modules and m not in be
         assert python(code).strip() == "[] True"
 
     def test_takes_little_beyond_torchs_own_time(self):
+        """A share of what torch takes in the same process: how fast the machine is does not matter."""
         code = """
-import time, torch
+import time
 start = time.process_time()  # not the clock on the wall: the machine may be busy with something else
+import torch
+loaded = time.process_time()
 import dtrp; dtrp.compile
-print(time.process_time() - start)
+print((time.process_time() - loaded) / (loaded - start))
 """
-        assert min(float(python(code)) for _ in range(2)) < 1.0
+        assert min(float(python(code)) for _ in range(2)) < 0.8
 
 
 class TestLayers:
