@@ -168,7 +168,8 @@ class Planning:
     def _looks_away(self, number: int, made: Signature, call: Any) -> bool:
         """Whether calls differ from those of this form in strings that the model's code never looks at."""
         form, known = self._forms[number], self._unread.get(number, frozenset())
-        new = {name: v for name, v in made.new_values(form).items() if name not in known}
+        values = made.new_values(form).items()
+        new = {name: v for name, v in values if not (isinstance(v, str) and name in known)}
         made_of = [(c.captured, grad) for (of, _, grad), c in self._variants.items() if of == number]
         if not made_of or not all(isinstance(v, str) for v in new.values()):
             return False

@@ -10,7 +10,7 @@ EXACT = ("1f1b", "gpipe", "bp")
 OF_DELAY = {False: 0.0175, True: 0.4}
 """What the first update of delay in stage 0 adds to the epochs, as a share, with prediction (ours). Steps
 that are as long whatever a weight's gradients, as Adam's, do not get shorter where stale gradients disagree.
-docs/results.md: SGD 1.00 with 0.75 updates, 1.03 with 1.5, 1.1 with 3, 1.3 with 5; Muon 1.00 with 0.75; AdamW
+docs/results.md: SGD 1.00 with 0.75 updates, 1.01 with 1.5, 1.1 with 3, 1.3 with 5; Muon 1.00 with 0.75; AdamW
 3.7 with 3, 1.12 with 0.75 and 1.02 with 0.5: less than the fit where part of the next gradient is known."""
 
 

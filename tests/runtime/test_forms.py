@@ -188,6 +188,24 @@ def named(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def test_a_name_that_is_missing_is_another_form() -> None:
+    """Any string may stand where strings are never looked at; None may be looked at."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, name: str | None = None) -> Tensor:
+            h = self.first(x)
+            return self.last(h if name is None else h * 2)  # type: ignore[no-any-return]
+
+    model, given = Model(), x()
+    pipe = dtrp.compile(model, 2, example_inputs=(given, "a"))
+    for name in ("b", "c", None, "d", None):
+        torch.testing.assert_close(pipe(given, name), model(given, name))
+
+
 @pytest.mark.parametrize("looks", ["", "equal", "kind", "word"])
 def test_names_that_come_with_batches(looks: str) -> None:
     """Twelve batches have twelve lists of names, which were once refused from the ninth on; where the code

@@ -18,7 +18,7 @@ from dtrp.runtime.random import pass_seed
 from tests.reference.dtrp_serial import SerialPipeline, train
 from tests.reference.models import FLAT_CNN, HANDED, MLP, Case, Handed
 
-N_BATCHES = 40  # the deepest pipeline here is full after six
+N_BATCHES = {"fast": 40, "slow": 100}  # the deepest pipeline here is full after six
 SEED = 3
 
 OPTIMIZERS = {
@@ -62,14 +62,14 @@ def compare(
     *,
     method: str,
     recompute: bool | str = True,
-    n_batches: int = N_BATCHES,
+    n_batches: int | None = None,
     tolerance: float = 1e-9,
     lr_scheduler: Any = None,
     **knobs: Any,
 ) -> None:
     """Train both, compare everything that training leaves behind."""
     model = case.make()
-    batches = case.batches(n_batches, last=2)
+    batches = case.batches(n_batches or usual["n"], last=2)
     pipe = dtrp.compile(model, n_gpus=n_stages, example_inputs=batches[0].args, recompute=recompute)
     assert len(pipe.stages) == n_stages
     parts = stages_of(pipe, model)
@@ -113,6 +113,16 @@ def compare(
     assert seen.keys() == reached.keys()
     for name, value in reached.items():
         close(seen[name], value, msg=lambda m, at=name: f"{at}: {m}")
+
+
+usual = {"n": N_BATCHES["fast"]}
+
+
+@pytest.fixture(autouse=True)
+def longer_where_slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not run every time is run for longer."""
+    if request.node.get_closest_marker("slow"):
+        monkeypatch.setitem(usual, "n", N_BATCHES["slow"])
 
 
 HORIZONS = ["stage", "common"]

@@ -188,8 +188,16 @@ def attributes_of(value: Any) -> list[str]:
     """Names of an object's own attributes that have a value, those in ``__slots__`` included."""
     slots = [vars(kind).get("__slots__", ()) for kind in reversed(type(value).__mro__)]
     names = [n for kind in slots for n in ((kind,) if isinstance(kind, str) else kind)]
-    found = [n for n in names if not n.startswith("__") and hasattr(value, n)]
+    found = [n for n in names if not n.startswith("__") and _has(value, n)]
     return list(dict.fromkeys([*found, *getattr(value, "__dict__", ())]))
+
+
+def _has(value: Any, name: str) -> bool:
+    try:
+        object.__getattribute__(value, name)  # not what its own __getattr__ would make up
+    except AttributeError:
+        return False
+    return True
 
 
 def _is_plain_object(value: Any) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .state import HOOKS, LIBRARIES, OWN, SIMPLE, kinds_of, within
+from .structure import attributes_of
 
 _FEW = 4096  # bytes of an array that are looked at
 _GIVEN = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType)  # stand for themselves
@@ -138,19 +139,8 @@ def _parts(value: Any) -> list[Any]:
         return [value.__func__, value.__self__]
     if isinstance(value, _GIVEN) or type(value).__module__.split(".")[0] in _OPAQUE:
         return []
-    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
-    return [
-        vars(value) if hasattr(value, "__dict__") else {},
-        *(object.__getattribute__(value, name) for name in slots if _has(value, name)),
-    ]
-
-
-def _has(value: Any, name: str) -> bool:
-    try:
-        object.__getattribute__(value, name)
-    except AttributeError:  # no value yet, or a private name
-        return False
-    return True
+    # In a row: a container made here would be gone before the next one is made, perhaps with the same id.
+    return [x for name in attributes_of(value) for x in (name, object.__getattribute__(value, name))]
 
 
 def _enclosed(function: types.FunctionType) -> dict[str, Any]:
