@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .partitioner.capture.modes import flags_of, set_flags
+from .partitioner.capture.modes import set_flags
 from .planning import Planning
 
 
@@ -28,7 +28,7 @@ class AsModel:
         """
         self.prepare(args, kwargs)
         tensors = self.bind(args, kwargs)
-        made, training = self._planning.made, any(flags_of(self.model))
+        made, training = self._planning.made, self._planning.training
         if training:  # where the model's own code switches modes
             set_flags(self.model, made.captured.flags)
         return made.split.graph(training)(*tensors)

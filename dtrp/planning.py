@@ -22,7 +22,7 @@ from .orders import choose_order
 from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
 from .partitioner.capture.graph import Signature
-from .partitioner.capture.modes import Flags, flags_of, set_flags, training_flags
+from .partitioner.capture.modes import Flags, any_training, flags_of, set_flags, training_flags
 from .partitioner.capture.unread import unread
 from .partitioner.capture.watch import Watch
 from .partitioner.compiler import Compiled, Request, adapt, compile_model, reprice
@@ -98,7 +98,7 @@ class Planning:
     @property
     def training(self) -> bool:
         """Whether any part of the model is in train mode; if none is, it is being looked at."""
-        return any(flags_of(self.model))
+        return any_training(self.model)
 
     def changed(self) -> str:
         """What of the model is not as it was when it was compiled; ``""`` if all is."""

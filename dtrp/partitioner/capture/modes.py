@@ -24,6 +24,11 @@ def flags_of(model: nn.Module) -> Flags:
     return tuple(m.training for m in model.modules())
 
 
+def any_training(model: nn.Module) -> bool:
+    """Whether any of them says training; if none does, the model is being looked at."""
+    return any(m.training for m in model.modules())
+
+
 def set_flags(model: nn.Module, flags: Flags) -> None:
     """Make them stand so."""
     for module, flag in zip(model.modules(), flags, strict=True):

@@ -65,14 +65,21 @@ class Watch:
     def _pointers(self) -> list[Any]:
         """Cheap to make; equal only if nothing has changed."""
         made: list[Any] = []
-        for module in self._model.modules():
+        modules = [self._model]
+        seen = {self._model}
+        for module in modules:  # in every batch: without the recursion of model.modules()
+            new = [m for m in module._modules.values() if m is not None and m not in seen]
+            seen.update(new)
+            modules += new
             values = vars(module)
-            made += [id(module), type(module)]
-            made += [*map(id, module._parameters.values())]
-            made += [p.dtype for p in module._parameters.values() if p is not None]
+            made += (id(module), type(module))
+            for p in values["_parameters"].values():
+                made += (id(p), None if p is None else p.dtype)
             if id(module) not in self._called:
                 made += [tuple(map(id, values[hooks].values())) for hooks in HOOKS if values[hooks]]
-            made += [_pointer(values[name]) for name in values.keys() - OWN]
+            for name, value in values.items():
+                if name not in OWN:
+                    made += (name, _pointer(value))
         made += [_pointer(look()) for look in self._named.values()]
         return made
 
