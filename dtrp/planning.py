@@ -200,7 +200,7 @@ class Planning:
             on_host = all(device.type == "cpu" for device in self.request.devices)
             measured = self.request.costs == "measured" and not self.request.speed
             by_itself = launched.world_size() == 1  # ranks would all try at once, each with all stages
-            if measured and on_host and by_itself and self.n_stages > 1:
+            if measured and on_host and by_itself:
                 tensors = base.captured.signature.flatten(args, kwargs)
                 base = tried(base, self.request, self.model, tensors)
             self.form = self._new_form(base.captured.signature)

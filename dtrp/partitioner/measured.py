@@ -208,6 +208,9 @@ class _Clock:
             lambda n: arguments[n] if n in arguments else arguments.setdefault(n, take(n)),
         )
         args, kwargs = self._on_device(args), self._on_device(dict(kwargs))
+        versions = [
+            (t, t._version) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        ]
         target: Callable[..., Any]
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
@@ -218,9 +221,6 @@ class _Clock:
             target = getattr(this, str(node.target))
         else:
             target = node.target  # type: ignore[assignment]
-        versions = [
-            (t, t._version) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        ]
         with self._timed(node.name, 0), self.autocast():
             value = target(*args, **kwargs)
         if self.in_place is None and any(t._version != version for t, version in versions):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import time
 from collections import Counter, defaultdict, deque
@@ -17,6 +18,7 @@ from .stats import WORK, StageStats
 
 Mark = float | tuple[float, torch.Event]
 Wait = tuple[float, float]  # when it began; processor time when this stage was last at it
+_before_stages: dict[int, int] = {}  # by process: bytes that it held before its first one
 
 
 class Meter:
@@ -37,7 +39,9 @@ class Meter:
         self.stashed = self.graphs = 0  # now
         self.most_stashed = self.most_graphs = 0
         self._on_device = accelerators.is_one(device)
-        self._before = 0 if self._on_device else max(0, resident("VmRSS:") - holds)
+        # A stage that takes the place of another meets a process that has held that one.
+        before = 0 if self._on_device else max(0, resident("VmRSS:") - holds)
+        self._before = _before_stages.setdefault(os.getpid(), before)
         self._seconds: defaultdict[str, float] = defaultdict(float)  # by kind
         self._counts: Counter[str] = Counter()
         self._working_rounds = 0

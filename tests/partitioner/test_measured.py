@@ -32,6 +32,32 @@ def test_every_node_has_a_time(name, cpu):
             assert data["backward_time"] > 0
 
 
+def _plus(x, y):
+    x += y
+    return x
+
+
+def _part(x, y):
+    x[:, 0] = y[:, 1]
+    return x
+
+
+@pytest.mark.parametrize("write", [_plus, _part, lambda x, y: x.mul_(y), lambda x, y: torch.relu_(x) + y])
+def test_what_is_written_in_place_can_be_timed(write, cpu):
+    """Else models with `x += residual` could not be compiled with measured costs at all."""
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.last(write(self.first(x), x))
+
+    graph = cost_graph(capture(Writes(), (torch.randn(3, 4),)), device=cpu, mode="measured")
+    assert all(d["forward_time"] > 0 for d in graph.nodes.values() if d["kind"] != "get_attr")
+
+
 def test_a_heavy_node_takes_longer_than_a_light_one(cpu):
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8), nn.Linear(8, 8))
     graph = cost_graph(capture(model, (torch.randn(256, 512),)), device=cpu, mode="measured")
