@@ -290,8 +290,8 @@ class Stage:
         feed, twin = flight.feed, flight.twin
         if self.program.is_last and self.scaling is not None:
             flight.scale = self.scaling.scale
-        if feed.part == 0 and self.config.gives_up:
-            self.updates.set_aside()
+        if feed.part == 0:
+            self.updates.begin()
         if not flight.skip:
             mark = self.meter.start("backward")
             self.tied.before_backward()

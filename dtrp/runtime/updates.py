@@ -1,6 +1,6 @@
 """The end of a mini-batch in one stage: whether it brings an update, and by which gradients.
 
-every part's backward      a mini-batch that may yet be given up gathers apart (`set_aside`)
+every part's backward      a mini-batch that may yet be given up gathers apart (`begin`)
 the last part's            scale, replicas, norm, clipping, and what other stages say of theirs (`decide`)
 then                       the update, or its gradients wait for more, or it is forgotten
 """
@@ -161,8 +161,14 @@ class Updates:
 
     # ---- mini-batches that are given up --------------------------------------------------------------------
 
-    def set_aside(self) -> None:
-        """What earlier mini-batches left, so that this one can be given up."""
+    def begin(self) -> None:
+        """A mini-batch's first backward pass begins: only gradients that wait for an update stay, not those that
+        the script left on the model. They are set aside where this mini-batch may be given up."""
+        if self.weights.own is None or self.weights.own.waiting == 0:
+            for p in self.weights.own_parameters:
+                p.grad = None
+        if not self.config.gives_up:
+            return
         self._aside = [(p, p.grad) for p in self.weights.own_parameters]
         for p, _ in self._aside:
             p.grad = None

@@ -327,3 +327,26 @@ def test_a_frozen_backbone_in_front(n_stages: int, frozen: int, executor: str) -
         opt.step()
         opt.zero_grad()
     assert same(model.state_dict(), twin.state_dict())
+
+
+# --- Gradients that are not the run's ----------------------------------------------------------------------
+
+
+@either
+@pytest.mark.parametrize("knobs", [{}, {"accumulate": 2}, {"on_nonfinite": "skip"}, {"micro_batches": 2}])
+@pytest.mark.parametrize("n_stages", [1, 3])
+def test_gradients_that_the_script_leaves_on_the_model(
+    n_stages: int, knobs: dict[str, Any], executor: str
+) -> None:
+    """A trial before training, saliency maps, another model's loss: a loop that begins with ``zero_grad`` never
+    steps with them."""
+    models = [calm(), calm()]
+    method = "1f1b" if "micro_batches" in knobs else "bp"
+    for model, leaves in zip(models, (False, True), strict=True):
+        with trainer(compiled(model, n_stages), executor, method=method, **knobs) as t:
+            for i, (x, y) in enumerate(batches(6)):
+                if leaves and i % 2 == 0:
+                    t.sync()
+                    model(x).square().sum().backward()
+                t.step(x, y)
+    assert same(*(model.state_dict() for model in models))
