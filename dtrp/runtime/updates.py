@@ -162,8 +162,8 @@ class Updates:
     # ---- mini-batches that are given up --------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A mini-batch's first backward pass begins: only gradients that wait for an update stay, not those that
-        the script left on the model. They are set aside where this mini-batch may be given up."""
+        """A mini-batch's first backward pass begins: only gradients that wait for an update stay, not those
+        that the script left on the model. They are set aside where this mini-batch may be given up."""
         if self.weights.own is None or self.weights.own.waiting == 0:
             for p in self.weights.own_parameters:
                 p.grad = None

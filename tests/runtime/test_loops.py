@@ -338,8 +338,8 @@ def test_a_frozen_backbone_in_front(n_stages: int, frozen: int, executor: str) -
 def test_gradients_that_the_script_leaves_on_the_model(
     n_stages: int, knobs: dict[str, Any], executor: str
 ) -> None:
-    """A trial before training, saliency maps, another model's loss: a loop that begins with ``zero_grad`` never
-    steps with them."""
+    """A trial before training, saliency maps, another model's loss: a loop that begins with ``zero_grad``
+    never steps with them."""
     models = [calm(), calm()]
     method = "1f1b" if "micro_batches" in knobs else "bp"
     for model, leaves in zip(models, (False, True), strict=True):

@@ -54,15 +54,22 @@ def test_what_ranks_save_loads_anywhere(tmp_path: Path) -> None:
 def test_what_replicas_save_loads_on_other_numbers_of_ranks(tmp_path: Path) -> None:
     """Written by two replicas of two stages, in the middle of an accumulated group: on one replica of three,
     in workers, inline and in the plain model it goes on as inline does from the file. The gradients that wait
-    are those of both replicas; in float64, since their sum may come about in another order."""
+    are those of both replicas; in float64, since their sum may come about in another order. (No replica knows
+    what the other has of the next gradient: nobody predicts with it here.)"""
     before = (
         "    torch.set_default_dtype(torch.float64)"
         + SAVED
         + """
     replica, model = rank // 2, mlp(norm=False, dropout=0.0)
     parts = [(x[replica::2], y[replica::2]) for x, y in DATA[:8]]
-    trained("auto", 2, parts, save=["run/", "run.ckpt"], model=copy.deepcopy(model))
-    trained("inline", 2, DATA[:8], save=[f"alone.{rank}"], model=model)
+    from dtrp.runtime.predictors import Adam
+
+    class Whole(Adam):
+        takes_gradient = False
+
+    joint = dict(predictor=Whole(), micro_batches=1)
+    trained("auto", 2, parts, save=["run/", "run.ckpt"], model=copy.deepcopy(model), **joint)
+    trained("inline", 2, DATA[:8], save=[f"alone.{rank}"], model=model, **joint)
     file, theirs = read_checkpoint("run.ckpt"), read_checkpoint(f"alone.{rank}")
     assert len(file["gradients"]) == 12
     for section in ("model", "gradients"):
