@@ -302,6 +302,26 @@ def test_a_running_mean_is_a_buffer_or_in_a_part(centre, text):
     assert_trains_alike(part)
 
 
+def assigns_then_decides(m, x):
+    m.norm.num_batches_tracked = m.norm.num_batches_tracked + 1
+    m.norm.running_mean = 0.9 * m.norm.running_mean + 0.1 * x.mean(0).detach()
+    return m.a(x) if x.sum() > 0 else m.b(x - m.norm.running_mean)
+
+
+def replaces_a_parameter(m, x):
+    """As VQ-VAEs move their codebook."""
+    m.norm.running_mean = 0.9 * m.norm.running_mean + 0.1 * x.mean(0).detach()
+    m.norm.weight = nn.Parameter(0.9 * m.norm.weight + 0.1 * m.norm.running_mean)
+    return m.b(x * m.norm.weight.detach())
+
+
+@pytest.mark.parametrize("function", [assigns_then_decides, replaces_a_parameter])
+def test_buffers_assigned_in_a_part_that_is_kept_whole(function):
+    """What it had assigned before recording stopped is nothing of the graph."""
+    pipe = assert_trains_alike(Model(through, Part(function)))
+    assert [name for name, _ in pipe.report.kept_whole] == ["part"]
+
+
 @pytest.mark.parametrize("called", [False, True], ids=["fresh", "stale"])
 def test_a_loss_that_reads_them_is_refused(called):
     model, (x, y) = Model(through, Part(leaves_loss)), batches(1)[0]

@@ -86,6 +86,12 @@ _KNOWN = (
         "inputs of the model's dtype. Mixed precision is pipe.trainer(autocast=torch.bfloat16).",
     ),
     (
+        ("Python's or numpy's generator",),
+        "the model's own forward draws random numbers that are not torch's",
+        "Draw them by torch (torch.rand(()) < p, and torch.where to choose), give them to forward as an "
+        "input, or {whole}.",
+    ),
+    (
         ("CannotRecord",),
         "the model does something that a graph cannot hold",
         "Rewrite this line without it, or {whole}.",

@@ -68,6 +68,12 @@ class FakeWorld:
             self.originals[id(self._twins[id(tensor)].fake)] = tensor
         return self._twins[id(tensor)].fake
 
+    def constant(self, tensor: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """From now on ``fake`` stands for ``tensor``, which code of the model has made of numbers."""
+        self._twins[id(tensor)] = _Twin(tensor, fake)
+        self.originals[id(fake)] = tensor
+        return fake
+
     def _make(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return _unread(self.mode.from_tensor(tensor, static_shapes=True))

@@ -32,6 +32,10 @@ class Observer:
         """``function.apply(*args, **kwargs)``."""
         return proceed(*args, **kwargs)
 
+    def on_operator(self, operator: Any, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """An operator that no torch function called: in a legacy constructor, a scripted function."""
+        return proceed(*args, **kwargs)
+
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """A region of torch.autocast was entered, or is left."""
 
@@ -198,12 +202,17 @@ class ObservedFakeMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
         self.observer: Any = None
 
-    def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
-        observer = self.observer
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        observer, kwargs = self.observer, kwargs or {}
         if observer is None or observer.paused:
-            return super().__torch_dispatch__(*args, **kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        before = super()
+
+        def proceed(*args: Any, **kwargs: Any) -> Any:
+            return before.__torch_dispatch__(func, types, args, kwargs)
+
         observer.paused = True
         try:
-            return super().__torch_dispatch__(*args, **kwargs)
+            return observer.on_operator(func, proceed, args, kwargs)
         finally:
             observer.paused = False

@@ -34,7 +34,7 @@ from .example_values import ExampleCalls
 from .fakes import FakeWorld
 from .leaves import is_leaf, is_lent
 from .left import attributes_of, forget_unread, take
-from .location import raised_at, user_location
+from .location import user_location
 from .methods import KeptMethod, own_methods
 from .patches import Observer
 from .sizes import Sizes
@@ -42,7 +42,7 @@ from .snapshot import foreign_randomness, preserved_randomness
 from .structure import mirror, mutable
 from .targets import node_form, property_name
 from .task import Task
-from .writer import CannotKeep, CannotRecord, GraphWriter
+from .writer import CannotKeep, CannotRecord, GraphWriter, reason
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
@@ -70,7 +70,7 @@ class Recorder(TorchFunctionMode, Observer):
         fixed_modes: bool = False,
     ) -> None:
         super().__init__()
-        model = task.model
+        model = self._model = task.model
         self.writer = GraphWriter(model, world)
         self.sizes = Sizes(self.writer, lambda: self.paused)
         self.failures: dict[str, str] = {}  # modules that could not be recorded, and why
@@ -167,6 +167,15 @@ class Recorder(TorchFunctionMode, Observer):
                 return proceed(*args, **kwargs)
             return self._calls(proceed, lambda _, a, k: ("call_function", target, a, k), args, kwargs)
 
+    def on_operator(self, operator: Any, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """``torch.Tensor([1.0, 2.0])`` and arrays give constants, ``torch.Tensor(2, 3)`` an empty one."""
+        aten = torch.ops.aten
+        if operator is aten.lift_fresh.default:
+            return self._world.constant(args[0].clone(), proceed(*args))
+        if operator in (aten.empty.memory_format, aten._to_copy.default):
+            return self._calls(proceed, lambda _, a, k: ("call_function", operator, a, k), args, kwargs)
+        return proceed(*args, **kwargs)
+
     def on_module(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module: one node if it is a leaf (or nothing else works), else its insides."""
         name = self._names.get(module)
@@ -217,7 +226,7 @@ class Recorder(TorchFunctionMode, Observer):
         catches: Any = Exception,
     ) -> Any:
         """``inside()``; if it cannot be recorded ``whole()``, with nothing left of what was recorded."""
-        mark, found = self.writer.mark(), mutable(given)
+        mark, found, updates = self.writer.mark(), mutable(given), dict(self._updates)
         try:
             return inside()
         except CannotKeep:
@@ -226,6 +235,10 @@ class Recorder(TorchFunctionMode, Observer):
             self.writer.roll_back(mark)
             self.writer.module = outer
             mirror(given, found)  # what it has put in so far is known no more
+            for full in self._updates:
+                owner, own = self._model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2]
+                owner._buffers[own] = updates.get(full, self.writer.attribute(full))
+            self._updates = updates
             try:
                 result = whole()
             except Exception as failed:
@@ -359,8 +372,13 @@ class Recorder(TorchFunctionMode, Observer):
         return result
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        tables = [(t, dict(t)) for m in module.modules() for t in (m._parameters, m._buffers)]
         try:
-            return proceed(module, *args, **kwargs)
+            try:
+                return proceed(module, *args, **kwargs)
+            finally:  # what it replaces is its own affair
+                for table, before in tables:
+                    table.update(before)
         except Exception as error:
             try:
                 return self._really_run(module, args, kwargs)
@@ -379,14 +397,3 @@ class Recorder(TorchFunctionMode, Observer):
             yield
         finally:
             self.paused = before
-
-
-def reason(error: BaseException) -> str:
-    """One line that says why a module could not be recorded, with the user's line."""
-    if hasattr(error, "dtrp_real"):  # it could not even run on real tensors
-        return str(error.dtrp_real)
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    place = raised_at(error)
-    if not isinstance(error, CannotRecord):
-        text = f"{type(error).__name__}: {text}"
-    return f"{text} ({place})" if place else text

@@ -18,7 +18,7 @@ from torch.fx.node import base_types
 from .custom import Rebuild
 from .fakes import FakeWorld, light
 from .gradients import enclose
-from .location import user_location
+from .location import raised_at, user_location
 from .methods import held_name
 from .structure import Step, opened_object, tensors_in
 
@@ -33,6 +33,17 @@ class CannotRecord(Exception):
 
 class CannotKeep(CannotRecord):
     """It does something for which keeping it whole would not help either."""
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why a module could not be recorded, with the user's line."""
+    if hasattr(error, "dtrp_real"):  # it could not even run on real tensors
+        return str(error.dtrp_real)
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    place = raised_at(error)
+    if not isinstance(error, CannotRecord):
+        text = f"{type(error).__name__}: {text}"
+    return f"{text} ({place})" if place else text
 
 
 @dataclass
@@ -132,7 +143,15 @@ class GraphWriter:
 
     def attribute_name(self, tensor: torch.Tensor) -> str:
         """The qualified name of one of the model's own tensors, ``""`` for another."""
+        if id(tensor) in self._world.originals and id(tensor) not in self._attributes:
+            self._constant(tensor)
         return self._attributes[id(tensor)][1] if id(tensor) in self._attributes else ""
+
+    def _constant(self, tensor: torch.Tensor) -> None:
+        """Hold what ``tensor`` stands for, which is no part of the model, under a name of its own."""
+        name = f"_constant_{len(self.held)}"
+        self.held[name] = self._world.originals[id(tensor)]
+        self._attributes[id(tensor)] = (tensor, name)
 
     def refuse_loose(self, name: str) -> None:
         """Refuse that a tensor of the model is changed that it would not keep: no parameter, no buffer."""
@@ -214,13 +233,8 @@ class GraphWriter:
             if known.steps:
                 self.learn(tensor, self.reach(known.node, known.steps))
             return self._known[id(tensor)].node
-        if id(tensor) in self._attributes:
-            name = self._attributes[id(tensor)][1]
-        elif id(tensor) in self._world.originals:
-            name = f"_constant_{len(self.held)}"
-            self.held[name] = self._world.originals[id(tensor)]
-            self._attributes[id(tensor)] = (tensor, name)
-        else:
+        name = self.attribute_name(tensor)
+        if not name:
             raise CannotRecord(f"uses a tensor that was made where {_UNSEEN}")
         # A node for each use: parameters are at hand in every stage and need not travel between them.
         return self.node("get_attr", name, (), {}, tensor)
