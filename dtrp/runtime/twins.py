@@ -12,6 +12,7 @@ around each pass, and only where a module's code is not torch's own.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+
+_COPYING = threading.Lock()  # trainers of other threads copy modules, too
 
 # What every module has (a LightningModule also its trainer, which a copy lacks, and which hook is running);
 # the rest is its own.
@@ -82,13 +85,23 @@ class Twin:
 
 
 def private_copy(module: M, tensors: Iterable[tuple[Tensor, Tensor]]) -> M:
-    """A deep copy in which the second of each pair stands in the place of the first."""
+    """A deep copy in which the second of each pair stands in the place of the first.
+
+    What a call has left on the module, wherever it is kept (a normalised weight, activations in a list), torch
+    does not copy: it is copied without its gradient.
+    """
     memo: dict[int, Any] = {id(theirs): mine for theirs, mine in tensors}
-    for m in module.modules():
-        for value in m.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach()  # left by a hook, such as a normalised weight
-    return copy.deepcopy(module, memo)
+    with _COPYING:
+        before = Tensor.__deepcopy__
+
+        def copied(value: Tensor, memo: dict[int, Any]) -> Any:
+            return before(value if value.is_leaf else value.detach(), memo)  # type: ignore[no-untyped-call]
+
+        Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
+        try:
+            return copy.deepcopy(module, memo)
+        finally:
+            Tensor.__deepcopy__ = before  # type: ignore[method-assign]
 
 
 def has_own_code(module: nn.Module) -> bool:

@@ -302,6 +302,54 @@ def test_a_running_mean_is_a_buffer_or_in_a_part(centre, text):
     assert_trains_alike(part)
 
 
+def in_a_list(m, x):
+    y = m.a(x)
+    m.losses.append(y)
+    return m.b(y)
+
+
+def deep(m, x):
+    y = m.a(x)
+    m.seen = {"layers": {"a": [y]}}
+    return m.b(y)
+
+
+def by_a_hook(model):
+    kept = {}
+    model.part.a.register_forward_hook(lambda m, i, o: kept.update(a=o))
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Model(through, Part(in_a_list)),
+        lambda: Model(through, Part(deep)),
+        lambda: by_a_hook(Model(through, Part(lambda m, x: m.b(m.a(x))))),
+    ],
+    ids=["list", "deep", "hook"],
+)
+def test_activations_that_an_earlier_call_left(model):
+    """A look at the model, a summary: torch refuses to copy what it leaves, which stages need not have."""
+    model = model()
+    model.eval()(batches(1)[0][0])
+    model.train()
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=batches(1)[0][0])
+    with pipe.trainer(loss_of, SGD, method="bp", executor="inline") as trainer:
+        for x, y in batches():
+            trainer.step(x, y)
+    assert len(trainer.losses) == 4
+    plain = Model(through, Part(lambda m, x: m.b(m.a(x))))
+    plain.eval()(batches(1)[0][0])
+    optimizer = SGD(plain.train().parameters())
+    for (x, y), loss in zip(batches(), trainer.losses, strict=True):
+        optimizer.zero_grad()
+        expected = loss_of(plain(x), y)
+        expected.backward()
+        optimizer.step()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
 def assigns_then_decides(m, x):
     m.norm.num_batches_tracked = m.norm.num_batches_tracked + 1
     m.norm.running_mean = 0.9 * m.norm.running_mean + 0.1 * x.mean(0).detach()

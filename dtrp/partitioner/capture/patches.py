@@ -206,10 +206,10 @@ class ObservedFakeMode(FakeTensorMode):
         observer, kwargs = self.observer, kwargs or {}
         if observer is None or observer.paused:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        before = super()
+        run = super().__torch_dispatch__
 
         def proceed(*args: Any, **kwargs: Any) -> Any:
-            return before.__torch_dispatch__(func, types, args, kwargs)
+            return run(func, types, args, kwargs)
 
         observer.paused = True
         try:

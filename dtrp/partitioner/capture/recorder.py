@@ -372,7 +372,8 @@ class Recorder(TorchFunctionMode, Observer):
         return result
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        tables = [(t, dict(t)) for m in module.modules() for t in (m._parameters, m._buffers)]
+        registries: Iterator[Any] = (t for m in module.modules() for t in (m._parameters, m._buffers))
+        tables = [(table, dict(table)) for table in registries]
         try:
             try:
                 return proceed(module, *args, **kwargs)
