@@ -87,8 +87,8 @@ class Twin:
 def private_copy(module: M, tensors: Iterable[tuple[Tensor, Tensor]]) -> M:
     """A deep copy in which the second of each pair stands in the place of the first.
 
-    What a call has left on the module, wherever it is kept (a normalised weight, activations in a list), torch
-    does not copy: it is copied without its gradient.
+    What a call has left on the module, wherever it is kept (a normalised weight, activations in a list),
+    torch does not copy: it is copied without its gradient.
     """
     memo: dict[int, Any] = {id(theirs): mine for theirs, mine in tensors}
     with _COPYING:
