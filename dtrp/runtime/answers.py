@@ -6,6 +6,7 @@ Executors pass each question on by its name (`Inline.call`), so that it is the s
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,6 +103,12 @@ class Answers:
         modules = own_modules(self.stage.module)
         set_attributes(modules, completed(attributes, attributes_of(modules)))
         self.stage.weights.forget()
+
+    def take_loss(self, loss_fn: Any) -> None:
+        """The loss as the script has it now; of one that is a module of the stage, only its code."""
+        passes = self.stage.passes
+        if self.stage.program.is_last and passes.config.loss_fn is not held_loss:
+            passes.config = replace(passes.config, loss_fn=loss_fn)
 
     def training_state(self, names: Mapping[str, str]) -> dict[str, Any]:
         """What besides weights and buffers the next batch's training depends on, by parameter name;

@@ -15,6 +15,7 @@ from ..wiring import Wiring
 from .batch import Feed, Update, WithExtra
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+_CLASSES = (torch.int64, torch.uint8)  # dtypes that torch's losses take as classes
 
 
 def take_target(
@@ -155,7 +156,7 @@ def _counting(target: Any, samples: int, size: int, ignored: int) -> list[int] |
     """How many class targets of each part count; ``None``: all do."""
     if isinstance(target, WithExtra):
         target = target.target
-    is_classes = isinstance(target, Tensor) and target.dtype == torch.int64 and target.dim() > 0
+    is_classes = isinstance(target, Tensor) and target.dtype in _CLASSES and target.dim() > 0
     if not is_classes or len(target) != samples:
         return None
     counts = target != ignored
@@ -176,7 +177,7 @@ def n_samples(tensors: Sequence[Tensor]) -> int:
 def n_counted(tensors: Sequence[Tensor], target: Any, ignored: int = -100) -> int:
     """What a mean over a batch is taken over: class targets that are not ``ignored``, or else samples."""
     target = target.target if isinstance(target, WithExtra) else target
-    if isinstance(target, Tensor) and target.dtype == torch.int64 and target.dim() > 0:
+    if isinstance(target, Tensor) and target.dtype in _CLASSES and target.dim() > 0:
         return int((target != ignored).sum())
     return n_samples(tensors)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import interrupts
 from .arguments import follow_batch
+from .loss_reads import LossReads
 from .program import hooks_of, trained
 from .run_state import RunState
 from .twins import scalars_of
@@ -39,6 +40,11 @@ _FORM = (
 _WAITING = (
     "batches of one update (accumulate=%d) must have the same arguments: %r got a gradient from one of them, "
     "and is not used by this one"
+)
+_READ = (
+    "what the loss reads of the script was changed while batches were in flight: they are trained first, "
+    "which empties the pipeline. What changes with every batch travels better with it: "
+    "step(x, y, extra={...})"
 )
 log = logging.getLogger("dtrp")
 
@@ -125,7 +131,8 @@ class Changes:
         self._run = run
         self._settings = Settings(nn.Module())
         self._values = Values({}, {})
-        self._told = False
+        self._reads: LossReads | None = None  # what worker processes' copy of the loss had of the script
+        self._told: set[str] = set()
         self._formed = False
 
     def begin(self) -> None:
@@ -134,6 +141,8 @@ class Changes:
         self._settings = Settings(owner.model)
         owner.begin()
         self._values = Values(owner.tensors, owner.modules())
+        if self._run.world.executor == "workers":
+            self._reads = LossReads(self._run.config.loss_fn, trained=owner.loss is not None)
 
     def note(self) -> None:
         """Model and stages have the same values now, as far as they ever have during training."""
@@ -158,6 +167,12 @@ class Changes:
                 )
             return
         self.hand_in()
+        if self._reads is not None and self._run.alive is not None and self._reads.changed():
+            self._tell(_READ)
+            self._run.drain()
+            with interrupts.held(), self._run.rescued():
+                self._run.alive.call("take_loss", self._run.config.loss_fn)
+            self._reads.note()
         if compiled.training and (self._settings.changed() or compiled.changed()):
             self._restage(args, kwargs)
 
@@ -184,9 +199,7 @@ class Changes:
             log.warning(_LOST, trained)
             return
         if run.stale and (assigned or not shared):
-            if not self._told:
-                log.warning(_WRITTEN, written[0] if written else next(iter(next(iter(assigned.values())))))
-            self._told = True
+            self._tell(_WRITTEN, written[0] if written else next(iter(next(iter(assigned.values())))))
             # What the script has written holds also after the stages have given theirs, except for tensors
             # that the stages have written too.
             kept = {} if shared else {n: owner.tensors[n].detach().clone() for n in written}
@@ -199,6 +212,12 @@ class Changes:
             values = {name: owner.tensors[name].detach() for name in written}
             executor.call("load_state", values, owner.attributes() if assigned else {})
         self.note()
+
+    def _tell(self, text: str, *names: str) -> None:
+        """Once, that batches in flight have to be waited for."""
+        if self._run.in_flight and text not in self._told:
+            log.warning(text, *names)
+            self._told.add(text)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, follow: bool) -> list[Tensor]:
         """A batch's tensors. `follow`: where it has another form than those before (a mask that may be left

@@ -10,11 +10,13 @@ import io
 import os
 import pickle
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -27,11 +29,16 @@ from torch.utils import _pytree as pytree
 from ..exclusive import EXCLUSIVE
 from .links import canonical, dense_order, flat_bytes
 
+_OURS = __name__.partition(".")[0]
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_FEW = 1000  # parts of a value, or numbers in a tensor, that travel with a module
+
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.by_value: set[ModuleType] = set()  # modules that a worker could not import
+        self.told: set[str] | None = None  # modules whose values travel too, so far; None: none do
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, FunctionType, ModuleType)):
@@ -43,6 +50,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 self.by_value.add(module)
             if type(obj) is not ModuleType and sys.modules.get(name or "") is obj:
                 return import_module, (name,)  # torch.backends.cudnn and others are of classes of their own
+            inside = "" if isinstance(obj, ModuleType) else obj.__qualname__
+            if self.told is not None and _at(module, inside) is obj and (values := self._values(module)):
+                return _imported, (name, inside, values)
         if type(obj) is CustomOpDef and obj._qualname in OPDEFS:
             return _operator, (obj._qualname,)  # workers know it (registered.py)
         if type(obj) is Tensor and not obj.is_sparse and not obj.is_quantized and not obj.is_meta:
@@ -58,6 +68,81 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, pytree.TreeSpec) and obj.is_leaf():
             return pytree.tree_structure, (None,)  # torch 2.11 warns whoever unpickles its class of leaves
         return super().reducer_override(obj)
+
+    def _values(self, module: ModuleType | None) -> dict[str, dict[str, Any]]:
+        """Plain values in a module of the user's, and in those that it names, which the script may have set
+        since it was imported (a configuration); by module, each told once."""
+        assert self.told is not None
+        found, waiting = {}, [module]
+        while waiting:
+            one = waiting.pop()
+            if one is None or one.__name__ in self.told or not _is_users(one):
+                continue
+            self.told.add(one.__name__)
+            found[one.__name__] = {k: v for k, v in vars(one).items() if k[:2] != "__" and _is_data(v)}
+            for value in vars(one).values():
+                home = getattr(value, "__module__", None)
+                inner = sys.modules.get(home) if isinstance(home, str) else None
+                waiting.append(value if isinstance(value, ModuleType) else inner)
+        return {name: values for name, values in found.items() if values}
+
+
+def _is_users(module: ModuleType) -> bool:
+    """Whether a worker would import it by its name, and it is of no installed package."""
+    file, name = getattr(module, "__file__", None) or "", module.__name__
+    installed = "site-packages" in file or "dist-packages" in file or name.partition(".")[0] == _OURS
+    return bool(file) and not installed and not _is_standard(name) and importable(name)
+
+
+def _is_standard(name: str) -> bool:
+    return name.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_data(value: Any, depth: int = 5) -> bool:
+    """Whether it is what a configuration is made of, and small."""
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, Tensor):
+        return type(value) is Tensor and value.numel() <= _FEW
+    if isinstance(value, (Namespace, SimpleNamespace)) or (
+        is_dataclass(value) and not isinstance(value, type)
+    ):
+        value = vars(value) if hasattr(value, "__dict__") else object()
+    if not depth or not isinstance(value, (dict, list, tuple, set, frozenset)) or len(value) > _FEW:
+        return False
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return all(_is_data(part, depth - 1) for part in parts)
+
+
+def _at(module: Any, inside: str) -> Any:
+    """What a module has under a dotted name; the module itself for none."""
+    for name in inside.split(".") if inside else ():
+        module = getattr(module, name, None)
+    return module
+
+
+def _imported(name: str, inside: str, values: Mapping[str, Mapping[str, Any]]) -> Any:
+    module = import_module(name)
+    for other in values.keys() & sys.modules.keys():
+        space = vars(sys.modules[other])
+        for key, value in values[other].items():
+            _set(space, key, value)
+    return _at(module, inside)
+
+
+def _set(space: dict[str, Any], key: str, value: Any) -> None:
+    """In place where it can be: other modules may hold the same object."""
+    now: Any = space.get(key)
+    if type(now) is not type(value) or not (isinstance(now, (dict, list)) or hasattr(now, "__dict__")):
+        space[key] = value
+        return
+    if isinstance(now, dict):
+        dict.clear(now)
+        dict.update(now, value)
+    elif isinstance(now, list):
+        now[:] = value
+    if hasattr(now, "__dict__") and not isinstance(now, Tensor):
+        vars(now).update(vars(value))
 
 
 def unsendable(named: Mapping[str, Any]) -> str:
@@ -126,11 +211,13 @@ def _finds(name: str, file: str | None, path: tuple[str, ...]) -> bool:
     return file is None or spec.origin is None or os.path.realpath(spec.origin) == os.path.realpath(file)
 
 
-def dumps(obj: Any) -> bytes:
+def dumps(obj: Any, *, values: bool = False) -> bytes:
     """``obj`` as bytes; functions and classes of the user's script, and of modules that only this process can
-    have, travel by value."""
+    have, travel by value. ``values``: with those of the user's other modules travel the plain values that are
+    in these modules now."""
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, protocol=5)
+    pickler.told = set() if values else None
     with EXCLUSIVE:
         try:
             pickler.dump(obj)

@@ -57,7 +57,7 @@ def pickled_setups(
     """
     ambient = random_state() if seed is None else None
     try:
-        return [dumps(Setup(p, config, seed, record, ambient)) for p in programs]
+        return [dumps(Setup(p, config, seed, record, ambient), values=True) for p in programs]
     except Exception as e:
         raise TypeError(
             f"{unsendable(vars(config))} cannot be sent to a worker process: {e}. Avoid open "

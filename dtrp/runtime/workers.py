@@ -224,7 +224,7 @@ class Workers:
                 self._post(k, Channel("feed", CALLER, k), message)
 
     def _command_all(self, verb: str, *arguments: Any) -> None:
-        data = dumps((verb, *arguments))
+        data = dumps((verb, *arguments), values=True)
         with interrupts.held():
             for k in range(self.n_stages):
                 self._command(k, data)

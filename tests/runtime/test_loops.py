@@ -350,3 +350,19 @@ def test_gradients_that_the_script_leaves_on_the_model(
                     model(x).square().sum().backward()
                 t.step(x, y)
     assert same(*(model.state_dict() for model in models))
+
+
+def test_small_class_targets_that_do_not_count() -> None:
+    """Segmentation masks: bytes, where 255 is left out of the mean, also of a micro-batch's."""
+    model, twin = calm(), calm()
+    ignoring = partial(F.cross_entropy, ignore_index=255)
+    masks = [(x, torch.where(x[:, 0] > 0.5, 255, y).to(torch.uint8)) for x, y in batches(4, 8)]
+    with trainer(compiled(model, 2), "inline", ignoring, method="1f1b", micro_batches=4, optimizer=SGD) as t:
+        t.fit(masks, 1)
+    opt = SGD(twin.parameters())
+    for x, y in masks:
+        opt.zero_grad()
+        ignoring(twin(x), y).backward()
+        opt.step()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)

@@ -20,6 +20,7 @@ from .state import HOOKS, LIBRARIES, OWN, SIMPLE, kinds_of, within
 from .structure import attributes_of
 
 _FEW = 4096  # bytes of an array that are looked at
+_MANY = 1000  # parts of a container that are looked at, where that is done in every batch
 _GIVEN = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType)  # stand for themselves
 _OPAQUE = {"torch", "logging", "typing", "lightning", "pytorch_lightning", "builtins", "_thread", "threading"}
 _SAME = (*SIMPLE, *_GIVEN, tuple)
@@ -112,10 +113,11 @@ def _pointer(value: Any) -> Any:
     return id(value) if isinstance(value, _SAME) else contents(value)
 
 
-def contents(value: Any) -> tuple[Any, ...]:
+def contents(value: Any, tensors: list[torch.Tensor] | None = None) -> tuple[Any, ...]:
     """All that code may read of a value, in a row; equal only where code could tell no difference.
 
-    Tensors, modules, classes and what libraries make stand for themselves.
+    Tensors, modules, classes and what libraries make stand for themselves. Where ``tensors`` is given,
+    modules are opened, and all tensors are added to it.
     """
     found: list[Any] = []
     seen: set[int] = set()
@@ -126,7 +128,7 @@ def contents(value: Any) -> tuple[Any, ...]:
             found.append((type(one), repr(one)))
         elif isinstance(one, (dict, list, tuple, set, frozenset, deque)):
             found.append((type(one), len(one)))
-            if id(one) not in seen:
+            if id(one) not in seen and (tensors is None or len(one) <= _MANY):
                 waiting += [part for item in one.items() for part in item] if isinstance(one, dict) else one
         elif isinstance(one, functools.partial):
             waiting += [one.func, one.args, one.keywords]
@@ -136,6 +138,14 @@ def contents(value: Any) -> tuple[Any, ...]:
             found.append(id(one))
             if id(one) not in seen:
                 waiting += _parts(one)
+            if tensors is not None and isinstance(one, torch.Tensor):
+                tensors.append(one)
+            elif tensors is not None and isinstance(one, nn.Module) and id(one) not in seen:
+                found.append(one.training)
+                tensors += [t for t in (*one._parameters.values(), *one._buffers.values()) if t is not None]
+                waiting += one._modules.values()
+                if type(one).__module__.split(".")[0] not in LIBRARIES:
+                    waiting += [v for name, v in vars(one).items() if name not in OWN]
         seen.add(id(one))
     return tuple(found)
 
@@ -193,7 +203,7 @@ def named_by(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Callable[[], A
         if function.__module__ not in followed and _is_installed(function.__code__.co_filename):
             continue
         seen.add(function.__code__)
-        asked, read = _names_in(function.__code__)
+        asked, read = names_in(function.__code__)
         yield from of_classes(read)
         for name, value in _enclosed(function).items():
             waiting.append(value)
@@ -238,7 +248,7 @@ def _function(value: Any) -> types.FunctionType | None:
 
 
 @functools.cache
-def _names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """Globals and attributes that a function reads, those within it included."""
     asked, read = set(), set()
     for step in dis.get_instructions(code):
@@ -248,7 +258,7 @@ def _names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
             read.add(str(step.argval))
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
-            more, further = _names_in(inner)
+            more, further = names_in(inner)
             asked |= more
             read |= further
     return frozenset(asked), frozenset(read)
