@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from .errors import DtrpError
 from .exclusive import EXCLUSIVE
 from .loss_check import check_loss
+from .loss_reads import LossReads
 from .orders import choose_order
 from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
@@ -337,6 +338,10 @@ class Planning:
                         f"'1f1b' or 'gpipe', or write to it between batches"
                     )
             check_loss(self.made.captured, config, inputs, target)
+
+    def loss_reads(self, loss_fn: Any, *, trained: bool) -> LossReads:
+        """What the loss reads of the script, to be looked at during a run."""
+        return LossReads(loss_fn, trained=trained)
 
     def choose_order(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> TrainConfig:
         """The settings with order and micro-batches decided, where the user leaves them open."""

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from . import interrupts
 from .arguments import follow_batch
-from .loss_reads import LossReads
 from .program import hooks_of, trained
 from .run_state import RunState
 from .twins import scalars_of
 
 if TYPE_CHECKING:
+    from ..loss_reads import LossReads
     from .run import Run
 
 _WRITTEN = (
@@ -142,7 +142,9 @@ class Changes:
         owner.begin()
         self._values = Values(owner.tensors, owner.modules())
         if self._run.world.executor == "workers":
-            self._reads = LossReads(self._run.config.loss_fn, trained=owner.loss is not None)
+            self._reads = self._run.compiled.loss_reads(
+                self._run.config.loss_fn, trained=owner.loss is not None
+            )
 
     def note(self) -> None:
         """Model and stages have the same values now, as far as they ever have during training."""

@@ -107,7 +107,7 @@ def _is_data(value: Any, depth: int = 5) -> bool:
     if isinstance(value, (Namespace, SimpleNamespace)) or (
         is_dataclass(value) and not isinstance(value, type)
     ):
-        value = vars(value) if hasattr(value, "__dict__") else object()
+        value = _attributes(value)
     if not depth or not isinstance(value, (dict, list, tuple, set, frozenset)) or len(value) > _FEW:
         return False
     parts = [*value, *value.values()] if isinstance(value, dict) else value
@@ -133,7 +133,8 @@ def _imported(name: str, inside: str, values: Mapping[str, Mapping[str, Any]]) -
 def _set(space: dict[str, Any], key: str, value: Any) -> None:
     """In place where it can be: other modules may hold the same object."""
     now: Any = space.get(key)
-    if type(now) is not type(value) or not (isinstance(now, (dict, list)) or hasattr(now, "__dict__")):
+    attributes = None if isinstance(now, Tensor) else _attributes(now)
+    if type(now) is not type(value) or (attributes is None and not isinstance(now, (dict, list))):
         space[key] = value
         return
     if isinstance(now, dict):
@@ -141,8 +142,16 @@ def _set(space: dict[str, Any], key: str, value: Any) -> None:
         dict.update(now, value)
     elif isinstance(now, list):
         now[:] = value
-    if hasattr(now, "__dict__") and not isinstance(now, Tensor):
-        vars(now).update(vars(value))
+    if attributes is not None:
+        attributes.update(vars(value))
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = vars(value)
+    except TypeError:  # it has none, or slots
+        return None
+    return found
 
 
 def unsendable(named: Mapping[str, Any]) -> str:

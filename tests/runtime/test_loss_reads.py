@@ -124,17 +124,20 @@ def test_what_else_changes_empties_no_pipeline(caplog: pytest.LogCaptureFixture)
 
 def test_settings_in_modules_that_workers_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "settings_of_a_run.py").write_text(
-        "from types import SimpleNamespace\nSCALE = 1.0\nCFG = SimpleNamespace(loss={'weight': 1.0})\n"
+        "from types import SimpleNamespace\nimport torch\n"
+        "SCALE, SHARE = 1.0, torch.ones(())\nCFG = SimpleNamespace(loss={'weight': 1.0})\n"
     )
     (tmp_path / "losses_of_a_run.py").write_text(
         "import torch.nn.functional as F\nimport settings_of_a_run\nfrom settings_of_a_run import CFG\n"
         "def loss(output, target):\n"
-        "    return settings_of_a_run.SCALE * CFG.loss['weight'] * F.cross_entropy(output, target)\n"
+        "    scale = settings_of_a_run.SCALE * settings_of_a_run.SHARE * CFG.loss['weight']\n"
+        "    return scale * F.cross_entropy(output, target)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = importlib.import_module("settings_of_a_run")
     losses: Any = importlib.import_module("losses_of_a_run")
     settings.SCALE, settings.CFG.loss["weight"] = 3.0, 5.0
+    settings.SHARE = torch.full((), 0.5)
     found = []
     for executor in ("inline", "workers"):
         with trainer(compiled(mlp(3, dropout=0.0)), executor, losses.loss, method="bp", seed=0) as t:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..partitioner.capture.watch import contents, named_by, names_in
+from .partitioner.capture.watch import contents, named_by, names_in
+
+_CODE = (FunctionType, BuiltinFunctionType, type)  # what has no attributes of interest
 
 
 class LossReads:
@@ -35,9 +37,7 @@ class LossReads:
         holder = nn.Module()
         vars(holder)["loss"] = function
         owners: list[Any] = list(function.modules()) if isinstance(function, nn.Module) else [self._owner]
-        owners = [
-            one for one in owners if hasattr(one, "__dict__") and not isinstance(one, (FunctionType, type))
-        ]
+        owners = [one for one in owners if not isinstance(one, (*_CODE, type(None)))]
         self._names = [] if trained or not owners else list(_read_of(self._owner, function))
         self._looks = [look for _, look in named_by([holder, *owners])]
         self.note()
