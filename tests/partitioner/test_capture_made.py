@@ -52,3 +52,32 @@ def test_a_constant_that_is_written_to_is_made_for_each_call():
     assert [k.module for k in assert_faithful(model, (x,)).kept_whole] == ["inner"]
     with pytest.raises(CaptureError, match=r"changes the tensor '_constant_0' in place"):
         capture(Model(lambda m, x: m.b(adds(m, x))), (x,))
+
+
+def makes_its_head(m, x):
+    if not hasattr(m, "head"):
+        m.head = nn.Linear(x.shape[-1], 2)
+    return m.head(m.a(x))
+
+
+def by_a_list(m, x):
+    if not hasattr(m, "more"):
+        m.more = nn.ModuleList()
+    if len(m.more) < 1:
+        m.more.append(nn.Linear(4, 4))
+    return m.more[0](m.a(x))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "submodule"])
+@pytest.mark.parametrize("forward", [makes_its_head, by_a_list])
+def test_layers_that_forward_makes_when_it_first_runs(forward, inside):
+    """Their parameters would be those of no optimizer; once they are there, all is well."""
+    x = torch.randn(3, 4)
+    model = Model(lambda m, x: m.inner(x), forward) if inside else Model(forward)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(CaptureError, match=r"makes the layer '.*(head|more)") as e:
+        capture(model, (x,))
+    assert "Call the model once on an example" in str(e.value)
+    assert [name for name, _ in model.named_modules()] == names
+    model(x)
+    assert not assert_faithful(model, (x,)).kept_whole

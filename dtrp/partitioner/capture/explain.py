@@ -86,6 +86,11 @@ _KNOWN = (
         "inputs of the model's dtype. Mixed precision is pipe.trainer(autocast=torch.bfloat16).",
     ),
     (
+        ("makes the layer",),
+        "forward makes a layer of the model when it first runs",
+        "Call the model once on an example, model(*args, **kwargs), then compile it.",
+    ),
+    (
         ("Python's or numpy's generator",),
         "the model's own forward draws random numbers that are not torch's",
         "Draw them by torch (torch.rand(()) < p, and torch.where to choose), give them to forward as an "

@@ -25,7 +25,7 @@ from .state import changes_of, state_of, within
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced, same_graph
-from .writer import CannotRecord
+from .writer import CannotKeep, CannotRecord
 
 
 def record(task: Task) -> BothModes:
@@ -180,7 +180,7 @@ class _Recording:
         task, model, closed = self._task, self._task.model, self._closed
         inputs = fake_inputs(world, task.tensors)
         recorder = Recorder(task, world, closed, inputs, self._sizes_open, self._fixed_modes)
-        modes = flags_of(model)
+        modes, parts = flags_of(model), dict(model.named_modules())
         args, kwargs = task.signature.unflatten(inputs)
         mode.observer = recorder
         if self._by_methods:
@@ -191,6 +191,8 @@ class _Recording:
         if foreign_randomness() != states:
             raise CannotRecord("draws random numbers from Python's or numpy's generator")
         mode.observer, recorder.paused = None, True
+        if made := [name for name, _ in model.named_modules() if name not in parts]:
+            raise CannotKeep(f"makes the layer {made[0]!r} when it first runs")
         whole = {*closed, *recorder.failures}
         changes = changes_of(model, state, whole, {*recorder.left, *recorder.taken})
         if not self._fixed_modes and flags_of(model) != modes:
