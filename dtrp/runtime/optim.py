@@ -185,10 +185,13 @@ class OptimizerKind(NamedTuple):
         Bytes of state per byte of a parameter.
     adaptive : bool
         Whether it makes each weight's steps as long whatever the weight's gradients, as Adam does.
+    joint : bool
+        Whether a parameter's steps depend on those of others, as by a norm over all of them.
     """
 
     state_bytes: float
     adaptive: bool
+    joint: bool = False
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> OptimizerKind:
@@ -197,18 +200,29 @@ class OptimizerKind(NamedTuple):
         options = {k: v for k, v in optimizer.param_groups[0].items() if k in taken and k != "params"}
         if "lr" in options:
             options["lr"] = 1e-3  # a warm-up may begin with none
-        weight = nn.Parameter(torch.zeros(64, 64, device="cpu"))
-        weight.grad = torch.linspace(0.1, 1.0, 64, device="cpu").expand(64, 64).contiguous()
+        slope = torch.linspace(0.1, 1.0, 64, device="cpu").expand(64, 64)
+
+        def tried(*beside: float) -> tuple[nn.Parameter, Any, Tensor]:
+            """A weight after two steps, its state, and its first step; beside one whose gradients grow."""
+            weights = [nn.Parameter(torch.zeros(64, 64, device="cpu")) for _ in (1, *beside)]
+            other: Any = type(optimizer)(weights, **options)
+            steps: list[Tensor] = []
+            for i in range(2):
+                for weight, size in zip(weights, (1, *beside), strict=True):
+                    weight.grad = slope * size**i
+                other.step()
+                steps.append(weights[0].detach().clone())
+            return weights[0], other.state[weights[0]], steps[0]
+
         try:
-            other: Any = type(optimizer)([weight], **options)
-            other.step()
+            weight, state, first = tried()
+            joint = not torch.allclose(weight, tried(1000.0)[0], rtol=1e-3)
         except Exception:  # an optimizer of the user's, with arguments or steps of its own
             return cls(2.0, True)
-        held = [t for t in other.state[weight].values() if isinstance(t, Tensor)]
-        steps = weight.detach()[0].abs()
-        return cls(
-            sum(t.nbytes for t in held if t.numel() > 1) / weight.nbytes, bool(steps[0] > steps[-1] / 2)
-        )
+        held = [t for t in state.values() if isinstance(t, Tensor)]
+        steps = first[0].abs()
+        size = sum(t.nbytes for t in held if t.numel() > 1) / weight.nbytes
+        return cls(size, bool(steps[0] > steps[-1] / 2), joint)
 
 
 def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:

@@ -47,6 +47,11 @@ _LEFT = (
     "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
     "since the last flush; use `with pipe.trainer(...) as trainer:`"
 )
+_JOINT = (
+    "a parameter's step by %s depends on the gradients of the others (a norm of all of them), of which "
+    "each stage has its own alone: it is not trained as with one optimizer over the whole model. "
+    "max_grad_norm= clips by the norm over all stages"
+)
 _ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
 _RUNS: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
@@ -74,6 +79,8 @@ class Run:
         optimizer = check_builds(self.owner, config)
         self.history = History(lr=optimizer.param_groups[0].get("lr"))
         self._kind = OptimizerKind.of(optimizer)
+        if self._kind.joint and compiled.n_stages > 1:
+            log.warning(_JOINT, type(optimizer).__name__)
         self.expected = compiled.expect(config, self._kind)
         self.world = join(launch.executor, compiled.n_stages, float(launch.watchdog))
         first = self.world.rank == 0  # who shows and writes

@@ -366,3 +366,21 @@ def test_small_class_targets_that_do_not_count() -> None:
         opt.step()
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
+
+
+class Normed(torch.optim.SGD):
+    """Divides by the norm of all gradients."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(held, 0.1)
+        super().step()
+
+
+@pytest.mark.parametrize(("kind", "told"), [(Normed, 1), (torch.optim.SGD, 0), (torch.optim.AdamW, 0)])
+def test_an_optimizer_that_looks_at_all_parameters_is_told(
+    kind: Any, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n_stages in (1, 2):
+        trainer(compiled(calm(), n_stages), optimizer=partial(kind, lr=0.1)).close()
+    assert sum("depends on the gradients of the others" in r.message for r in caplog.records) == told

@@ -76,7 +76,7 @@ def test_what_planning_knows_of_an_optimizer(
     optimizer: torch.optim.Optimizer, held: float, adaptive: bool
 ) -> None:
     """Memory is planned by the one, micro-batches by the other."""
-    assert OptimizerKind.of(optimizer) == (held, adaptive)
+    assert OptimizerKind.of(optimizer) == (held, adaptive, False)
 
 
 def test_the_report_is_priced_again_for_the_optimizer_that_is_used() -> None:
