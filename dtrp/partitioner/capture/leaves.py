@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from .structure import tensors_in
 
 # Modules of torch.nn that are made of others. Kept as one node they would be most of a model; opened, they
 # show the layers inside. TransformerEncoderLayer and MultiheadAttention stay closed: in evaluation they
@@ -57,6 +61,32 @@ def is_lent(module: nn.Module, own: Mapping[nn.Module, list[int]]) -> bool:
         or (parametrize._cache_enabled and parametrize.is_parametrized(m))
         for m in module.modules()
     )
+
+
+def borrowed(model: nn.Module, module: nn.Module, result: Any, given: Any, since: int) -> str:
+    """The name of a parameter of the model's other modules that a call of this one used, ``""`` if none.
+
+    Its hooks may do so, or code that reaches around: standing as one node it would have a copy of its own.
+    ``result`` and ``given`` are the call's, ``since`` as in `trained_by`.
+    """
+    own = {id(p) for p in module.parameters()} | {id(t) for _, t in tensors_in(given)}
+    used = {id(p) for p in trained_by(result, since)} - own
+    return next((name for name, p in model.named_parameters() if id(p) in used), "") if used else ""
+
+
+def trained_by(result: Any, since: int) -> Iterator[torch.Tensor]:
+    """Leaves that gradients of ``result`` come to by what was called since then (a number of autograd's)."""
+    waiting: list[Any] = [t.grad_fn for _, t in tensors_in(result)]
+    seen = {None}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable
+        elif node._sequence_nr() >= since:
+            waiting += [before for before, _ in node.next_functions]
 
 
 def has_hooks(module: nn.Module) -> bool:

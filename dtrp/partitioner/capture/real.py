@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from dtrp.partitioner.op_cost import FlopCount
 from dtrp.partitioner.sketch import Sketch
 
+from .leaves import trained_by
 from .snapshot import untouched
 from .state import REGISTRIES
 from .structure import flatten_output, map_tensors, mutable, tensors_in
@@ -226,8 +228,11 @@ def _run_once(module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make, 
         inputs = map_tensors(real, (args, kwargs))
         before = [id(t) for _, t in tensors_in(inputs)]
         versions = [int(tensor._version) for tensor in given]
+        since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         with under:
             result = module(*inputs[0], **inputs[1])
+        if any(isinstance(p, FakeTensor) for p in trained_by(result, since)):
+            raise RuntimeError("the module uses parameters that are not its own")
         if [int(tensor._version) for tensor in given] != versions:
             raise RuntimeError("the module changes its inputs in place")
         result, after = map_tensors(without_history, result), map_tensors(without_history, inputs)

@@ -25,7 +25,7 @@ from .state import changes_of, state_of, within
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced, same_graph
-from .writer import CannotKeep, CannotRecord
+from .writer import Borrows, CannotKeep, CannotRecord
 
 
 def record(task: Task) -> BothModes:
@@ -100,6 +100,9 @@ class _Recording:
                 continue
             except _Switches:
                 self._fixed_modes = True
+                continue
+            except Borrows as error:  # its hooks' code, or its own, becomes part of the graph
+                self._task = replace(self._task, opened=(*self._task.opened, error.module))
                 continue
             except CannotRecord:
                 if self._tries_again or not self._for_state:

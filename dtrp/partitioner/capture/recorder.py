@@ -32,7 +32,7 @@ from .custom import GradientFunction, guard, same_size
 from .decisions import decide
 from .example_values import ExampleCalls
 from .fakes import FakeWorld
-from .leaves import is_leaf, is_lent
+from .leaves import borrowed, is_leaf, is_lent
 from .left import attributes_of, forget_unread, take
 from .location import user_location
 from .methods import KeptMethod, own_methods
@@ -42,7 +42,7 @@ from .snapshot import foreign_randomness, preserved_randomness
 from .structure import mirror, mutable
 from .targets import node_form, property_name
 from .task import Task
-from .writer import CannotKeep, CannotRecord, GraphWriter, reason
+from .writer import Borrows, CannotKeep, CannotRecord, GraphWriter, reason
 
 # Tensor methods whose effect is not in their result, or which ask for data that fakes do not have.
 _REFUSED = {
@@ -51,8 +51,6 @@ _REFUSED = {
     "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
     "retain_grad": "asks a tensor to retain its gradient",
 }
-
-
 # What stops code that decides by values, or whose shapes depend on values, on fake tensors.
 VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -192,10 +190,8 @@ class Recorder(TorchFunctionMode, Observer):
             return whole()
 
         def inside() -> Any:
-            states, modes = (
-                foreign_randomness(),
-                [(vars(m), vars(m).get("training")) for m in module.modules()],
-            )
+            states = foreign_randomness()
+            modes = [(vars(m), vars(m).get("training")) for m in module.modules()]
             with preserved_randomness():
                 try:
                     result = proceed(module, *args, **kwargs)
@@ -347,6 +343,7 @@ class Recorder(TorchFunctionMode, Observer):
                 error.__dict__["dtrp_module"] = None  # what can be kept whole is who switches
                 raise error
         before, held = versions(module), attributes_of(module, self._names)
+        since = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         if name in self._closed and before and module.training:
             self._checkpointed.refuse(f"{name}.{next(iter(before))}")
         with self._pause(), preserved_randomness():  # what it draws is its own affair
@@ -359,6 +356,9 @@ class Recorder(TorchFunctionMode, Observer):
                     kwargs,
                     kept=name if name in self._closed else "",
                 )
+                if other := borrowed(self._model, module, result, (args, kwargs), since):
+                    error = Borrows(name, other)
+                    raise CannotRecord(str(error)) if name in {*self._closed, *self._opened} else error
                 found = attributes_of(module, self._names)
                 taken = take(self.writer, name, {k: v for k, v in found.items() if held.get(k) is not v})
                 self.taken += taken

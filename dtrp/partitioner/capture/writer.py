@@ -35,6 +35,14 @@ class CannotKeep(CannotRecord):
     """It does something for which keeping it whole would not help either."""
 
 
+class Borrows(CannotKeep):
+    """A module that stands as one node uses a parameter of another."""
+
+    def __init__(self, module: str, parameter: str) -> None:
+        super().__init__(f"its part {module!r} uses the parameter {parameter!r}, which is not its own")
+        self.module = module
+
+
 def reason(error: BaseException) -> str:
     """One line that says why a module could not be recorded, with the user's line."""
     if hasattr(error, "dtrp_real"):  # it could not even run on real tensors
