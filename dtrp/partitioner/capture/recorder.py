@@ -373,7 +373,7 @@ class Recorder(TorchFunctionMode, Observer):
 
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         registries: Iterator[Any] = (t for m in module.modules() for t in (m._parameters, m._buffers))
-        tables = [(table, dict(table)) for table in registries]
+        tables = [(table, dict(table)) for table in registries if isinstance(table, dict)]  # not torch.jit's
         try:
             try:
                 return proceed(module, *args, **kwargs)
