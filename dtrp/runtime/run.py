@@ -29,7 +29,7 @@ from .history import History
 from .inline import Inline
 from .loggers import Loggers
 from .loss import held_loss, ignored_target
-from .optim import OptimizerKind
+from .optim import JOINT, OptimizerKind
 from .program import StageProgram, trained
 from .rebalance import Move
 from .run_state import RunState, check_builds, model_groups
@@ -46,11 +46,6 @@ if TYPE_CHECKING:
 _LEFT = (
     "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
     "since the last flush; use `with pipe.trainer(...) as trainer:`"
-)
-_JOINT = (
-    "a parameter's step by %s depends on the gradients of the others (a norm of all of them), of which "
-    "each stage has its own alone: it is not trained as with one optimizer over the whole model. "
-    "max_grad_norm= clips by the norm over all stages"
 )
 _ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
@@ -80,7 +75,7 @@ class Run:
         self.history = History(lr=optimizer.param_groups[0].get("lr"))
         self._kind = OptimizerKind.of(optimizer)
         if self._kind.joint and compiled.n_stages > 1:
-            log.warning(_JOINT, type(optimizer).__name__)
+            log.warning(JOINT, type(optimizer).__name__)
         self.expected = compiled.expect(config, self._kind)
         self.world = join(launch.executor, compiled.n_stages, float(launch.watchdog))
         first = self.world.rank == 0  # who shows and writes
