@@ -142,9 +142,8 @@ class Changes:
         owner.begin()
         self._values = Values(owner.tensors, owner.modules())
         if self._run.world.executor == "workers":
-            self._reads = self._run.compiled.loss_reads(
-                self._run.config.loss_fn, trained=owner.loss is not None
-            )
+            loss_fn, has_tensors = self._run.config.loss_fn, owner.loss is not None
+            self._reads = self._run.compiled.loss_reads(loss_fn, trained=has_tensors)
 
     def note(self) -> None:
         """Model and stages have the same values now, as far as they ever have during training."""

@@ -175,10 +175,10 @@ def _made(name: str, build: Callable[[Any], Any], argument: Any) -> Any:
     except TypeError as e:
         raise TypeError(f"{name}={short(build)}: {e}; expected {EXPECTED[name]}") from e
 
+
 JOINT = (
     "a parameter's step by %s depends on the gradients of the others (a norm of all of them), of which "
-    "each stage has its own alone: it is not trained as with one optimizer over the whole model. "
-    "max_grad_norm= clips by the norm over all stages"
+    "each stage sees its own: one optimizer over all does otherwise. max_grad_norm= clips over all stages"
 )
 
 

@@ -66,8 +66,7 @@ class Watch:
     def _pointers(self) -> list[Any]:
         """Cheap to make; equal only if nothing has changed."""
         made: list[Any] = []
-        modules = [self._model]
-        seen = {self._model}
+        modules, seen = [self._model], {self._model}
         for module in modules:  # in every batch: without the recursion of model.modules()
             new = [m for m in module._modules.values() if m is not None and m not in seen]
             seen.update(new)
