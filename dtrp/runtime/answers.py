@@ -140,6 +140,10 @@ class Answers:
         for parameters in self.stage.weights.sets:
             parameters.schedule(*metrics)
 
+    def scheduler_aims_at(self) -> str | None:
+        """What the learning-rate scheduler wants of the metric that it steps on ("min", "max"), if of one."""
+        return next((s.aims_at for s in self.stage.weights.sets if s.aims_at), None)
+
     def learning_rates(self) -> list[float]:
         """Of the own parameters' groups, as the scheduler has them."""
         own = self.stage.weights.own

@@ -160,12 +160,34 @@ def fit(
             if val_loader is not None:
                 row |= trainer.evaluate(val_loader, metric=metric)
             bar.end(row)
-        trainer.end_epoch(row.get("loss", row["train_loss"]))
+        trainer.end_epoch(row)
         loop.close(row)
         loop.ended = trainer._callbacks.call("on_epoch", trainer, row) or ends
         if resume is not None:
             trainer.save(resume)
     return loop.rows
+
+
+def stepped_on(metrics: Sequence[float | Mapping[str, Any]], aim: str) -> float:
+    """What a scheduler steps on that asks for a metric to be small ("min") or large ("max"): a value, or the
+    one among an epoch's numbers that is meant."""
+    if not metrics:
+        raise TypeError(
+            "the lr_scheduler steps on a metric: end_epoch(loss), or end_epoch(trainer.evaluate(val_loader))"
+        )
+    found = metrics[0]
+    if not isinstance(found, Mapping):
+        return found
+    losses = [name for name in ("loss", "train_loss") if name in found]
+    names = losses[:1] if aim == "min" else [name for name in found if name not in losses]
+    if len(names) != 1:
+        raise ValueError(
+            f"the lr_scheduler has mode='max': it steps on a metric that is to grow, and the epoch has "
+            f"{', '.join(names) or 'none'}. Give fit a val_loader and one metric=, or choose the value in a "
+            f"loop of your own: end_epoch(value)"
+        )
+    value: float = found[names[0]]
+    return value
 
 
 def resumed(trainer: Trainer, path: str | os.PathLike[str]) -> Loop:

@@ -95,7 +95,7 @@ class ParameterSet:
             [group.members for group in plan],
             accumulate=config.accumulate,
         )
-        if made.wants_metric and config.scheduler_step == "update":
+        if made.aims_at and config.scheduler_step == "update":
             raise ValueError(
                 f"{type(scheduler).__name__} steps on a metric, which there is none of after an update; "
                 f"use scheduler_step='epoch'"
@@ -109,10 +109,10 @@ class ParameterSet:
         # Which parameters each of the optimizer's groups has, and those that the user's optimizer leaves out.
         self._members = [[places[id(p)] for p in g["params"]] for g in self.optimizer.param_groups]
         self._left_out = sorted(set(places.values()).difference(*self._members))
-        # Whether the scheduler is one of those that ReduceLROnPlateau is the model of.
-        self.wants_metric = (
-            self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters
-        )
+        # What a scheduler like ReduceLROnPlateau wants of the metric that it steps on: "min" or "max".
+        self.aims_at: str | None = None
+        if self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters:
+            self.aims_at = getattr(self.scheduler, "mode", "min")
 
     def write_ahead(self, targets: list[Any], s: float, lr_scale: float) -> None:
         """Write each parameter's value ``s`` updates ahead into ``targets``, in the order of ``names``."""
@@ -134,6 +134,9 @@ class ParameterSet:
         more: dict[str, Tensor] = {}
         if parameter in self.previous:
             more["previous"] = self.previous[parameter]
+        momentum = state.get("momentum_buffer")
+        if momentum is not None and momentum.is_sparse:  # SGD's, of an embedding with sparse=True
+            more["momentum_buffer"] = momentum.to_dense()
         gradient = parameter.grad if self.gathered else None
         if gradient is not None and gradient.layout is torch.strided and not gradient.is_complex():
             more["gradient"] = gradient * (self.clipped * self.accumulate / self.gathered)
@@ -153,7 +156,7 @@ class ParameterSet:
         self.moment += 1
         if self.scheduler is not None:
             with shown(self.optimizer, self.groups):
-                self.scheduler.step(*(metrics if self.wants_metric else ()))
+                self.scheduler.step(*(metrics if self.aims_at else ()))
 
     def drop_gradients(self) -> None:
         """After a step, or instead of one. Also of parameters that the user's optimizer leaves out."""

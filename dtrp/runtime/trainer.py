@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +15,7 @@ from . import evaluation, interrupts
 from .checkpoint import as_folder
 from .config import Launch, TrainConfig
 from .events import Event, write_timeline
-from .fitting import Callbacks, fit
+from .fitting import Callbacks, fit, stepped_on
 from .rebalance import Rebalancer
 from .run import Run
 from .stats import StageStats
@@ -90,6 +90,13 @@ class Trainer:
     def lr(self) -> float:
         """The learning rate of the first group of parameters, as of the newest finished batch."""
         return math.nan if self._history.lr is None else self._history.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        raise AttributeError(
+            "the learning rate is the optimizer's, and follows lr_scheduler=..., such as "
+            "partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=f)"
+        )
 
     @property
     def grad_norm(self) -> float:
@@ -194,18 +201,26 @@ class Trainer:
             self._run.loop = None
             self._callbacks = Callbacks()
 
-    def end_epoch(self, *metrics: float) -> None:
+    def end_epoch(self, *metrics: float | Mapping[str, Any]) -> None:
         """Step the learning-rate schedulers, where they step per epoch (``scheduler_step="epoch"``).
 
-        `fit` does this by itself; in a loop of one's own, call it after each epoch, with the validation
-        loss where the scheduler wants a metric (``ReduceLROnPlateau``).
+        `fit` does this by itself; in a loop of one's own, call it after each epoch. Where the scheduler wants
+        a metric (``ReduceLROnPlateau``): with its value, or with what `evaluate` gave, of which it is the
+        loss, or with ``mode="max"`` the metric.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The scheduler wants a metric, and it is not told which.
         """
-        self._history.epochs += 1
         executor = self._run.executor
         if self.config.scheduler_step == "epoch" and executor is not None:
             self.flush()
+            aims = [aim for aim in executor.call("scheduler_aims_at") if aim]
+            metrics = (stepped_on(metrics, aims[0]),) if aims else ()
             executor.call("schedulers", *metrics)
             self._history.lr = next((lr for lrs in executor.call("learning_rates") for lr in lrs), None)
+        self._history.epochs += 1
 
     def evaluate(self, loader: Iterable[Any], metric: Any = None) -> dict[str, Any]:
         """Loss and metrics over ``loader``, in eval mode, with the current weights.

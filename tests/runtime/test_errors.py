@@ -112,6 +112,11 @@ def test_combinations_that_make_no_sense(
         trainer(pipe, "workers", **knobs)
 
 
+def test_the_rate_is_not_set_by_hand(pipe: dtrp.Pipeline) -> None:
+    with pytest.raises(AttributeError, match="follows lr_scheduler="):
+        trainer(pipe).lr = 0.1
+
+
 # --- Batches --------------------------------------------------------------------------------------------
 
 

@@ -191,6 +191,41 @@ def test_plateau_per_epoch() -> None:
     assert same(model.state_dict(), twin.state_dict())
 
 
+def test_plateau_of_what_is_to_grow() -> None:
+    """mode="max" steps on the metric, not on the loss, whose fall would look like a plateau of it."""
+    plateau = partial(lr_scheduler.ReduceLROnPlateau, mode="max", factor=0.5, patience=0)
+    with trainer(compiled(calm(), 2), method="bp", lr_scheduler=plateau, scheduler_step="epoch") as t:
+        rates = []
+        for value in (0.1, 0.2, 0.3, 0.2):
+            for x, y in batches(2):
+                t.step(x, y)
+            t.end_epoch({**t.evaluate(batches(2)), "accuracy": value})
+            rates.append(t.lr)
+    assert rates == [0.05, 0.05, 0.05, 0.025]
+
+
+@pytest.mark.parametrize(
+    ("mode", "told", "kind", "why"),
+    [
+        ("min", (), TypeError, "steps on a metric: end_epoch"),
+        ("max", ({"train_loss": 1.0},), ValueError, "the epoch has none"),
+        ("max", ({"loss": 1.0, "f1": 0.5, "auc": 0.5},), ValueError, "the epoch has f1, auc"),
+    ],
+)
+def test_a_plateau_of_what_is_not_told(mode: Any, told: Any, kind: Any, why: str) -> None:
+    """Refused, and training goes on: the epoch can be ended again with the value that is missing."""
+    plateau = partial(lr_scheduler.ReduceLROnPlateau, mode=mode)
+    with trainer(compiled(calm(), 2), lr_scheduler=plateau, scheduler_step="epoch") as t:
+        x, y = batches(1)[0]
+        t.step(x, y)
+        with pytest.raises(kind, match=why):
+            t.end_epoch(*told)
+        assert t.epochs == 0
+        t.end_epoch(0.5)
+        t.step(x, y)
+        assert t.epochs == 1
+
+
 @pytest.mark.parametrize("scheduler_step", ["update", "epoch"])
 def test_steps_of_a_schedule(scheduler_step: Any) -> None:
     model, twin = calm(), calm()
@@ -212,6 +247,34 @@ def test_steps_of_a_schedule(scheduler_step: Any) -> None:
 
 
 # --- Parameters -----------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.words, self.a, self.b = nn.Embedding(20, 8, sparse=sparse), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.relu(self.a(self.words(words).mean(1))))
+        return out
+
+
+def test_the_momentum_of_a_sparse_gradient_is_predicted_with() -> None:
+    """SGD keeps it as a sparse tensor, and trains as with a dense one."""
+    generator, states = torch.Generator().manual_seed(0), []
+    data = [
+        (torch.randint(0, 20, (4, 5), generator=generator), torch.randint(0, 3, (4,), generator=generator))
+        for _ in range(12)
+    ]
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = Words(sparse)
+        pipe = dtrp.compile(model, devices=["cpu"] * 2, example_inputs=data[0][0])
+        with trainer(pipe, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9)) as t:
+            for words, target in data:
+                t.step(words, target)
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states)
 
 
 class Idle(nn.Module):
