@@ -6,7 +6,9 @@ any, `here` is empty, and nothing else in this file runs but what says so.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,10 +35,13 @@ def name(device: torch.device) -> str:
 
 def identity(device: torch.device) -> str:
     """The same in all processes of a host that have this device, and only there: where each process is shown
-    its own device alone (CUDA_VISIBLE_DEVICES), all call theirs number 0. Also of no accelerator."""
+    its own device alone (CUDA_VISIBLE_DEVICES), all call theirs number 0. Parts of one (MIG) are the same, as
+    they are to NCCL. Also of no accelerator."""
     if not is_one(device):
         return str(device)
-    return str(getattr(torch.get_device_module(device).get_device_properties(device), "uuid", device))
+    known = torch.get_device_module(device).get_device_properties(device)
+    slot = [getattr(known, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    return str(getattr(known, "uuid", device)) if None in slot else ":".join(map(str, slot))
 
 
 def memory(device: torch.device) -> int:
@@ -50,8 +55,10 @@ def most_allocated(device: torch.device) -> int:
 
 
 def use(device: torch.device) -> None:
-    """What names no number means this device from now on, in this process."""
-    torch.accelerator.set_device_index(device)
+    """What names no number means this device from now on, in this process. (One without a number is the one
+    in use.)"""
+    if device.index is not None:
+        torch.accelerator.set_device_index(device)
 
 
 def in_use() -> torch.device:
@@ -69,6 +76,22 @@ def beside(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, what is started waits for nothing that was started outside. May be entered again and again; of
     no accelerator, it does nothing."""
     return torch.Stream(device) if is_one(device) else nullcontext()
+
+
+def give_back(device: torch.device) -> None:
+    """Memory of tensors that are gone is other processes' to have, which else stays this one's. (Of no
+    accelerator, it does nothing.)"""
+    if is_one(device):
+        gc.collect()
+        torch.accelerator.empty_cache()
+
+
+def read(numbers: Sequence[torch.Tensor]) -> list[float]:
+    """What they are: by one look at a device, not one each; on the host few are read faster than stacked."""
+    if len(numbers) < 16 and not any(is_one(number.device) for number in numbers):
+        return [float(number) for number in numbers]
+    found: list[float] = torch.stack([number.reshape(()) for number in numbers]).double().tolist()
+    return found
 
 
 def used_here(tensor: torch.Tensor) -> None:
@@ -127,7 +150,9 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
 def random_states() -> list[torch.Tensor]:
     """Of all generators, where this process has begun to use accelerators: asking would begin it."""
     kind: Any = torch.accelerator.current_accelerator()
-    used = kind is not None and torch.get_device_module(kind).is_initialized()
+    module: Any = None if kind is None else torch.get_device_module(kind)
+    begun = module is not None and getattr(module, "is_initialized", module.is_available)  # not all can say
+    used = begun and begun()
     return [random_state(device) for device in here()] if used else []
 
 

@@ -60,6 +60,7 @@ def _calibrated(device: torch.device, threads: int, key: str) -> DeviceSpec:
             return replace(spec, link_bandwidth=bandwidth, link_latency=latency, cores=cores)
     with using_threads(threads):
         spec = _measure(device, bandwidth, latency)
+    accelerators.give_back(device)
     write_cache("calibration", key, spec.to_dict())
     return replace(spec, cores=cores)
 
@@ -127,7 +128,7 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         fast = dtype in (torch.float32, torch.bfloat16)  # some CPUs take ages for the others
         size = 4096 if cuda else 512 if fast else 192
-        with contextlib.suppress(RuntimeError):  # a dtype that the device cannot multiply has no figure
+        with contextlib.suppress(RuntimeError, TypeError):  # what a device cannot multiply has no figure
             a = torch.ones(size, size, dtype=dtype, device=device)
             out = torch.empty_like(a)
             seconds = best_time(functools.partial(torch.mm, a, a, out=out), device, budget=0.06)
@@ -156,7 +157,7 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
 def _memory_bandwidth(device: torch.device) -> float:
     """Over more memory than a core's own caches hold, as training goes, which keeps what it computes. (Freed
     again, blocks of that size are from now on glibc's to keep, as in the workers, and not mapped anew.)"""
-    cuda = device.type == "cuda"
+    cuda = accelerators.is_one(device)
     large = [torch.ones((256 if cuda else 8) * 2**20 // 4, device=device) for _ in range(2 if cuda else 16)]
     pairs = tuple(zip(large[::2], large[1::2], strict=True))
     seconds = best_time(lambda: [torch.add(x, 1.0, out=y) for x, y in pairs], device, budget=0.12)

@@ -79,6 +79,7 @@ def measure_nodes(
     if times is None or set(times) != {*graph, "sweep"}:
         with using_threads(spec.threads):
             times = _Clock(captured, graph, device, dtype).run(BUDGET if budget is None else budget)
+        accelerators.give_back(device)
         write_cache("measured", key, times)
     for node, data in graph.nodes(data=True):
         data["forward_time"], backward = times[node]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Feed, Loss, Skip
+from .clipping import squared
 from .evaluation import Measure
 from .events import Event
 from .handback import completed
@@ -151,7 +152,7 @@ class Answers:
 
     def last_squared_norm(self) -> float:
         """Of the gradients that were stepped with last, before clipping."""
-        return self.stage.updates.squared_norm
+        return squared(self.stage.updates.last_norms)
 
     def stats(self) -> StageStats:
         """What this stage has measured of itself."""

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import accelerators
 from .links import Channel, Links, Message
 from .meter import Meter
 from .ports import receive
 from .schedule import Schedule
 
 
-def squared_norm(parameters: Collection[nn.Parameter]) -> float:
-    """Of one stage's gradients; the stages' values add up to the square of the norm over the whole model."""
+def norms(parameters: Collection[nn.Parameter]) -> Sequence[Tensor]:
+    """Of one stage's gradients, wherever these are: nobody waits for a device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return 0.0
-    norms = torch._foreach_norm(gradients)
-    # One look at a device, not one per tensor; on the host a few numbers are read faster than stacked.
-    few = len(norms) < 16 and norms[0].device.type == "cpu"
-    return math.fsum(n**2 for n in (map(float, norms) if few else torch.stack(norms).double().tolist()))
+    return torch._foreach_norm(gradients) if gradients else ()
+
+
+def squared(norms: Sequence[Tensor]) -> float:
+    """Their sum of squares; the stages' values add up to the square of the norm over the whole model."""
+    return math.fsum(n**2 for n in accelerators.read(norms))
 
 
 def clip(parameters: Collection[nn.Parameter], norm: float, limit: float, *, alone: bool) -> float:

@@ -10,7 +10,9 @@ notes, which say how many it has read [4]; without any, a send is waited for whe
 their way as the rings of shared.py have places. gloo matches messages by tag, so that a receive posted for a
 form that does not come next waits for the next message of that form. A communicator without tags (NCCL)
 matches by order: there nothing is posted before the note has come, which is early, since notes wait for no
-device. Then it is posted beside what the device does, lest it wait behind all that is queued there.
+device. Then it is posted beside what the device does, lest it wait behind all that is queued there; and the
+sender queues [3] before it sends [1], so that whatever a note has announced comes to pass on the devices
+alone, also while a host is held up.
 
 Nothing here asks gloo whether something has arrived: it only ever waits. What wakes it when a peer is gone is
 in peers.py.
@@ -20,7 +22,8 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -54,6 +57,8 @@ class GroupLinks:
         gloo's, of the pipeline's stages: to later ones, and to earlier ones.
     payload : (ProcessGroup, ProcessGroup), optional
         Likewise, for payloads that stay on ``device``; without: payloads travel through host memory.
+    carrying : collection of (int, int)
+        Those of ``pairs`` that send tensors.
     """
 
     def __init__(
@@ -64,12 +69,15 @@ class GroupLinks:
         up: dist.ProcessGroup,
         *,
         payload: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        carrying: Collection[tuple[int, int]] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         self.stage, self.on_host = stage, payload is None
         place = self._device = torch.device("cpu" if payload is None else device)
         self.news: News | None = None
         groups, payloads = (down, up), payload or (down, up)
+        # One for all: nothing runs in it, and torch has 32 of them, of which each connection takes one, too.
+        beside = accelerators.beside(place)
         self._senders: dict[int, _Sender] = {}
         self._receivers: dict[int, _Receiver] = {}
         for source, target in sorted(pairs):
@@ -78,22 +86,22 @@ class GroupLinks:
             if source == stage:
                 self._senders[target] = _Sender(target, *end, on_host=self.on_host)
             elif target == stage:
-                self._receivers[source] = _Receiver(source, *end, on_host=self.on_host)
+                self._receivers[source] = _Receiver(source, *end, beside, on_host=self.on_host)
         if payload is not None:
-            self._greet(sorted(pairs), payload)
+            self._greet(sorted(carrying), payload)
         self._inboxes: dict[Channel, deque[tuple[Message, list[Work]]]] = defaultdict(deque)
 
     def _greet(
         self, pairs: Iterable[tuple[int, int]], payload: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ) -> None:
         """The first message of a pair makes their connection, for which NCCL holds up both hosts: all do so
-        now, in one order, rather than when others wait for them."""
+        now, in one order, rather than when others wait for them. What it refuses is to be read as it is."""
         for source, target in pairs:
             group, one = payload[int(source > target)], torch.zeros(1, device=self._device)
             if source == self.stage:
-                _wait([group.send([one], target, 0)], target)
+                group.send([one], target, 0).wait()
             elif target == self.stage:
-                _wait([group.recv([one], source, 0)], source)
+                group.recv([one], source, 0).wait()
 
     def allow(self, places: Callable[[int], int]) -> None:
         """How many messages may be on their way to each stage."""
@@ -170,19 +178,21 @@ class _Sender:
         note = torch.zeros(LENGTH, dtype=torch.uint8, device="cpu")
         first = torch.frombuffer(bytearray(whole[:LENGTH]), dtype=torch.uint8)
         note[: len(first)] = first
-        sent = _Sent([self._post(self.notes, note, 0)], [])
+        notes = [(note, 0)]
         if len(whole) > LENGTH:
-            rest = torch.frombuffer(bytearray(whole[LENGTH:]), dtype=torch.uint8)
-            sent.notes.append(self._post(self.notes, rest, REST))
-        for row in written.payload:
-            if row.numel():
-                sent.payload.append(self._post(self.payload, row, PAYLOAD + written.form))
-        self.held.append(sent)
+            notes.append((torch.frombuffer(bytearray(whole[LENGTH:]), dtype=torch.uint8), REST))
+        payload = [(row, PAYLOAD + written.form) for row in written.payload if row.numel()]
+        ahead = [] if self.on_host else self._post(self.payload, payload)
+        told = self._post(self.notes, notes)
+        self.held.append(_Sent(told, self._post(self.payload, payload) if self.on_host else ahead))
         self.sent += 1
 
-    def _post(self, group: dist.ProcessGroup, tensor: Tensor, tag: int) -> tuple[Work, Tensor]:
+    def _post(
+        self, group: dist.ProcessGroup, parts: Iterable[tuple[Tensor, int]]
+    ) -> list[tuple[Work, Tensor]]:
+        """Send tensors, each with its tag."""
         try:
-            return group.send([tensor], self.peer, tag), tensor
+            return [(group.send([tensor], self.peer, tag), tensor) for tensor, tag in parts]
         except RuntimeError as e:
             raise LostStage(self.peer, str(e)) from None
 
@@ -214,12 +224,12 @@ class _Receiver:
         payload: dist.ProcessGroup,
         ahead: int,
         device: torch.device,
+        beside: AbstractContextManager[Any],
         *,
         on_host: bool,
     ) -> None:
         self.peer, self.notes, self.payload = peer, notes, payload
-        self.device, self.tagged = device, on_host
-        self.beside = accelerators.beside(device)
+        self.device, self.tagged, self.beside = device, on_host, beside
         self.reader = Reader()
         self.posted: deque[tuple[Work, Tensor]] = deque(self._post_note() for _ in range(ahead))
         self.ahead: dict[int, tuple[list[Tensor], list[Work]]] = {}  # by form, for its next message

@@ -231,16 +231,17 @@ class Mesh:
 
     def poison(self) -> None:
         """Have every operation that waits in these groups fail, from another thread: gloo fails all of a
-        group's operations when one has run out of time, here one that nobody answers."""
-        for group in self.on_devices:
-            with contextlib.suppress(RuntimeError):
-                group.abort()
+        group's operations when one has run out of time, here one that nobody answers. Devices come last:
+        what they get of an aborted receive is not to be trained with, and an abort may hang."""
         for group in self._groups():
             if group.size() > 1:
                 other = (group.rank() + 1) % group.size()
                 with contextlib.suppress(RuntimeError):
                     dead = group.recv([torch.zeros(1, device="cpu")], other, NOBODY)
                     dead.wait(timedelta(milliseconds=1))
+        for group in self.on_devices:
+            with contextlib.suppress(RuntimeError):
+                group.abort()
 
     def close(self) -> None:
         """Let go of the groups that this run made."""

@@ -204,8 +204,11 @@ class Peers:
 
 
 def _is_of_links(error: Exception) -> bool:
-    """Whether gloo says it, rather than somebody's code."""
-    words = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    """Whether gloo or NCCL says it of others, rather than somebody's code."""
+    words = (
+        "gloo", "pair closure", "Connection closed by peer", "Connection reset by peer", "Broken pipe",
+        "ncclRemoteError", "ncclSystemError", "NCCL communicator was aborted",
+    )  # fmt: skip
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import accelerators
+
 Tensors = Sequence[Tensor]
 CACHED = 2**16  # elements
 
@@ -143,8 +145,11 @@ class Adam(Formula):
 
     def write(self, targets: Any, weights: Any, group: Any, states: Any, s: float) -> None:
         alike: dict[tuple[float, bool], list[int]] = {}  # steps are, unless some were stepped less often
-        for i, state in enumerate(states):
-            alike.setdefault((float(state["step"]), "gradient" in state), []).append(i)
+        steps = [state["step"] for state in states]
+        if all(isinstance(step, Tensor) for step in steps):  # on a device where the optimizer is fused
+            steps = accelerators.read(steps)
+        for i, (state, taken) in enumerate(zip(states, steps, strict=True)):
+            alike.setdefault((float(taken), "gradient" in state), []).append(i)
         beta1, beta2 = (float(b) for b in group["betas"])
         decay = group.get("weight_decay", 0.0)
         decoupled = group.get("decoupled_weight_decay", False)

@@ -184,13 +184,19 @@ def workers_environment(threads: int) -> dict[str, str]:
     }
 
 
-def talking(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
-    """Who sends to whom in a pipeline."""
-    train, n = program.train, program.n_stages
+def carrying(program: StageProgram) -> set[tuple[int, int]]:
+    """Who sends tensors to whom in a pipeline."""
+    train = program.train
     pairs = {*train.sends, *program.evaluate.sends, *((j, i) for i, j in train.gradients)}
     for tie in program.ties:
         for guest, _ in tie.holders[1:]:
             pairs |= {(guest, tie.owner), (tie.owner, guest)}
+    return pairs
+
+
+def talking(program: StageProgram, config: TrainConfig) -> set[tuple[int, int]]:
+    """Who sends anything to whom."""
+    pairs, n = carrying(program), program.n_stages
     if config.max_grad_norm is not None or config.gives_up:
         pairs |= {(i, j) for i in range(n) for j in range(n) if i != j}
     return pairs

@@ -31,7 +31,7 @@ from .inline import Results, as_in_workers, owned, private, told
 from .joint_norm import join_norms
 from .news import News
 from .peers import Failure, Peers
-from .processes import talking
+from .processes import carrying, talking
 from .program import StageProgram
 from .random import pass_seed
 from .replicas import Replicas
@@ -87,6 +87,7 @@ class Ranks:
                 mesh.down,
                 mesh.up,
                 payload=None if ways is None else (ways.down, ways.up),
+                carrying=carrying(mine),
                 device=mine.device,
             )
             self.replicas = None

@@ -8,14 +8,14 @@ then                       the update, or its gradients wait for more, or it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .batch import Feed, Skip, Update
-from .clipping import Norms, clip, squared_norm
+from .clipping import Norms, clip, norms, squared
 from .config import TrainConfig
 from .loss import check_finite
 from .program import StageProgram
@@ -56,7 +56,7 @@ class Updates:
         self.stage, self.is_last, self.alone = program.stage, program.is_last, program.n_stages == 1
         self.on_host = program.device.type == "cpu"
         self.tells = self.stage == min(program.train.trained, default=-1)
-        self.squared_norm = 0.0  # of the gradients that were stepped with last
+        self.last_norms: Sequence[Tensor] = ()  # of the gradients that were stepped with last
         self.skips: list[Skip] = []
         self.come = self.stepped = 0  # mini-batches of this segment, as far as forward and backward are
         self.bad = False  # the mini-batch is given up
@@ -92,11 +92,12 @@ class Updates:
             self._gather()
         if self.replicas is not None and steps and own is not None:
             self.replicas.add_gradients(own.names.values())
-        squared = self._looked_at(feed) if steps else 0.0
+        found = norms(own.names.values()) if steps and own is not None else ()
+        size = self._looked_at(found, feed) if steps else 0.0
         # Exact orders skip a batch in all stages or in none: each one hears of all others before it steps.
         together = self.norms.schedule.exact and config.gives_up
         if config.max_grad_norm is not None or together:
-            total = yield from self.norms.total(mini, self.come, math.nan if bad and together else squared)
+            total = yield from self.norms.total(mini, self.come, math.nan if bad and together else size)
             if together and not math.isfinite(total):
                 bad, steps = True, False
             elif steps:
@@ -111,19 +112,18 @@ class Updates:
         if self.scaling is not None and self.is_last:
             self.scaling.finished(overflowed=bad)
         if steps:
-            self.squared_norm = squared
+            self.last_norms = found
         return steps
 
-    def _looked_at(self, feed: Feed) -> float:
+    def _looked_at(self, found: Sequence[Tensor], feed: Feed) -> float:
         """The squared norm of this stage's gradients, where no device would be waited for just to see it."""
-        config, own = self.config, self.weights.own
-        assert own is not None
+        config = self.config
         if not (self.on_host or config.max_grad_norm is not None or config.gives_up):
             return 0.0
-        squared = squared_norm(own.names.values())
+        size = squared(found)
         if not config.gives_up:
-            check_finite(squared, f"the norm of the gradients of batch {feed.batch} in stage {self.stage}")
-        return squared
+            check_finite(size, f"the norm of the gradients of batch {feed.batch} in stage {self.stage}")
+        return size
 
     def _clip(self, total: float) -> None:
         limit, own = self.config.max_grad_norm, self.weights.own
@@ -144,19 +144,19 @@ class Updates:
         (ours)."""
         own = self.weights.own
         steps = own is not None and own.waiting > 0
-        squared = 0.0
+        found: Sequence[Tensor] = ()
         if own is not None and steps:
             gradients = [p.grad for p in own.names.values() if p.grad is not None]
             torch._foreach_mul_(gradients, self.config.accumulate / own.waiting)
             if self.replicas is not None:
                 self.replicas.add_gradients(own.names.values())
-            squared = squared_norm(own.names.values())
+            found = norms(own.names.values())
         if self.config.max_grad_norm is not None:
-            total = yield from self.norms.everyone(squared)
+            total = yield from self.norms.everyone(squared(found))
             if steps:
                 self._clip(total)
         if steps:
-            self.squared_norm = squared
+            self.last_norms = found
         return steps
 
     # ---- mini-batches that are given up --------------------------------------------------------------------
@@ -174,9 +174,11 @@ class Updates:
             p.grad = None
 
     def finite(self, sent: Iterable[Tensor | None]) -> bool:
-        """Whether a slot's gradients are, in this stage and (``sent``) on their way to others."""
+        """Whether a slot's gradients are, in this stage and (``sent``) on their way to others. Their norm may
+        be more than float16 can hold where they are not."""
         gradients = [p.grad for p in self.weights.trainable.values()]
-        some = [g.detach() for g in (*gradients, *sent) if g is not None]
+        found = (g.detach() for g in (*gradients, *sent) if g is not None)
+        some = [g.float() if g.dtype is torch.float16 else g for g in found]
         return not some or bool(torch.stack(torch._foreach_norm(some)).isfinite().all())
 
     def _gather(self) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import accelerators
 from ..errors import CheckpointError
 from . import launched
 from .arguments import n_counted
@@ -147,7 +148,12 @@ class Together(Alone):
             log.info("%d stages on as many ranks of a launcher%s", n_stages, replicas)
 
     def prepare(self, compiled: Planning, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Rank 0 plans, the others follow: a search that ends by the clock may find something else here."""
+        """Rank 0 plans, the others follow: a search that ends by the clock may find something else here. What
+        is asked of a device on the way is asked of each rank's own, not of the host's first by all."""
+        from .ranks import place
+
+        for device in {d for d in compiled.request.devices if d.index is None}:
+            accelerators.use(place(device))
 
         def plan() -> str:
             compiled.prepare(args, kwargs)
