@@ -66,6 +66,12 @@ def in_use() -> torch.device:
     return here()[torch.accelerator.current_device_index()]
 
 
+def has(device: torch.device, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is there. Also of no accelerator."""
+    place = in_use() if is_one(device) and device.index is None else device
+    return tensor.device == place or tensor.device.type == place.type == "cpu"
+
+
 def wait(device: torch.device) -> None:
     """Until all that was started there is done. (On no accelerator it is.)"""
     if is_one(device):

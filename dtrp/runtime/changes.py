@@ -145,15 +145,19 @@ class Changes:
             loss_fn, has_tensors = self._run.config.loss_fn, owner.loss is not None
             self._reads = self._run.compiled.loss_reads(loss_fn, trained=has_tensors)
 
+    @property
+    def _shared(self) -> bool:
+        """Whether the stages' tensors are the model's."""
+        return self._run.executor is not None and self._run.executor.shares
+
     def note(self) -> None:
         """Model and stages have the same values now, as far as they ever have during training."""
-        kind = self._run.world.executor
-        if kind != "torchrun":
-            self._values.note(content=kind == "workers" and not self._run.stale)
+        if self._run.world.executor != "torchrun":
+            self._values.note(content=not self._shared and not self._run.stale)
 
     def in_step(self) -> None:
         """Stages in this process have written the model's tensors."""
-        if self._run.world.executor == "inline":
+        if self._shared:
             self.note()
 
     def follow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -188,7 +192,7 @@ class Changes:
         run, executor = self._run, self._run.alive
         if executor is None or run.world.executor == "torchrun":
             return
-        owner, shared = run.owner, run.world.executor == "inline"  # the stages' tensors are the model's
+        owner, shared = run.owner, self._shared
         written, assigned = self._values.written(look=not run.stale), self._values.assigned()
         if not written and not assigned:
             return

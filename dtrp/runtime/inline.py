@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import accelerators
 from ..errors import DtrpError, WorkerError
 from ..exclusive import EXCLUSIVE
 from .batch import Feed, Loss, Skip
@@ -33,9 +34,15 @@ Results = Generator[Any, None, None]
 
 
 class Inline:
-    """Runs the stages of one training run. Trains the model's own parameters, in place.
+    """Runs the stages of one training run. Trains the model's own parameters, in place, where they are on the
+    stages' devices.
 
     `Workers` has the same methods, for stages in processes of their own.
+
+    Attributes
+    ----------
+    shares : bool
+        Whether all of the stages' tensors are the model's.
     """
 
     def __init__(
@@ -44,6 +51,8 @@ class Inline:
         self.config = config
         self.failure: WorkerError | None = None
         self._draws = seed is not None and any(p.draws for p in programs)
+        held = [(p.device, t) for p in programs for t in (*p.module.parameters(), *p.module.buffers())]
+        self.shares = all(accelerators.has(device, tensor) for device, tensor in held)
         queues: Any = defaultdict(deque)
         self.stages: list[Stage] = []
         for program in programs:
@@ -230,9 +239,10 @@ def owned(tree: Any) -> Any:
 def private(program: StageProgram, *, apart: bool = True) -> StageProgram:
     """The program with module objects of its own, as a worker process has them: the model's `train` and
     `eval` are not the trainer's. Tensors are shared, but (``apart``) for parameters that belong to another
-    stage."""
+    stage, and what is not on the stage's device: the model stays where it is."""
     parameters = dict(program.module.named_parameters())
-    held = {id(parameters[name]) for name in program.guests if apart}
     tensors = [*program.module.parameters(), *program.module.buffers()]
-    module = private_copy(program.module, [(t, t) for t in tensors if id(t) not in held])
+    held = {id(parameters[name]) for name in program.guests}
+    held |= {id(t) for t in tensors if not accelerators.has(program.device, t)}
+    module = private_copy(program.module, [(t, t) for t in tensors if not (apart and id(t) in held)])
     return dataclasses.replace(program, module=module)

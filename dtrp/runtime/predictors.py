@@ -18,6 +18,7 @@ from .. import accelerators
 
 Tensors = Sequence[Tensor]
 CACHED = 2**16  # elements
+AT_ONCE = 2**24  # on an accelerator, which wants few calls; what is between takes a few times their memory
 
 
 @runtime_checkable
@@ -242,12 +243,13 @@ def predict_all(
 
 def _cached(members: Sequence[int], weights: Tensors) -> Iterator[list[int]]:
     """Members in groups that a core's cache holds: a formula goes over its tensors several times."""
+    most = AT_ONCE if accelerators.is_one(weights[0].device) else CACHED
     few: list[int] = []
     size = 0
     for i in members:
         few.append(i)
         size += weights[i].numel()
-        if size >= CACHED:
+        if size >= most:
             yield few
             few, size = [], 0
     if few:

@@ -48,7 +48,7 @@ QUESTIONS = ("stats", "take_events", "last_squared_norm", "learning_rates", "tra
 class Ranks:
     """Runs this rank's stage. `Inline` and `Workers` have the same methods.
 
-    Trains the model's own parameters of this stage, in place.
+    Trains the model's own parameters of this stage, in place, where they are on the stage's device.
 
     Parameters
     ----------
@@ -57,6 +57,8 @@ class Ranks:
     peers : Peers
         All ranks.
     """
+
+    shares = False  # all of the stages' tensors
 
     def __init__(
         self,
@@ -222,9 +224,10 @@ class Ranks:
         return {name: k for k in reversed(range(len(given))) for name in given[k]}
 
     def states(self) -> Iterator[dict[str, Any]]:
-        """Every stage's state, one after the other: each rank hears all of the model once (or none of
-        it, where it has no place for that; its own stage is trained in place)."""
+        """Every stage's state, one after the other: each rank hears all of the model once (or of its own
+        stage, where it has no place for more)."""
         if self.partial:
+            yield self.stage.answers.state()
             return
         with self._told("handing weights round"):
             yield from self.mesh.in_turn(self.stage.answers.state)

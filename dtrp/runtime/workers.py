@@ -60,6 +60,8 @@ class Workers:
         which a run counts as stuck.
     """
 
+    shares = False
+
     def __init__(
         self,
         programs: Sequence[StageProgram],

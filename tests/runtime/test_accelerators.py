@@ -16,9 +16,10 @@ from dtrp.partitioner import calibration, measured
 from dtrp.runtime import group_links, mesh, peers, predictors, world
 from dtrp.runtime.group_links import GroupLinks
 from dtrp.runtime.links import Channel, Message
+from dtrp.runtime.ranks import Ranks
 from dtrp.runtime.updates import Updates
 
-from .toys import batches, compiled, mlp, trainer
+from .toys import batches, compiled, mlp, same, trainer
 
 CUDA = torch.device("cuda")
 
@@ -190,6 +191,14 @@ def test_numbers_on_a_device_are_read_at_once(many: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(torch.stack(targets), torch.full((many, 3), expected))
 
 
+def test_devices_predict_with_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that fit a core's cache would be thousands of calls there, each with its look at the steps."""
+    weights = [torch.empty(predictors.CACHED, device="meta") for _ in range(4)]
+    assert len(list(predictors._cached(range(4), weights))) == 4
+    monkeypatch.setattr(accelerators, "is_one", lambda device: True)
+    assert list(predictors._cached(range(4), weights)) == [[0, 1, 2, 3]]
+
+
 def test_parts_of_one_device_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL looks at the slot that a device is in, and refuses two ranks there: they talk through the host."""
     known: dict[int, Any] = {
@@ -260,3 +269,35 @@ def test_workers_can_begin_to_use_devices() -> None:
     """They are forked off a process that has never asked for any: after that CUDA refuses."""
     with trainer(compiled(), "workers", unforked) as t:
         t.step(*batches(1)[0])
+
+
+@pytest.mark.parametrize("n_stages", [1, 2])
+def test_a_model_stays_where_it_is(n_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages on devices train copies, whose values the model has when nothing is in flight, and hear of what
+    the script writes. If this fails, parameters are left on the devices and buffers are not: the model can no
+    longer be called."""
+    data, found = batches(6), []
+    for there in (True, False):
+        monkeypatch.setattr(accelerators, "has", lambda device, tensor, there=there: there)
+        model = mlp(dropout=0.0)
+        with trainer(compiled(model, n_stages), "inline") as t:
+            own = {id(p) for p in model.parameters()}
+            for k, (x, y) in enumerate(data):
+                t.step(x, y)
+                if k == 2:
+                    t.flush()
+                    with torch.no_grad():
+                        model.get_parameter(next(n for n, _ in model.named_parameters())).mul_(0.5)
+            shared = [id(p) in own for s in t._run.executor.stages for p in s.module.parameters()]
+            assert all(shared) if there else not any(shared)
+        found.append(({n: v.clone() for n, v in model.state_dict().items()}, t.losses))
+    assert found[0][1] == found[1][1]
+    assert same(found[0][0], found[1][0])
+
+
+def test_a_model_that_was_made_real_stage_by_stage_hears_of_its_own() -> None:
+    """On a device its buffers are not the stage's: a saved run would have those of the start."""
+    ranks: Any = object.__new__(Ranks)
+    ranks.partial = True
+    ranks.stage = SimpleNamespace(answers=SimpleNamespace(state=lambda: {"tensors": {"running_mean": 1}}))
+    assert list(ranks.states()) == [{"tensors": {"running_mean": 1}}]
