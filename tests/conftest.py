@@ -1,5 +1,6 @@
 """What must hold before torch is loaded, and a CPU that is the same wherever the tests run."""
 
+import gc
 import os
 import signal
 
@@ -49,6 +50,8 @@ def calibrate():
             threads=threads or torch.get_num_threads(),
         )
 
+    gc.collect()
+    gc.freeze()  # what is imported by now: it is not looked through each time that something is collected
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "calibrate", fixed)
         patch.setattr(loop_cost, "loop_cost", lambda: None)

@@ -12,8 +12,8 @@ import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
 from dtrp.runtime.transfer import dumps, loads
+from tests.sweeps import sweep
 
-from .sweep import sweep
 from .test_capture import assert_faithful
 
 

@@ -10,8 +10,7 @@ from torch import nn
 import dtrp
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.capture.fits import Fits
-
-from .sweep import sweep
+from tests.sweeps import sweep
 
 
 class Model(nn.Module):

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dtrp
-
-from .sweep import sweep
+from tests.sweeps import sweep
 
 
 class Noisy(nn.Module):

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 import dtrp
 from dtrp.onnx import load_chain, merge_chain, read_manifest
 from dtrp.partitioner.onnx import export as export_module
+from tests.sweeps import sweep
 
 from .onnx_models import CASES
-from .sweep import sweep
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -17,8 +17,7 @@ from dtrp.partitioner.capture.modes import BothModes
 from dtrp.partitioner.capture.record import record
 from dtrp.partitioner.capture.task import Task
 from dtrp.partitioner.capture.verify import Unfaithful, verify
-
-from .sweep import sweep
+from tests.sweeps import sweep
 
 
 class Attention(nn.Module):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dtrp.errors import InfeasiblePlanError
 from dtrp.partitioner import Partition, partition
+from tests.sweeps import sweep
 
 from .oracle import Case, assignments, max_load, max_memory, random_case, violations
-from .sweep import sweep
 
 
 def check(case: Case, time_limit: float = 30) -> str:

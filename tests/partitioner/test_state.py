@@ -13,8 +13,7 @@ from torch import nn
 import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
-
-from .sweep import sweep
+from tests.sweeps import sweep
 
 COUNTS = {"calls": 0}
 

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
+from tests.sweeps import sweep
 
-from .sweep import sweep
 from .test_capture import assert_faithful
 
 

@@ -240,7 +240,7 @@ def compare_executors(case: Case, n_stages: int, optimizer: str, **knobs: Any) -
     ("case", "n_stages", "optimizer", "knobs"),
     [
         (MLP, 2, "adamw", {}),
-        (RESNET20, 3, "sgd", {}),
+        pytest.param(RESNET20, 3, "sgd", {}, marks=slow),
         (UNET, 4, "adamw", {"horizon": "stage"}),
         (GPT_TIED, 4, "sgd", {}),
         pytest.param(GPT_TIED, 2, "adamw", {"method": "fdg"}, marks=slow),

@@ -17,6 +17,7 @@ import dtrp
 from dtrp.runtime.random import pass_seed
 from tests.reference.dtrp_serial import SerialPipeline, train
 from tests.reference.models import FLAT_CNN, HANDED, MLP, Case, Handed
+from tests.sweeps import each_once
 
 N_BATCHES = {"fast": 40, "slow": 100}  # the deepest pipeline here is full after six
 SEED = 3
@@ -129,19 +130,18 @@ HORIZONS = ["stage", "common"]
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("horizon", HORIZONS)
-@pytest.mark.parametrize(
-    ("optimizer", "predictor"),
-    [
-        ("momentum", "none"),
-        ("momentum", "linear"),
-        ("momentum", "geometric"),
-        ("momentum", "difference"),
-        ("adamw", "adam"),
-    ],
-)
-@pytest.mark.parametrize("n_stages", [2, pytest.param(3, marks=slow), 4])
-def test_dtrp(n_stages: int, optimizer: str, predictor: str, horizon: str) -> None:
+FORMULAS = [
+    ("momentum", "none"),
+    ("momentum", "linear"),
+    ("momentum", "geometric"),
+    ("momentum", "difference"),
+    ("adamw", "adam"),
+]
+
+
+@pytest.mark.parametrize(("formula", "horizon", "n_stages"), each_once(FORMULAS, HORIZONS, [4, 2, 3]))
+def test_dtrp(formula: tuple[str, str], n_stages: int, horizon: str) -> None:
+    optimizer, predictor = formula
     compare(MLP, n_stages, optimizer, method="dtrp", predictor=predictor, horizon=horizon)
 
 
@@ -169,16 +169,14 @@ def test_dtrp_with_every_optimizer(n_stages: int, optimizer: str, predictor: str
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adamw", marks=slow)])
-@pytest.mark.parametrize("n_stages", [1, 2, pytest.param(3, marks=slow), 4])
+@pytest.mark.parametrize(("method", "n_stages"), each_once(["dtr", "dtrp", "fdg", "adl", "bp"], [4, 2, 3, 1]))
 @pytest.mark.parametrize("case", [pytest.param(MLP, marks=slow), FLAT_CNN], ids=str)
-@pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg", "adl", "bp"])
 def test_methods(method: str, case: Case, n_stages: int, optimizer: str) -> None:
     knobs = {"accumulate": 2} if method == "adl" else {}
     compare(case, n_stages, optimizer, method=method, **knobs)
 
 
-@pytest.mark.parametrize("horizon", HORIZONS)
-@pytest.mark.parametrize("predictor", ["linear", "geometric", "difference"])
+@pytest.mark.parametrize(("predictor", "horizon"), each_once(["linear", "geometric", "difference"], HORIZONS))
 @pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 4])
 @pytest.mark.parametrize("case", [MLP, pytest.param(FLAT_CNN, marks=slow)], ids=str)
 def test_kept_graphs(case: Case, n_stages: int, predictor: str, horizon: str) -> None:
@@ -198,28 +196,27 @@ def test_batch_norm_under_prediction(n_stages: int, predictor: str, horizon: str
     compare(FLAT_CNN, n_stages, "nesterov", method="dtrp", predictor=predictor, horizon=horizon)
 
 
-@pytest.mark.parametrize("horizon", HORIZONS)
-@pytest.mark.parametrize("predictor", ["geometric", pytest.param("linear", marks=slow), "difference"])
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize(
+    ("scale", "predictor", "horizon"),
+    each_once([0.0, 0.5, 1.5], ["difference", "geometric", "linear"], HORIZONS),
+)
 def test_horizon_scale(scale: float, predictor: str, horizon: str) -> None:
     compare(MLP, 3, "momentum", method="dtrp", predictor=predictor, horizon=horizon, horizon_scale=scale)
 
 
-@pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg"])
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"lr_shrink": 0.7},
-        {"grad_shrink": 0.8},
-        pytest.param({"lr_shrink": 0.9, "grad_shrink": 0.6}, marks=slow),
-        {"accumulate": 2},
-        pytest.param({"accumulate": 3, "grad_shrink": 0.9}, marks=slow),
-    ],
-    ids=lambda knobs: "-".join(knobs),
-)
+KNOBS: dict[str, dict[str, Any]] = {
+    "rates": {"lr_shrink": 0.7},
+    "gradients": {"grad_shrink": 0.8},
+    "both": {"lr_shrink": 0.9, "grad_shrink": 0.6},
+    "groups": {"accumulate": 2},
+    "groups and gradients": {"accumulate": 3, "grad_shrink": 0.9},
+}
+
+
+@pytest.mark.parametrize(("knobs", "method"), each_once(list(KNOBS), ["dtrp", "dtr", "fdg"]))
 @pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adamw", marks=slow)])
-def test_knobs(method: str, knobs: dict[str, Any], optimizer: str) -> None:
-    compare(MLP, 3, optimizer, method=method, **knobs)
+def test_knobs(method: str, knobs: str, optimizer: str) -> None:
+    compare(MLP, 3, optimizer, method=method, **KNOBS[knobs])
 
 
 @pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg", "bp"])
@@ -231,8 +228,7 @@ def test_scheduler_steps_once_per_update(method: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adamw", marks=slow)])
-@pytest.mark.parametrize("n_stages", [2, 4])
-@pytest.mark.parametrize("method", ["dtr", "dtrp", "fdg"])
+@pytest.mark.parametrize(("method", "n_stages"), each_once(["dtr", "dtrp", "fdg"], [2, 4]))
 def test_skips_over_stages(method: str, n_stages: int, optimizer: str) -> None:
     """The reference hands values through; the runtime sends them straight to the stage that needs them."""
     compare(HANDED, n_stages, optimizer, method=method)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dtrp
 from tests.reference.models import FLAT_CNN, GPT, GPT_TIED, MLP, RESNET, TWO_HEADS, UNET, Batch, Case, mlp
+from tests.sweeps import each_once
 
 N_BATCHES = 50
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-3)
@@ -224,8 +225,7 @@ def check(row: Row, n_stages: int, executor: str) -> None:
         close(weights[name], value, msg=lambda m, at=name: f"{at}: {m}")
 
 
-@pytest.mark.parametrize("n_stages", [1, 2, 4])
-@pytest.mark.parametrize("feature", list(TABLE))
+@pytest.mark.parametrize(("feature", "n_stages"), each_once(list(TABLE), [1, 2, 4]))
 def test_back_propagation_is_the_plain_loop(feature: str, n_stages: int) -> None:
     check(TABLE[feature], n_stages, "inline")
 
