@@ -43,7 +43,11 @@ def choose_order(
     model, samples, stages = compiled.captured.model, n_samples(inputs), compiled.report.stages
     spec: DeviceSpec = compiled.graph.graph["specs"][0]
     chosen, parts = config.micro_batches, config.micro_batches
-    least = STATISTICS if chosen == "auto" and _takes_statistics(model) else 1
+    least = 1
+    if _takes_statistics(model):
+        # A number that was asked for is kept, but for batches that would leave one sample alone in a part.
+        alone = chosen != "auto" and chosen <= samples < 2 * chosen
+        least = STATISTICS if chosen == "auto" else 1 if alone else 2
     if parts == "auto":
         parts = most_parts(stages, training, config, samples, least)
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""

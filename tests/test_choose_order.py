@@ -253,6 +253,30 @@ def test_few_samples_make_fewer_parts():
     assert [len(part[0]) for part, *_ in split_batch([x], None, 4, least=16)] == [16, 4]
 
 
+@pytest.mark.parametrize(("parts", "first"), [(4, 12), ("auto", 64)])
+def test_no_sample_is_alone_under_batch_normalisation(dear, parts, first):
+    """A last batch that the plain loop takes: torch refuses the statistics of one sample."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4)])
+    pipe = dtrp.compile(model, n_gpus=4, example_inputs=torch.randn(first, 8))
+    optimizer = partial(torch.optim.AdamW, lr=0.01)
+    with pipe.trainer(F.mse_loss, optimizer, micro_batches=parts, executor="inline") as trainer:
+        for samples in (first, 5, 3, 2, 17, 33):
+            trainer.step(torch.randn(samples, 8), torch.randn(samples, 8))
+        assert trainer.config.micro_batches > 1
+    assert len(trainer.losses) == 6
+
+
+@pytest.mark.parametrize(("least", "sizes"), [(1, [2, 2, 1]), (2, [2, 3])])
+def test_shares_of_a_longer_last_part(least, sizes):
+    samples = 5
+    x, y = torch.randn(samples, 3), torch.arange(samples) % 3
+    y[0] = -100
+    cut = list(split_batch([x], y, 3, least=least))
+    assert [len(part[0]) for part, *_ in cut] == sizes
+    total = sum(share * F.cross_entropy(part[0], wanted) for part, wanted, share in cut)
+    torch.testing.assert_close(total, F.cross_entropy(x, y))
+
+
 def test_an_input_that_is_as_long_as_the_batch_by_chance_is_not_cut():
     """Positions of a text with as many words as there are texts."""
     x, positions = torch.randn(5, 5), torch.arange(5)

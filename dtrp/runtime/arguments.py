@@ -123,7 +123,7 @@ def split_batch(
     ignored: int = -100,
     along: Sequence[bool] | None = None,
 ) -> Iterator[tuple[Sequence[Tensor], Any, float]]:
-    """A mini-batch as ``parts`` micro-batches of equal size (the last may be smaller), with their shares.
+    """A mini-batch as ``parts`` micro-batches of equal size (but for the last), with their shares.
 
     Tensors are cut along their first dimension if it is as long as the batch (of ``tensors`` only those that
     ``along`` says); others go with every part. A share is a part's in the mean over all samples; where class
@@ -132,27 +132,29 @@ def split_batch(
     Parameters
     ----------
     least : int
-        Samples that a part has; there are fewer parts where the batch has too few.
+        Samples that a part has; there are fewer parts where the batch has too few. The last may have fewer,
+        but no less than two where ``least`` is: a single sample has no statistics, and joins the part before.
     """
     samples = n_samples(tensors)
     size = max(-(-samples // parts), least)
-    counts = _counting(target, samples, size, ignored) if samples > size else None
-    if samples <= size or (counts is not None and 0 in counts):  # a mean over nothing is not a number
+    starts = range(0, max(1, samples - (least > 1)), size)
+    cuts = [slice(start, start + size) for start in starts[:-1]] + [slice(starts[-1], samples)]
+    counts = _counting(target, samples, cuts, ignored) if len(cuts) > 1 else None
+    if len(cuts) == 1 or (counts is not None and 0 in counts):  # a mean over nothing is not a number
         yield tensors, target, 1.0
         return
     leaves, spec = pytree.tree_flatten((list(tensors), target))
     follows = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for x in leaves]
     if along is not None:
         follows[: len(along)] = along
-    for i, start in enumerate(range(0, samples, size)):
-        part = slice(start, min(start + size, samples))
+    for i, part in enumerate(cuts):
         cut = [x[part] if follow else x for x, follow in zip(leaves, follows, strict=True)]
         inputs, wanted = pytree.tree_unflatten(cut, spec)
         share = (part.stop - part.start) / samples if counts is None else counts[i] / sum(counts)
         yield inputs, wanted, share
 
 
-def _counting(target: Any, samples: int, size: int, ignored: int) -> list[int] | None:
+def _counting(target: Any, samples: int, cuts: Sequence[slice], ignored: int) -> list[int] | None:
     """How many class targets of each part count; ``None``: all do."""
     if isinstance(target, WithExtra):
         target = target.target
@@ -160,7 +162,7 @@ def _counting(target: Any, samples: int, size: int, ignored: int) -> list[int] |
     if not is_classes or len(target) != samples:
         return None
     counts = target != ignored
-    return None if bool(counts.all()) else [int(part.sum()) for part in counts.split(size)]
+    return None if bool(counts.all()) else [int(counts[cut].sum()) for cut in cuts]
 
 
 def follow_batch(tensors: Sequence[Tensor]) -> list[bool]:
