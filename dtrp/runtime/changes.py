@@ -93,6 +93,7 @@ class Values:
         """They have the same ones now; ``content``: remember more than versions."""
         self._scalars = self._look()
         self._versions = [t._version for t in self._tensors.values()]
+        self._asked = 0
         self.content = {n: _digest(t) for n, t in self._tensors.items()} if content else {}
 
     def _look(self) -> dict[str, dict[str, Any]]:
@@ -110,7 +111,10 @@ class Values:
         return {name: values for name, values in new.items() if values}
 
     def written(self, *, look: bool) -> list[str]:
-        """Tensors that were written since; ``look``: also at their content, if it was noted."""
+        """Tensors that were written since; ``look``: also at their content, if it was noted. Without it the
+        content is looked at ever more rarely: a script that writes to it does so again."""
+        self._asked += 1
+        look = look or self._asked & (self._asked - 1) == 0
         pairs = zip(self._tensors.items(), self._versions, strict=True)
         found = {name for (name, t), version in pairs if t._version != version}
         if look:
@@ -153,7 +157,7 @@ class Changes:
     def note(self) -> None:
         """Model and stages have the same values now, as far as they ever have during training."""
         if self._run.world.executor != "torchrun":
-            self._values.note(content=not self._shared and not self._run.stale)
+            self._values.note(content=not self._shared)
 
     def in_step(self) -> None:
         """Stages in this process have written the model's tensors."""
@@ -181,8 +185,10 @@ class Changes:
         if compiled.training and (self._settings.changed() or compiled.changed()):
             self._restage(args, kwargs)
 
-    def hand_in(self, *, leaving: bool = False) -> None:
+    def hand_in(self, *, last: bool = False, leaving: bool = False) -> None:
         """Values that the script wrote into the model's tensors and attributes, to the stages.
+
+        ``last``: before the stages' values overwrite them.
 
         Raises
         ------
@@ -193,7 +199,7 @@ class Changes:
         if executor is None or run.world.executor == "torchrun":
             return
         owner, shared = run.owner, self._shared
-        written, assigned = self._values.written(look=not run.stale), self._values.assigned()
+        written, assigned = self._values.written(look=last or not run.stale), self._values.assigned()
         if not written and not assigned:
             return
         trained = next((name for name in written if owner.tensors[name].requires_grad), None)

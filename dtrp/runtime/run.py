@@ -156,7 +156,7 @@ class Run:
         """Until nothing is in flight; the model has the newest weights then."""
         if self.executor is None:
             return
-        self.changes.hand_in()
+        self.changes.hand_in(last=True)
         with interrupts.held(), self.rescued():
             mini = self.joiner.rest()
             if mini is not None:

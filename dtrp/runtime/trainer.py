@@ -326,6 +326,7 @@ class Trainer:
 
         Only needed in the middle: after `flush`, `evaluate`, `fit` and `save` they are there.
         """
+        self._run.changes.hand_in(last=True)
         self._run.sync()
 
     def save(self, path: str | os.PathLike[str], *, format: str | None = None) -> None:
@@ -391,7 +392,7 @@ class Trainer:
                 self._run.world.leave(error)
             if self._run.alive:
                 if error is None:
-                    self._run.changes.hand_in(leaving=True)
+                    self._run.changes.hand_in(last=True, leaving=True)
                     self.flush()
                 with interrupts.held(), self._run.rescued():
                     self._run.sync(news=True)

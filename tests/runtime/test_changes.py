@@ -87,6 +87,11 @@ def clamped_data(model: nn.Sequential, i: int) -> None:
         p.data.clamp_(-0.2, 0.2)
 
 
+def shrunk_data(model: nn.Sequential, i: int) -> None:
+    for p in model.parameters():
+        p.data.mul_(0.9)
+
+
 def hooked(model: nn.Sequential, i: int) -> None:
     if i == 4:
         model[4].register_forward_hook(lambda module, args, output: output * 2)
@@ -169,6 +174,21 @@ def test_weights_are_not_changed_under_batches_in_flight() -> None:
         t.flush()
         clamped(model, 2)
         t.step(*DATA[2])
+
+
+@pytest.mark.parametrize("ask", ["step", "flush", "sync"])
+def test_workers_lose_no_weights_without_a_word(ask: str) -> None:
+    """A version tells nothing of what is written through ``.data``, as WGAN's clipping is in most scripts."""
+    model = make()
+    with trainer(compiled(model), "workers", method="bp") as t:
+        for i, (x, y) in enumerate(DATA[:3]):
+            t.step(x, y)
+            t.flush()
+            shrunk_data(model, i)
+        t.step(*DATA[3])
+        (clamped if ask == "sync" else shrunk_data)(model, 3)
+        with pytest.raises(RuntimeError, match=r"'0.weight' was changed .*: call trainer.flush\(\) before"):
+            t.step(*DATA[4]) if ask == "step" else getattr(t, ask)()
 
 
 @pytest.mark.slow
