@@ -104,6 +104,7 @@ class ParameterSet:
 
     def __post_init__(self) -> None:
         self.parameters: list[Tensor] = list(self.names.values())
+        self.numbers, self.keeps_outside = numbers_of(self.optimizer), ""
         self.moment = 0  # counts what changes weights or rates
         places = {id(p): i for i, p in enumerate(self.parameters)}
         # Which parameters each of the optimizer's groups has, and those that the user's optimizer leaves out.
@@ -163,6 +164,12 @@ class ParameterSet:
         for p in self.names.values():
             p.grad = None
         self.waiting, self.gathered = 0, 0.0
+
+
+def numbers_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Numbers in its attributes, such as steps that it counts. (Flags with an underscore are torch's own.)"""
+    found = {k: v for k, v in vars(optimizer).items() if isinstance(v, (int, float))}
+    return {k: v for k, v in found.items() if not (isinstance(v, bool) and k.startswith("_"))}
 
 
 def _made(name: str, build: Callable[[Any], Any], argument: Any) -> Any:

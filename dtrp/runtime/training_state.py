@@ -10,18 +10,28 @@ refuse parameters that have had no gradient so far, empty groups, and state that
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from .checkpoint import digest
-from .optim import ParameterSet
+from .optim import ParameterSet, numbers_of
+
+log = logging.getLogger("dtrp")
 
 Saved = Mapping[str, Any]
 SECTIONS = ("optimizer", "gradients", "previous", "waiting")
 """What is kept by parameter name."""
+
+_OUTSIDE = (
+    "%s keeps tensors in %r, of which nothing is saved, nor taken along where stages are made anew (a layer "
+    "that is unfrozen, cuts that move): keep what belongs to a parameter in self.state[parameter]"
+)
+_TORCHS = ("param_groups", "state", "defaults")
 
 
 def export_set(parameters: ParameterSet, names: Mapping[str, str]) -> dict[str, Any]:
@@ -34,12 +44,15 @@ def export_set(parameters: ParameterSet, names: Mapping[str, str]) -> dict[str, 
         for p in group["params"]:
             flat.update(flat_options(saved_as[p], _options(group)))
             waiting[saved_as[p]] = parameters.waiting
-    by_key: Mapping[Any, Any] = optimizer.state
+    by_key = optimizer.state_dict()["state"]  # an optimizer around another one gives that one's
     whole = {k: v for k, v in by_key.items() if isinstance(k, str)}  # of no one parameter
     flat.update(flat_state("", whole))
-    for p, name in saved_as.items():
-        if p in optimizer.state:
-            flat.update(flat_state(name, optimizer.state[p]))
+    for p, i in _places(optimizer).items():
+        if i in by_key:
+            flat.update(flat_state(saved_as[p], by_key[i]))
+    if parameters.keeps_outside != (outside := _outside(optimizer)):
+        parameters.keeps_outside = outside
+        log.warning(_OUTSIDE, type(optimizer).__name__, outside)
     saved = {
         "optimizer": flat,
         "gradients": {n: p.grad for p, n in saved_as.items() if p.grad is not None},
@@ -49,6 +62,7 @@ def export_set(parameters: ParameterSet, names: Mapping[str, str]) -> dict[str, 
         "training": {
             "optimizer": type(optimizer).__name__,
             "groups": len(parameters.groups),
+            "numbers": dict(numbers_of(optimizer).items() - parameters.numbers.items()),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
         },
     }
@@ -104,7 +118,7 @@ def import_set(parameters: ParameterSet, saved: Saved, names: Mapping[str, str],
     optimizer = parameters.optimizer
     options, state = unflattened(saved["optimizer"])
     saved_as = {p: names.get(n, n) for n, p in parameters.names.items()}
-    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    index = _places(optimizer)
     packed: list[dict[str, Any]] = []
     for group, members in zip(parameters.groups, parameters.members, strict=True):
         candidates = [*(saved_as[p] for p in group["params"]), *sorted(members)]
@@ -114,6 +128,7 @@ def import_set(parameters: ParameterSet, saved: Saved, names: Mapping[str, str],
     states = {index[p]: state[n] for p, n in saved_as.items() if p in index and n in state}
     states |= state.get("", {})  # of the optimizer as a whole
     optimizer.load_state_dict({"state": copy.deepcopy(states), "param_groups": packed})
+    vars(optimizer).update(saved["training"].get("numbers", {}))
     loaded = iter(optimizer.param_groups)  # other objects than before
     parameters.groups = [next(loaded) if group["params"] else group for group in parameters.groups]
     parameters.previous = {
@@ -144,6 +159,21 @@ def complete(content: dict[str, Any], fresh: ParameterSet, groups: Sequence[Mapp
         for name in sorted(fresh.names.keys() & members - content["waiting"].keys()):
             content["optimizer"].update(flat_options(name, options))
             content["waiting"][name] = waits
+
+
+def _places(optimizer: Optimizer) -> dict[Any, int]:
+    """Parameters -> their numbers in its ``state_dict``."""
+    return {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+
+
+def _outside(optimizer: Optimizer) -> str:
+    """An attribute of the optimizer's own with tensors that are no parameters; ``""``: none."""
+    places = _places(optimizer)
+    for name, value in vars(optimizer).items():
+        leaves = () if name in _TORCHS else pytree.tree_leaves(value)
+        if any(isinstance(leaf, torch.Tensor) and leaf not in places for leaf in leaves):
+            return name
+    return ""
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

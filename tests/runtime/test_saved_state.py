@@ -117,6 +117,51 @@ class Odd(torch.optim.Optimizer):
                 )
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in an attribute, as handwritten ones do."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.div_(self.steps)
+        super().step()
+
+
+class Around(torch.optim.Optimizer):
+    """Has its state in another one, as timm's Lookahead."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.inner = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.inner.load_state_dict(state)
+        self.param_groups = self.inner.param_groups
+
+
+class Outside(torch.optim.SGD):
+    """Keeps tensors where nobody else finds them."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.first = {p: p.grad.clone() for group in self.param_groups for p in group["params"]}
+        super().step()
+
+
 def last_only(name: str, p: nn.Parameter) -> dict[str, Any]:
     """A group that only the last stage has members of, and one with few."""
     if name.startswith("20."):
@@ -152,6 +197,8 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "RMSprop": partial(torch.optim.RMSprop, lr=0.001, centered=True, momentum=0.5),
     "Adagrad": partial(torch.optim.Adagrad, lr=0.01),
     "odd": Odd,
+    "counting": partial(Counting, lr=0.05),
+    "around": partial(Around, lr=0.05),
 }
 
 
@@ -171,6 +218,19 @@ def matrices(seed: int = 0) -> nn.Module:
     return nn.Sequential(
         *(nn.Linear(8, 8, bias=False) for _ in range(4)), nn.Linear(8, 3, bias=False)
     ).double()
+
+
+def test_what_an_optimizer_keeps_outside_of_its_state_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for optimizer in (partial(Outside, lr=0.05), partial(Counting, lr=0.05, momentum=0.9)):
+        with trainer(compiled(), optimizer=optimizer) as t:
+            t.step(*batches(1)[0])
+            t.save(tmp_path / "run")
+            t.save(tmp_path / "run")
+    told = [r.getMessage() for r in caplog.records if "self.state[parameter]" in r.getMessage()]
+    assert len(told) == 2, told  # by either stage, once
+    assert all(text.startswith("Outside keeps tensors in 'first'") for text in told)
 
 
 def test_muon(tmp_path: Path) -> None:
