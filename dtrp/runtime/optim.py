@@ -84,6 +84,12 @@ class ParameterSet:
                     f"lr_scheduler: the callable returned {type(scheduler).__name__}, expected a scheduler; "
                     f"pass for example partial(torch.optim.lr_scheduler.StepLR, step_size=30)"
                 )
+            if asked := _needs(scheduler.step, "metrics"):
+                raise TypeError(
+                    f"lr_scheduler: {type(scheduler).__name__}.step() asks for {asked!r}; expected step() "
+                    f"alone, as torch's schedulers have it: wrap it in an object whose step() counts, and "
+                    f"which has state_dict() and load_state_dict()"
+                )
         made = cls(
             dict(names),
             optimizer,
@@ -186,6 +192,15 @@ def _made(name: str, build: Callable[[Any], Any], argument: Any) -> Any:
         raise TypeError(f"{name}={short(build)}: {e}; expected {EXPECTED[name]}") from e
 
 
+def _needs(step: Callable[..., Any], *known: str) -> str:
+    """An argument without which it cannot be called; ``""``: none but those that are known."""
+    for name, parameter in inspect.signature(step).parameters.items():
+        positional = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if positional and parameter.default is parameter.empty and name not in known:
+            return name
+    return ""
+
+
 JOINT = (
     "a parameter's step by %s depends on the gradients of the others (a norm of all of them), of which "
     "each stage sees its own: one optimizer over all does otherwise. max_grad_norm= clips over all stages"
@@ -263,10 +278,10 @@ def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> O
             f"optimizer: the callable returned {type(optimizer).__name__}, expected a torch.optim.Optimizer; "
             f"pass for example partial(torch.optim.SGD, lr=0.1)"
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if _needs(optimizer.step):
         raise ValueError(
-            "LBFGS evaluates the loss several times per step, which a pipeline with batches in flight cannot "
-            "do; use a first-order optimizer such as SGD or AdamW"
+            f"{type(optimizer).__name__} evaluates the loss several times per step (closure), which a "
+            f"pipeline with batches in flight cannot do; use a first-order optimizer such as SGD or AdamW"
         )
     known = {id(p) for p in names.values()}
     foreign = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])

@@ -81,6 +81,26 @@ def test_a_scheduler_that_is_none(pipe: dtrp.Pipeline) -> None:
         trainer(pipe, lr_scheduler=str)
 
 
+class ByEpoch(torch.optim.lr_scheduler.StepLR):
+    """Is told where it is, as timm's."""
+
+    def step(self, epoch: int) -> None:  # type: ignore[override]
+        super().step()
+
+
+class Closed(torch.optim.SGD):
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+def test_steps_that_ask_for_more(pipe: dtrp.Pipeline, no_workers: None) -> None:
+    """Before anything is trained."""
+    with pytest.raises(TypeError, match=r"ByEpoch.step\(\) asks for 'epoch'; expected step\(\) alone"):
+        trainer(pipe, "workers", lr_scheduler=lambda optimizer: ByEpoch.__new__(ByEpoch))
+    with pytest.raises(ValueError, match="Closed evaluates the loss several times per step"):
+        trainer(pipe, "workers", optimizer=partial(Closed, lr=0.1))
+
+
 def test_an_optimizer_that_gives_something_else(pipe: dtrp.Pipeline) -> None:
     with pytest.raises(TypeError, match=r"the callable returned list, expected a torch\.optim\.Optimizer"):
         pipe.trainer(F.cross_entropy, list)
