@@ -46,6 +46,10 @@ _READ = (
     "which empties the pipeline. What changes with every batch travels better with it: "
     "step(x, y, extra={...})"
 )
+_BEHIND = (
+    "the parameter %r was changed by the script while worker processes had newer weights than the model: if "
+    "it is made of the model's weights (an average of them), call trainer.sync() before"
+)
 log = logging.getLogger("dtrp")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -209,6 +213,10 @@ class Changes:
                 raise RuntimeError(_LOST % trained)
             log.warning(_LOST, trained)
             return
+        made = next((name for name in written if isinstance(owner.tensors[name], nn.Parameter)), None)
+        if made is not None and run.behind and _BEHIND not in self._told:
+            log.warning(_BEHIND, made)
+            self._told.add(_BEHIND)
         if run.stale and (assigned or not shared):
             self._tell(_WRITTEN, written[0] if written else next(iter(next(iter(assigned.values())))))
             # What the script has written holds also after the stages have given theirs, except for tensors

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WorkerError
 from . import interrupts
@@ -87,6 +87,7 @@ class Run:
         self._seed: int | None = None
         self.in_flight = False
         self.stale = False  # the stages have newer weights than the model
+        self._shown = -1  # batches that had been fed when the model last had the present weights
         self.changes = Changes(self)
         self.along: list[bool] = []  # which model inputs have a row for each sample
         self.form: int | None = None  # of the batches that the stages are for
@@ -223,7 +224,21 @@ class Run:
         for state in self.executor.states():
             self.owner.take(state)
         self.stale = self.in_flight
+        self._shown = self.history.fed
         self.changes.note()
+
+    @property
+    def behind(self) -> bool:
+        """Whether the model's weights are older than those of worker processes."""
+        executor = self.alive
+        apart = executor is not None and not executor.shares and self.world.executor != "torchrun"
+        return apart and self.stale and self._shown != self.history.fed
+
+    def show(self) -> None:
+        """The present weights into the model, before somebody looks at them."""
+        if self.behind:
+            self.changes.hand_in(last=True)
+            self.sync()
 
     def rescued(self) -> Rescue:
         """Around what stages do."""
@@ -377,6 +392,12 @@ class Run:
         executor.call("load_state", *state.modules())
         self._shelved = state.of_others(self._trained)
         executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))
+
+
+def show(model: nn.Module) -> None:
+    """Before somebody looks at the weights of a model that may be in training."""
+    if (run := _RUNS.get(id(model))) is not None:
+        run.show()
 
 
 class Rescue:

@@ -303,6 +303,50 @@ def test_whoever_looks_inside_sees_the_newest_weights(moment: str, executor: str
     assert not same(model.state_dict(), expected.state_dict())
 
 
+LOOKS: dict[str, Any] = {
+    "called": lambda pipe: pipe(torch.ones(2, 8)),
+    "state": lambda pipe: torch.cat([p.flatten() for p in pipe.state_dict().values()]),
+    "parameters": lambda pipe: torch.cat([p.flatten() for p in pipe.parameters()]),
+}
+
+
+@pytest.mark.parametrize("look", list(LOOKS))
+@pytest.mark.parametrize("method", ["bp", pytest.param("dtrp", marks=pytest.mark.slow)])
+def test_the_pipeline_has_the_present_weights_in_the_middle(look: str, method: str) -> None:
+    """An agent that acts, or an average that is taken, between two steps: with workers as inline."""
+    seen: list[list[Tensor]] = []
+    for executor in ("inline", "workers"):
+        model = mlp(3, norm=False)
+        pipe = compiled(model, 2)
+        seen.append([])
+        with trainer(pipe, executor, method=method) as t:
+            for x, y in batches(5):
+                t.step(x, y)
+                model.eval()
+                with torch.no_grad():
+                    seen[-1] += [LOOKS[look](pipe).clone(), LOOKS[look](pipe).clone()]
+                model.train()
+        seen[-1].append(torch.tensor(t.losses))
+    for inline, apart in zip(*seen, strict=True):
+        assert torch.equal(inline, apart)
+
+
+@pytest.mark.parametrize("syncs", [True, False])
+def test_an_average_inside_the_model_is_made_of_present_weights_or_told(
+    syncs: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A target network, as BYOL and MoCo have one."""
+    model = nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    with trainer(compiled(model, 2), "workers", method="bp") as t:
+        for x, y in batches(3):
+            t.step(x, y)
+            if syncs:
+                t.sync()
+            with torch.no_grad():
+                model[2].weight.lerp_(model[1].weight, 0.1)
+    assert caplog.text.count("'2.weight' was changed by the script while worker") == (not syncs)
+
+
 @inline_or_slow
 def test_the_best_epoch_can_be_kept(executor: str) -> None:
     """A loop of one's own: evaluate, keep the state if it is the best; its loss comes back when loaded."""
