@@ -56,7 +56,7 @@ def check_loss(captured: Captured, config: TrainConfig, inputs: Sequence[Tensor]
     if loss_fn is None:
         as_scalar(None, own_loss(stand_in.output()))
         return
-    with _as_found(loss_fn):
+    with as_found(loss_fn):
         _judge(stand_in, loss_fn)
 
 
@@ -80,7 +80,7 @@ def _judge(stand_in: _StandIn, loss_fn: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def _as_found(loss_fn: Callable[..., Any]) -> Iterator[None]:
+def as_found(loss_fn: Callable[..., Any]) -> Iterator[None]:
     """On leaving, what the loss changes when it runs is as before: its attributes, globals and closures."""
     code: Any = inspect.unwrap(loss_fn.func if isinstance(loss_fn, partial) else loss_fn)
     own = []

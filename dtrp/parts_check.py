@@ -6,14 +6,17 @@ is the mean over them, or over the targets that count. A loss over all pairs of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .loss_check import as_found
 from .partitioner.capture.modes import in_mode
 from .partitioner.compiler import Compiled
 from .runtime.arguments import n_samples, split_batch
@@ -21,6 +24,8 @@ from .runtime.batch import WithExtra
 from .runtime.config import TrainConfig
 from .runtime.loss import ignored_target, scalar_loss
 from .runtime.twins import Snapshot, private_copy
+
+log = logging.getLogger("dtrp")
 
 _TRIED = 4  # samples
 _FEW = 2**22  # numbers in an output, up to which the whole batch's targets are tried
@@ -39,7 +44,7 @@ def differs_in_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[T
     samples = n_samples(inputs)
     state = Snapshot(model)
     try:
-        with in_mode(model, None), torch.no_grad():  # also puts the generators back
+        with in_mode(model, None), as_found(loss_fn), torch.no_grad():  # also puts the generators back
             some, aim = _repeated((list(inputs), target), samples, min(_TRIED, samples))
             whole = _run(compiled, some)
             cut = [_run(compiled, part) for part, _, _ in split_batch(some, aim, 2)]
@@ -48,6 +53,8 @@ def differs_in_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[T
             for output, wanted in _trials(whole, aim, target, samples, ignored_target(loss_fn)):
                 if not _is_mean(config, output, wanted):
                     return "the loss is not the mean over the samples"
+            if not _is_mean_without_a_row(config, whole, aim):
+                return "the loss is a mean over what targets let count"
     except Exception as error:  # whatever the user's code dislikes about a few samples
         return f"a few samples cannot be tried: {type(error).__name__}: {error}"
     finally:
@@ -99,6 +106,29 @@ def _trials(whole: Any, aim: Any, target: Any, samples: int, ignored: int) -> It
         yield whole, WithExtra(padded, aim.extra) if isinstance(aim, WithExtra) else padded
     if isinstance(whole, Tensor) and whole.numel() // len(whole) * samples <= _FEW:
         yield _repeated(whole, len(whole), samples), target
+
+
+def _is_mean_without_a_row(config: TrainConfig, output: Any, aim: Any) -> bool:
+    """With targets of zero, or -1, for one sample: a mask (or weights) that is all ones in the first batch
+    would hide that it is divided by its sum. What the user's code makes of these may be no answer."""
+    samples = len(pytree.tree_leaves(output)[0])
+
+    def other(value: Any, sign: int) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != samples:
+            return value
+        # As a class, -1 is an error, and on an accelerator one that ends the process.
+        fill = -1 if sign and value.dtype is torch.int64 and value.device.type == "cpu" else 0
+        return torch.cat([torch.full_like(value[:1], fill), value[1:]])
+
+    for sign in (0, 1):
+        wanted = pytree.tree_map(partial(other, sign=sign), aim)
+        try:
+            known = bool(scalar_loss(config.loss_fn, output, wanted).isfinite())
+            if known and not _is_mean(config, output, wanted):
+                return False
+        except Exception:
+            log.debug("the loss takes no targets of %d", -sign, exc_info=True)
+    return True
 
 
 def _is_mean(config: TrainConfig, output: Any, target: Any) -> bool:

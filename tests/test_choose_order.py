@@ -94,6 +94,31 @@ class TestWhereTheyAreFree:
         """Parts would train something else, silently."""
         assert chosen(Words(), text(), loss_fn)[1] == 1, why
 
+    @pytest.mark.parametrize("way", ["tuple", "extra", "padding", "none"])
+    def test_a_mask_that_is_full_in_the_first_batch(self, way):
+        """Divided by its sum, it makes no mean over samples in those that come after."""
+
+        def first_word(output, target):
+            return F.cross_entropy(output[:, 0], target, reduction="none")
+
+        def masked(output, target, mask=None):
+            if way == "tuple":
+                target, mask = target
+            elif way == "padding":
+                target, mask = target.clamp(min=0), (target >= 0).float()
+            return (first_word(output, target) * mask).sum() / mask.sum()
+
+        def every(output, target):
+            return first_word(output, target).mean()
+
+        x, y = text()
+        y, ones = y[:, 0], torch.ones(BATCH)
+        pipe = dtrp.compile(Words(), n_gpus=4, example_inputs=x)
+        with pipe.trainer(every if way == "none" else masked, SGD, executor="inline") as trainer:
+            extra = {"extra": {"mask": ones}} if way == "extra" else {}
+            trainer.step(x, (y, ones) if way == "tuple" else y, **extra)
+            assert trainer.config.micro_batches == (12 if way == "none" else 1)
+
     def test_a_model_that_mixes_samples_keeps_the_batch_whole(self):
         class Centred(nn.Module):
             def __init__(self):
@@ -157,6 +182,24 @@ class TestWhereTheyAreFree:
             assert loss.calls == 4
             return model.state_dict(), torch.rand(3)
 
+        def queued():
+            """Of a function that keeps what it saw, as MoCo's queue."""
+            count, seen = [0], torch.zeros(32)
+
+            def loss(output, target):
+                count[0] += 1
+                seen.lerp_(output.detach().mean(0), 0.1)
+                return F.mse_loss(output, target) * count[0] + (output.mean(0) * seen.clone()).sum()
+
+            torch.manual_seed(0)
+            model = dense()
+            batch = torch.randn(BATCH, 32), torch.randn(BATCH, 32)
+            once = model(batch[0]).mean(0) * 0.1
+            assert chosen(model, batch, loss)[1] == 1
+            assert count == [1]
+            torch.testing.assert_close(seen, once.detach())
+
+        queued()
         state, drawn = trained()
         monkeypatch.setattr("dtrp.orders.differs_in_parts", lambda *args: "")
         expected, wanted = trained()

@@ -128,6 +128,13 @@ class Run:
         """
         if self.closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
+        for kind in ("cpu", "cuda"):
+            dtype = torch.get_autocast_dtype(kind)
+            if torch.is_autocast_enabled(kind) and self.config.autocast != dtype:
+                raise RuntimeError(
+                    f"this is called inside torch.autocast, which ends before batches in flight do, and does "
+                    f"not reach worker processes: call it outside, with pipe.trainer(..., autocast={dtype})"
+                )
         compiled, has_target = self.compiled, targets and self.config.loss_fn is not None
         inputs, named, target = take_target(compiled.model, args, kwargs, has_target=has_target)
         if self.executor is not None:

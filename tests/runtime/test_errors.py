@@ -137,6 +137,21 @@ def test_the_rate_is_not_set_by_hand(pipe: dtrp.Pipeline) -> None:
         trainer(pipe).lr = 0.1
 
 
+def test_mixed_precision_around_a_step(pipe: dtrp.Pipeline) -> None:
+    """Batches in flight would go on without it, workers never hear of it."""
+    x, y = batches(1)[0]
+    with trainer(pipe) as t:
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(RuntimeError, match=r"autocast=torch.bfloat16"),
+        ):
+            t.step(x, y)
+        with torch.autocast("cpu", enabled=False):
+            t.step(x, y)
+    with trainer(pipe, autocast=torch.bfloat16) as t, torch.autocast("cpu", torch.bfloat16):
+        t.step(x, y)
+
+
 # --- Batches --------------------------------------------------------------------------------------------
 
 
