@@ -80,8 +80,9 @@ def _judge(stand_in: _StandIn, loss_fn: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def as_found(loss_fn: Callable[..., Any]) -> Iterator[None]:
-    """On leaving, what the loss changes when it runs is as before: its attributes, globals and closures."""
+def as_found(loss_fn: Callable[..., Any], *, tensors: bool = False) -> Iterator[None]:
+    """On leaving, what the loss changes when it runs is as before: its attributes, globals and closures;
+    ``tensors``: and what is in their tensors, where it runs on real ones."""
     code: Any = inspect.unwrap(loss_fn.func if isinstance(loss_fn, partial) else loss_fn)
     own = []
     if not isinstance(code, FunctionType):
@@ -93,7 +94,7 @@ def as_found(loss_fn: Callable[..., Any]) -> Iterator[None]:
     place = code.__globals__
     named = {name: place[name] for name in code.__code__.co_names if name in place}
     cells = [(cell, cell.cell_contents) for cell in code.__closure__ or ()]
-    held = Held([*own, *named.values(), *(value for _, value in cells)])
+    held = Held([*own, *named.values(), *(value for _, value in cells)], tensors=tensors)
     try:
         yield
     finally:

@@ -44,7 +44,11 @@ def differs_in_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[T
     samples = n_samples(inputs)
     state = Snapshot(model)
     try:
-        with in_mode(model, None), as_found(loss_fn), torch.no_grad():  # also puts the generators back
+        with (
+            in_mode(model, None),
+            as_found(loss_fn, tensors=True),
+            torch.no_grad(),
+        ):  # also puts the generators back
             some, aim = _repeated((list(inputs), target), samples, min(_TRIED, samples))
             whole = _run(compiled, some)
             cut = [_run(compiled, part) for part, _, _ in split_batch(some, aim, 2)]

@@ -74,14 +74,19 @@ def changeable(value: Any) -> bool:
 
 
 class Held:
-    """What mutable values hold, all the way down, to be put back."""
+    """What mutable values hold, all the way down, to be put back; ``tensors``: what is in tensors and in
+    modules' buffers, too."""
 
-    def __init__(self, values: Iterable[Any]) -> None:
+    def __init__(self, values: Iterable[Any], *, tensors: bool = False) -> None:
         self._found: dict[int, tuple[Any, Any]] = {}
+        self._tensors: list[tuple[torch.Tensor, int, torch.Tensor]] | None = [] if tensors else None
         for value in values:
             self._look(value, _DEPTH)
 
     def _look(self, value: Any, depth: int) -> None:
+        if self._tensors is not None and isinstance(value, (torch.Tensor, nn.Module)):
+            written = value.buffers() if isinstance(value, nn.Module) else (value,)
+            self._tensors += [(t, t._version, t.detach().clone()) for t in written if not t.is_inference()]
         if not depth or id(value) in self._found or isinstance(value, (torch.Tensor, nn.Module)):
             return
         if isinstance(value, tuple):
@@ -99,6 +104,10 @@ class Held:
 
     def put_back(self) -> None:
         """As it was."""
+        with torch.no_grad():
+            for tensor, version, before in self._tensors or ():
+                if tensor._version != version:
+                    tensor.copy_(before)
         for value, saved in self._found.values():
             now = value if isinstance(value, _CONTAINERS) else vars(value)
             if (now or saved) and not _same_items(now, saved):
