@@ -457,13 +457,14 @@ class Detector(nn.Module):
 
     def pick(self, scores):
         kept = (scores.sum(-1) > self.threshold).nonzero()[:, 0]
-        return {"rows": scores[kept], "count": len(scores)}
+        return {"rows": scores[kept] if len(kept) else scores, "count": len(scores)}
 
     def postprocess(self, scores):
         return [self.pick(scores), self.pick(-scores)]
 
     def weigh(self, scores):
-        return self.b.weight.sum() * scores[scores > 0]
+        found = scores[scores > 0]
+        return self.b.weight.sum() * found if len(found) else scores
 
     def forward(self, x):
         scores = self.b(torch.relu(self.a(x)))

@@ -56,8 +56,9 @@ _KNOWN = (
         "Compute both sides and choose with torch.where, or {whole}.",
     ),
     (
-        ("DynamicOutputShape", "nonzero", "masked_select", "unique"),
-        "the shape of a tensor depends on the values in another (nonzero, boolean indexing, unique)",
+        ("DynamicOutputShape", "nonzero", "masked_select", "unique", "takes another course"),
+        "the shape of a tensor depends on the values in another (nonzero, boolean indexing, unique), and "
+        "code decides by it",
         "Use torch.where or a mask of fixed shape, or {whole}.",
     ),
     (

@@ -17,10 +17,10 @@ from .ambient import plain_attention, quiet
 from .explain import Failure, capture_error
 from .graph import Captured, KeptWhole, Signature
 from .leaves import has_backward_hooks, why_whole
+from .methods import VALUE_DEPENDENT
 from .modes import BothModes, Flags
 from .operators import Walk
 from .record import OtherModes, record, record_fixed
-from .recorder import VALUE_DEPENDENT
 from .second_look import look
 from .snapshot import untouched
 from .task import Task

@@ -1,8 +1,9 @@
-"""Methods that the model's own code calls, and that a graph can hold only as a whole.
+"""What the model's own code calls, and a graph can hold only as a whole, as it does modules.
 
 A submodule that decides by values is kept whole where it is called. Code of the root cannot be; but where it
 stands in a method of its own (``self.postprocess(detections)``, ``self.head.compute_loss(...)``), the
-method can. It must use neither parameters nor buffers: those belong to modules.
+method can. It must use neither parameters nor buffers: those belong to modules. So can a call of torch's that
+gives a shape which depends on values (``x[mask]``), where the code behind takes one course with all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.overrides import TorchFunctionMode
+
+# What stops code that decides by values, or whose shapes depend on values, on fake tensors.
+VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class KeptMethod(nn.Module):
@@ -25,6 +31,31 @@ class KeptMethod(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
         return getattr(self._owner[0], self._method)(*args, **kwargs)
+
+
+class KeptCall(nn.Module):
+    """Calls a function of torch's, or (by its name) a tensor's method."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__()
+        self._target = target
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        if isinstance(self._target, str):
+            return getattr(args[0], self._target)(*args[1:], **kwargs)
+        return self._target(*args, **kwargs)
+
+
+class KeptCalls(TorchFunctionMode):
+    """Shows all calls of torch's functions."""
+
+    def __init__(self, show: Callable[..., Any]) -> None:
+        super().__init__()
+        self._show = show
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._show(func, args, kwargs or {})
 
 
 def _bare(module: nn.Module, attributes: Mapping[int, dict[str, Any]]) -> nn.Module:

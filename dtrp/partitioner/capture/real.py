@@ -268,10 +268,12 @@ def _given(met: Known, fake: torch.Tensor) -> torch.Tensor:
 
 
 def _varied_like(fake: torch.Tensor) -> torch.Tensor:
-    """As `_random_like`, with zeros and ones among integers, and some false among truths."""
+    """As `_random_like`, with zeros and ones among integers, and some false among truths: the same each time,
+    as code may pick from several tensors by one mask."""
     if not _counts(fake):
         return _random_like(fake)
-    return torch.randint(0, 2, tuple(fake.shape), device=fake.device).to(fake.dtype)
+    generator = torch.Generator().manual_seed(fake.numel())
+    return torch.randint(0, 2, tuple(fake.shape), generator=generator).to(fake.device, fake.dtype)
 
 
 def _ones_like(fake: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,11 @@ from .custom import OtherSizes, guard
 from .fakes import FakeWorld, Sizes, fake_inputs, light
 from .graph import KeptWhole
 from .leaves import has_hooks
+from .methods import VALUE_DEPENDENT
 from .modes import BothModes, Flags, flags_of
 from .patches import ObservedFakeMode, observed
 from .propagate import Runner
-from .recorder import VALUE_DEPENDENT, Recorder
+from .recorder import Recorder
 from .snapshot import foreign_randomness
 from .state import changes_of, state_of, within
 from .structure import flatten_output

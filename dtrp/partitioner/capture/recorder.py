@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 
 from .calls import Calls
@@ -35,7 +35,7 @@ from .fakes import FakeWorld
 from .leaves import borrowed, is_leaf, is_lent
 from .left import attributes_of, forget_unread, take
 from .location import user_location
-from .methods import KeptMethod, own_methods
+from .methods import VALUE_DEPENDENT, KeptCall, KeptMethod, own_methods
 from .patches import Observer
 from .sizes import Sizes
 from .snapshot import foreign_randomness, preserved_randomness
@@ -51,8 +51,6 @@ _REFUSED = {
     "register_post_accumulate_grad_hook": "registers a gradient hook on a tensor",
     "retain_grad": "asks a tensor to retain its gradient",
 }
-# What stops code that decides by values, or whose shapes depend on values, on fake tensors.
-VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class Recorder(TorchFunctionMode, Observer):
@@ -150,6 +148,10 @@ class Recorder(TorchFunctionMode, Observer):
                 raise CannotRecord(_REFUSED[name])
             try:
                 return self._calls(func, node_form, args, kwargs)
+            except DynamicOutputShapeException as error:
+                if self.writer.module or self.writer.method:  # which is kept whole
+                    raise
+                return self._call_whole(func, args, kwargs, error)
             except Exception as error:
                 if name != "__bool__":
                     raise
@@ -245,6 +247,27 @@ class Recorder(TorchFunctionMode, Observer):
             self.failures[name] = reason(error)
             return result
 
+    def _call_whole(self, func: Callable[..., Any], args: Any, kwargs: Any, error: Exception) -> Any:
+        """A call in the root's code whose result has a shape that depends on values, as one node."""
+        _, target, args, kwargs = node_form(func, args, kwargs)
+        key = f"{getattr(func, '__name__', '').strip('_')}_{len(self.writer.held)}"
+        try:
+            return self._as_node(key, KeptCall(target), args, kwargs)
+        except Exception:
+            raise error from None
+
+    def _as_node(self, key: str, kept: nn.Module, args: Any, kwargs: Any, named: str = "") -> Any:
+        """What is kept whole and is none of the model's modules."""
+        name = self.writer.hold(key, kept)
+        with self._pause():
+            return self._calls(
+                lambda *a, **k: self._really_run(kept, a, k),
+                lambda _, a, k: ("call_module", name, a, k),
+                args,
+                kwargs,
+                kept=named,
+            )
+
     def watch_methods(self, model: nn.Module) -> None:
         """From now on keep methods whole, as low as possible, that the root calls and cannot be recorded."""
         for path, module, name, method in own_methods(model):
@@ -257,18 +280,7 @@ class Recorder(TorchFunctionMode, Observer):
         if self.paused or self.writer.module:
             return method(*args, **kwargs)
         kept = KeptMethod(owner, method.__name__, self._world.attributes)
-
-        def whole() -> Any:
-            name = self.writer.hold(key, kept)
-            with self._pause():
-                return self._calls(
-                    lambda *a, **k: self._really_run(kept, a, k),
-                    lambda _, a, k: ("call_module", name, a, k),
-                    args,
-                    kwargs,
-                    kept=key,
-                )
-
+        whole = functools.partial(self._as_node, key, kept, args, kwargs, named=key)
         if key in self._closed:
             return whole()
         outer, self.writer.method = self.writer.method, key

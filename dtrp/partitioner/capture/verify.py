@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -25,11 +26,12 @@ from .decisions import Answers
 from .fakes import FakeWorld, fake_inputs
 from .leaves import has_hooks
 from .location import user_location
-from .methods import held_name, own_methods
+from .methods import KeptCall, KeptCalls, held_name, own_methods
 from .operators import Access, Event, OperatorLog, Walk, join, storages_in
 from .patches import Observer, observed
 from .propagate import Runner
 from .structure import flatten_output, map_tensors, mirror, tensors_in
+from .targets import node_form
 from .task import Task
 from .traced import Traced
 
@@ -92,7 +94,8 @@ def _events_of_model(task: Task, traced: Traced, training: bool, watched: int = 
         watcher.watch_methods(traced.held)
         answers = Answers(traced.graph, lambda: not watcher.within)
         asked = answers if answers.left else nullcontext()
-        with torch.compiler.set_stance("force_eager"), asked, observed(watcher, model), log:
+        calls = KeptCalls(watcher.on_call) if watcher.calls else nullcontext()
+        with torch.compiler.set_stance("force_eager"), asked, calls, observed(watcher, model), log:
             _seed()
             output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
             watcher.paused = True
@@ -237,6 +240,7 @@ class _Watcher(Observer):
         self._model, self._world, self._watched = model, world, watched
         self._names = {m: name for name, m in model.named_modules()}
         self._whole = {str(n.target) for n in traced.graph.find_nodes(op="call_module")}
+        self.calls = [(name, call) for name, call in traced.held.items() if isinstance(call, KeptCall)]
         self.found: dict[str, torch.Tensor] = {}
 
     def where(self, number: int) -> tuple[str, str]:
@@ -273,6 +277,19 @@ class _Watcher(Observer):
         if self.paused or self.module:
             return method(*args, **kwargs)
         return self._as_one(held, kept, method, args, kwargs)
+
+    def on_call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A function of torch's, which may be a call that is kept whole in the graph."""
+        mark = self.log.mark()
+        try:
+            return func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            if self.within or self.module or not self.calls:
+                raise
+        self.log.back_to(mark)
+        name, kept = self.calls.pop(0)
+        _, _, args, kwargs = node_form(func, args, kwargs)
+        return self._as_one(name, kept, kept, args, kwargs)
 
 
 class _Runner(Runner):
