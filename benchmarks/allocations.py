@@ -40,7 +40,7 @@ def peaks(train: Callable[[], Sequence[Stage]]) -> list[int]:
     with ExitStack() as stack:
         for of, method, wrap in patches:
             stack.enter_context(mock.patch.object(of, method, wrap(getattr(of, method))))
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             stages = train()
     owner: dict[int, int] = {}
     now = [_weights(stage) for stage in stages]

@@ -51,6 +51,9 @@ def cut(model: nn.Module, n_stages: int, example: Any, where: dict[str, int]) ->
     return dtrp.compile(model, example_inputs=example, plan=plan)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="its engine sends to itself, which gloo cannot, and warms BatchNorm up"
+)
 @pytest.mark.parametrize("schedule", [ScheduleInterleaved1F1B, ScheduleLoopedBFS])
 def test_schedules_of_torch_give_the_plain_gradients(mesh: DeviceMesh, schedule: Any) -> None:
     """With four micro-batches the mean loss and its gradients are those of the parts in the plain model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ from .schedule import Schedule
 
 def norms(parameters: Collection[nn.Parameter]) -> Sequence[Tensor]:
     """Of one stage's gradients, wherever these are: nobody waits for a device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch._foreach_norm(gradients) if gradients else ()
+    return of_each(p.grad for p in parameters if p.grad is not None)
+
+
+def of_each(gradients: Iterable[Tensor]) -> Sequence[Tensor]:
+    """Each one's norm. (torch 2.11 has none of sparse ones.)"""
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    return torch._foreach_norm(dense) if dense else ()
 
 
 def squared(norms: Sequence[Tensor]) -> float:

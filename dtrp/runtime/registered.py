@@ -130,7 +130,11 @@ def _functions(name: str, op: CustomOpDef) -> tuple[Any, ...]:
         for device, wrapped in op._backend_fns.items()
     }
     behaviours = [getattr(op, attribute) for attribute in BEHAVIOURS]
-    return name, kernels, behaviours, op._vmap_fn, op._autocast_dtype, op._torch_dispatch_fns
+    autocast = getattr(op, "_autocast_dtype", None)
+    if autocast is None:  # torch 2.11 knows two kinds of device
+        dtypes = ((device, getattr(op, f"_autocast_{device}_dtype", None)) for device in ("cuda", "cpu"))
+        autocast = {device: dtype for device, dtype in dtypes if dtype is not None}
+    return name, kernels, behaviours, op._vmap_fn, autocast, op._torch_dispatch_fns
 
 
 def _nodes() -> Iterator[tuple[Any, ...]]:

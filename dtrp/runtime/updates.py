@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Feed, Skip, Update
-from .clipping import Norms, clip, norms, squared
+from .clipping import Norms, clip, norms, of_each, squared
 from .config import TrainConfig
 from .loss import check_finite
 from .program import StageProgram
@@ -178,8 +178,8 @@ class Updates:
         be more than float16 can hold where they are not."""
         gradients = [p.grad for p in self.weights.trainable.values()]
         found = (g.detach() for g in (*gradients, *sent) if g is not None)
-        some = [g.float() if g.dtype is torch.float16 else g for g in found]
-        return not some or bool(torch.stack(torch._foreach_norm(some)).isfinite().all())
+        sizes = of_each(g.float() if g.dtype is torch.float16 else g for g in found)
+        return not sizes or bool(torch.stack(list(sizes)).isfinite().all())
 
     def _gather(self) -> None:
         """The mini-batch is good: its gradients join the earlier ones'."""

@@ -139,6 +139,7 @@ def test_values_of_one_form_differ_in_nothing_but_their_bytes() -> None:
     assert len({one, *(form(*v) for v in other)}) == 4
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11, of any that is loaded
 def test_what_is_no_dense_tensor_travels_as_a_pickle() -> None:
     (sparse,) = again([torch.eye(3).to_sparse()])
     assert sparse.layout is torch.sparse_coo

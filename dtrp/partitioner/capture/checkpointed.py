@@ -49,11 +49,22 @@ class Checkpointed:
     @contextmanager
     def region(self) -> Iterator[None]:
         """A region that will run again."""
-        self._open.append([])
+        outer, layers = len(self._open), list[Node]()
+        self._open.append(layers)
         try:
             yield
         finally:
-            self._left.append(self._open.pop())
+            if any(layers is region for region in self._open):
+                self.back_to(outer)
+                self._left.append(layers)
+
+    def mark(self) -> int:
+        """The present point."""
+        return len(self._open)
+
+    def back_to(self, mark: int) -> None:
+        """What was begun after a point is over: torch 2.11 leaves regions open in which something fails."""
+        del self._open[mark:]
 
     def updates(self, node: Node) -> None:
         """A layer's node that changes its buffers: it runs again with the region that it is in."""

@@ -149,6 +149,10 @@ class OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(result) not in self._numbers:
                 self.name(result, self.known(args[0]))
             return result
+        if func is _aten.empty.memory_format and not result.numel():
+            # Holds nothing. torch 2.11's checkpointing makes some for itself, which are in no graph.
+            self.name(result, ("empty", tuple(result.shape), result.dtype))
+            return result
         made = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         self.add(func, *given, tuple(self.number(made)))
         self.flops += op_flops(func, args, kwargs, result)

@@ -225,12 +225,14 @@ class Recorder(TorchFunctionMode, Observer):
     ) -> Any:
         """``inside()``; if it cannot be recorded ``whole()``, with nothing left of what was recorded."""
         mark, found, updates = self.writer.mark(), mutable(given), dict(self._updates)
+        regions = self._checkpointed.mark()
         try:
             return inside()
         except CannotKeep:
             raise
         except catches as error:
             self.writer.roll_back(mark)
+            self._checkpointed.back_to(regions)
             self.writer.module = outer
             mirror(given, found)  # what it has put in so far is known no more
             for full in self._updates:
