@@ -55,16 +55,18 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--quiet", "--detach", folder, args.against], check=True)
+        revision = f"{folder}/revision"
+        subprocess.run([*git, "add", "--quiet", "--detach", revision, args.against], check=True)
         try:
-            found = {"here": [measure(ROOT, args.stages)], args.against: [measure(Path(folder), args.stages)]}
+            roots = {"here": ROOT, args.against: Path(folder) / "revision"}
+            found: dict[str, list[dict[str, float]]] = {who: [] for who in roots}
+            for _ in range(args.rounds + 1):
+                for i, (who, root) in enumerate(roots.items()):
+                    found[who].append(measure(root, args.stages, Path(folder) / f"cache-{i}"))
             for kept in found.values():
-                kept.clear()  # what is measured once per machine has been measured now
-            for _ in range(args.rounds):
-                found["here"].append(measure(ROOT, args.stages))
-                found[args.against].append(measure(Path(folder), args.stages))
+                del kept[0]  # what is measured once per machine was measured then
         finally:
-            subprocess.run([*git, "remove", "--force", folder], check=True)
+            subprocess.run([*git, "remove", "--force", revision], check=True)
     print(f"{args.stages} stages, medians of {args.rounds} rounds, seconds")
     print(f"{'':12}{'compile':>10}{'first':>10}{'second':>10}")
     medians = {
@@ -76,11 +78,12 @@ def main() -> None:
     print(f"{'ratio':12}" + "".join(f"{value:10.2f}" for value in ratios.values()))
 
 
-def measure(root: Path, stages: int) -> dict[str, float]:
+def measure(root: Path, stages: int, cache: Path) -> dict[str, float]:
     """One fresh process, with the package of this folder."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(stages)],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        # A cache of its own: what one revision has measured of the machine, the other would measure again.
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)},
         cwd=root,
         check=True,
         capture_output=True,
