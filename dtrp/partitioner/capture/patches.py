@@ -130,6 +130,10 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
 
     base: Any = vars(torch._C.TensorBase)["data"]
 
+    def data(tensor: torch.Tensor) -> torch.Tensor:  # the property's name, too, since Python 3.13
+        found: torch.Tensor = base.__get__(tensor)
+        return found
+
     def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
         if unseen() or (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
             base.__set__(tensor, value)
@@ -151,7 +155,7 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
         for scope, name, bound in early:
             scope[name] = functools.partial(patched_apply, bound.__self__)
         nn.Module.training = property(read, flag)  # type: ignore[assignment]
-        torch.Tensor.data = property(base.__get__, assign)  # type: ignore[assignment]
+        torch.Tensor.data = property(data, assign)  # type: ignore[assignment]
         try:
             yield
         finally:
