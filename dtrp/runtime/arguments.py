@@ -18,6 +18,17 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 _CLASSES = (torch.int64, torch.uint8)  # dtypes that torch's losses take as classes
 
 
+def refuse_autocast(known: torch.dtype | None) -> None:
+    """Refuse to be called inside torch.autocast, but with the dtype that the stages use, too."""
+    for kind in ("cpu", "cuda"):
+        dtype = torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and known != dtype:
+            raise RuntimeError(
+                f"this is called inside torch.autocast, which ends before batches in flight do, and does "
+                f"not reach worker processes: call it outside, with pipe.trainer(..., autocast={dtype})"
+            )
+
+
 def take_target(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, has_target: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

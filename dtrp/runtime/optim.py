@@ -142,7 +142,7 @@ class ParameterSet:
         if parameter in self.previous:
             more["previous"] = self.previous[parameter]
         momentum = state.get("momentum_buffer")
-        if momentum is not None and momentum.is_sparse:  # SGD's, of an embedding with sparse=True
+        if isinstance(momentum, Tensor) and momentum.is_sparse:  # SGD's, of an embedding with sparse=True
             more["momentum_buffer"] = momentum.to_dense()
         gradient = parameter.grad if self.gathered else None
         if gradient is not None and gradient.layout is torch.strided and not gradient.is_complex():

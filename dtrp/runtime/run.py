@@ -11,6 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 
 from ..errors import WorkerError
 from . import interrupts
-from .arguments import feeds, follow_batch, n_samples, split_batch, take_target, what_step_takes
+from .arguments import (
+    feeds,
+    follow_batch,
+    n_samples,
+    refuse_autocast,
+    split_batch,
+    take_target,
+    what_step_takes,
+)
 from .batch import Loss, Skip
 from .changes import Changes
 from .compensation import Joiner, Mini
@@ -128,13 +137,7 @@ class Run:
         """
         if self.closed:
             raise RuntimeError("this trainer is closed; make a new one with pipe.trainer(...)")
-        for kind in ("cpu", "cuda"):
-            dtype = torch.get_autocast_dtype(kind)
-            if torch.is_autocast_enabled(kind) and self.config.autocast != dtype:
-                raise RuntimeError(
-                    f"this is called inside torch.autocast, which ends before batches in flight do, and does "
-                    f"not reach worker processes: call it outside, with pipe.trainer(..., autocast={dtype})"
-                )
+        refuse_autocast(self.config.autocast)
         compiled, has_target = self.compiled, targets and self.config.loss_fn is not None
         inputs, named, target = take_target(compiled.model, args, kwargs, has_target=has_target)
         if self.executor is not None:
@@ -247,9 +250,19 @@ class Run:
             self.changes.hand_in(last=True)
             self.sync()
 
-    def rescued(self) -> Rescue:
-        """Around what stages do."""
-        return Rescue(self)
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Around what stages do: what was trained is in the model also when one of them has failed."""
+        try:
+            yield
+        except WorkerError:
+            if self.executor is not None:
+                news, states = self.executor.rescued()
+                for state in states:
+                    self.owner.take(state)
+                entered = self.history.entered  # without the batch in which it failed
+                self.count(item for item in news if item.batch < entered)
+            raise
 
     # ---- starting ------------------------------------------------------------------------------------------
 
@@ -405,21 +418,3 @@ def show(model: nn.Module) -> None:
     """Before somebody looks at the weights of a model that may be in training."""
     if (run := _RUNS.get(id(model))) is not None:
         run.show()
-
-
-class Rescue:
-    """What was trained is in the model also when a stage has failed."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, WorkerError) and self.run.executor is not None:
-            news, states = self.run.executor.rescued()
-            for state in states:
-                self.run.owner.take(state)
-            entered = self.run.history.entered  # without the batch in which it failed
-            self.run.count(item for item in news if item.batch < entered)

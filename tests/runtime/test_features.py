@@ -194,13 +194,18 @@ def test_plateau_per_epoch() -> None:
 def test_plateau_of_what_is_to_grow() -> None:
     """mode="max" steps on the metric, not on the loss, whose fall would look like a plateau of it."""
     plateau = partial(lr_scheduler.ReduceLROnPlateau, mode="max", factor=0.5, patience=0)
+    values = iter([0.1, 0.2, 0.3, 0.2])
+    rates: list[float] = []
+
+    class Rates:
+        def on_epoch(self, trainer: dtrp.Trainer, row: dict[str, Any]) -> None:
+            rates.append(trainer.lr)
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        return next(values)
+
     with trainer(compiled(calm(), 2), method="bp", lr_scheduler=plateau, scheduler_step="epoch") as t:
-        rates = []
-        for value in (0.1, 0.2, 0.3, 0.2):
-            for x, y in batches(2):
-                t.step(x, y)
-            t.end_epoch({**t.evaluate(batches(2)), "accuracy": value})
-            rates.append(t.lr)
+        t.fit(batches(2), 4, batches(1), metric=metric, callbacks=[Rates()])
     assert rates == [0.05, 0.05, 0.05, 0.025]
 
 
