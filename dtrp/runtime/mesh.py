@@ -89,8 +89,8 @@ class Mesh:
         )
         self.pipeline, self.peers = self.mesh.get_group("stage"), self.mesh.get_group("replicate")
         self._make_ways()
-        self.sums = _group(self._alike)
-        self.everyone = _group(list(range(self.size)))
+        self.sums = _group(self._by_stage)
+        self.everyone = _group([list(range(self.size))])
         self.on_devices: tuple[dist.ProcessGroup, ...] = ()
         for group in self._groups():
             group.set_timeout(FOREVER)
@@ -99,17 +99,17 @@ class Mesh:
         self.addresses: list[str] = found
 
     def _make_ways(self) -> None:
-        self.down, self.up = _group(self._ours), _group(self._ours)
+        self.down, self.up = _group(self._by_replica), _group(self._by_replica)
 
     @property
-    def _ours(self) -> list[int]:
-        """This pipeline's ranks."""
-        return list(range(self.replica * self.n_stages, (self.replica + 1) * self.n_stages))
+    def _by_replica(self) -> list[list[int]]:
+        """All ranks, pipeline by pipeline."""
+        return [list(range(first, first + self.n_stages)) for first in range(0, self.size, self.n_stages)]
 
     @property
-    def _alike(self) -> list[int]:
-        """The ranks that have this stage."""
-        return list(range(self.stage, self.size, self.n_stages))
+    def _by_stage(self) -> list[list[int]]:
+        """All ranks, together those that have the same stage."""
+        return [list(range(k, self.size, self.n_stages)) for k in range(self.n_stages)]
 
     def renew(self) -> None:
         """Other ways for other stages: in the old ones, receives are posted for what will not come."""
@@ -149,7 +149,8 @@ class Mesh:
             return None
         # Else NCCL's own watchdog ends this process when a peer is gone, before peers.py says who that was.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        found = OnDevice(*(_group(ranks, backend) for ranks in (self._ours, self._ours, self._alike)))
+        wanted = self._by_replica, self._by_replica, self._by_stage
+        found = OnDevice(*(_group(ranks, backend) for ranks in wanted))
         self.on_devices = tuple(found)
         return found
 
@@ -276,13 +277,12 @@ def check(n_stages: int) -> None:
         )
 
 
-def _group(ranks: list[int], backend: str = "gloo") -> dist.ProcessGroup:
-    # Some ranks alone: torch 2.11 names such a group as an earlier one that is gone, whose addresses may then
-    # be found in the store. All of them: by a number that only grows.
-    alone = len(ranks) < dist.get_world_size()
-    group = dist.new_group(ranks, backend=backend, timeout=FOREVER, use_local_synchronization=alone)
-    assert not isinstance(group, int)
-    return group
+def _group(wanted: list[list[int]], backend: str = "gloo") -> dist.ProcessGroup:
+    # Every rank takes part in making each of them: a group that its own ranks make alone torch 2.11 names as
+    # an earlier one that is gone, whose addresses are still in the store.
+    mine, _ = dist.new_subgroups_by_enumeration(wanted, timeout=FOREVER, backend=backend)
+    assert not isinstance(mine, int)
+    return mine
 
 
 def _by_agent() -> bool:

@@ -95,7 +95,8 @@ def test_payloads_that_stay_on_their_devices(tmp_path: Path) -> None:
         + """
     from dtrp.runtime import mesh
 
-    mesh.Mesh.on_device = lambda self, device: mesh.OnDevice(*(mesh._group(self._ours) for _ in range(3)))
+    three = lambda self: (mesh._group(self._by_replica) for _ in range(3))
+    mesh.Mesh.on_device = lambda self, device: mesh.OnDevice(*three(self))
     K = 3
     compare(schedule="lean", micro_batches=3, tied=True, optimizer=ADAMW)
     compare(max_grad_norm=0.1)
@@ -124,7 +125,8 @@ def test_ranks_with_a_device_each_have_communicators_for_it(
     found = [("here", "GPU-1", mine), ("here", other, kind)]
     monkeypatch.setattr(ranks, "gather", lambda what, place, all_replicas: found)
     groups = ranks.on_device(torch.device(mine, 0))
-    assert groups == ((([0, 1], "nccl"), ([0, 1], "nccl"), ([0], "nccl")) if one_each else None)
+    pipeline, stages = ([[0, 1]], "nccl"), ([[0], [1]], "nccl")
+    assert groups == ((pipeline, pipeline, stages) if one_each else None)
     assert os.environ.get(handling) == ("0" if one_each else None)
 
 

@@ -95,7 +95,7 @@ def test_replicas_train_as_one_pipeline_does_with_everything(tmp_path: Path) -> 
     compare(dtype=torch.float32)
     from dtrp.runtime import mesh
     there, groups = mesh.Mesh.on_device, mesh._group
-    of = lambda self: (self._ours, self._ours, self._alike)
+    of = lambda self: (self._by_replica, self._by_replica, self._by_stage)
     mesh.Mesh.on_device = lambda self, device: mesh.OnDevice(*map(groups, of(self)))
     compare()  # as on devices, with gloo in NCCL's place
     mesh.Mesh.on_device = there
