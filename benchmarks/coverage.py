@@ -46,9 +46,12 @@ from torch.utils._pytree import tree_structure
 from tqdm import tqdm
 
 import dtrp
+from dtrp import compiling
 from dtrp.errors import DtrpError
 from dtrp.partitioner import compiler
 from dtrp.partitioner.capture.structure import flatten_output
+
+compiling._warm = lambda *_: None  # no workers are started: nobody needs to load torch for them
 
 STAGES = 4
 ROUNDING = 1e-5  # relative to a gradient's largest element
