@@ -249,16 +249,13 @@ class Planning:
 
     def planned(self) -> str:
         """The plan as text, for `adopt`."""
-        made = self.made
-        return json.dumps({"plan": made.plan.to_dict(), "opened": list(made.captured.opened)})
+        return json.dumps(self.made.plan.to_dict())
 
     def adopt(self, text: str) -> None:
         """Follow the plan that another process made for the same model."""
         if self._compiled is not None and self.planned() == text:
             return
-        told = json.loads(text)
-        plan, opened = Plan.of_dict(told["plan"]), tuple(told["opened"])
-        self.request = replace(self.request, plan=plan, opened=opened)
+        self.request = replace(self.request, plan=Plan.of_dict(json.loads(text)))
         self._forget()
 
     # ---- for a trainer -----------------------------------------------------------------------------------

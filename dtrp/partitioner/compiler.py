@@ -45,7 +45,6 @@ class Request:
     speed: tuple[float, ...] = ()  # of each device; empty: as they are
     arranged: bool = False  # the order of devices is that of the stages
     placement: tuple[int, ...] = ()  # which of the devices that the user gave each stage then has
-    opened: tuple[str, ...] = ()  # modules that were not kept whole when ``plan`` was made
 
     def specs(self) -> list[DeviceSpec]:
         """What the devices can do, with their links, one entry per stage."""
@@ -89,7 +88,7 @@ def compile_model(
     Where a module that was kept whole takes more than a stage's share of the time, the model is captured
     again by a way that opens it, and the better plan is taken.
     """
-    captured = capture(model, args, kwargs, opened=list(request.opened))
+    captured = capture(model, args, kwargs, opened=request.plan.opened if request.plan else ())
     if request.plan is not None:
         request.plan.check(captured, len(request.devices))
         request = request.in_order(request.plan.placement)

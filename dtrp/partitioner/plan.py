@@ -60,6 +60,8 @@ class Plan:
         Per stage, its node, where links between nodes are slower; else empty.
     placement : tuple[int, ...]
         Per stage, which of the devices that were given it has, where they are unequal; else empty: in order.
+    opened : tuple[str, ...]
+        Modules that could stand in the graph as one node each, and were opened for a better balance.
     profile : Profile or None
         What its stages cost, for `dtrp.simulate`; not of plans that were edited by hand.
     """
@@ -78,6 +80,7 @@ class Plan:
     edited: bool = False
     node_of: tuple[int, ...] = ()
     placement: tuple[int, ...] = ()
+    opened: tuple[str, ...] = ()
     profile: Profile | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -194,6 +197,7 @@ class Plan:
             "edited": self.edited,
             "node_of": list(self.node_of),
             "placement": list(self.placement),
+            "opened": list(self.opened),
             "profile": None if self.profile is None else self.profile.to_dict(),
         }
 
@@ -246,6 +250,7 @@ class Plan:
             edited=data["edited"],
             node_of=tuple(data.get("node_of", ())),
             placement=tuple(data.get("placement", ())),
+            opened=tuple(data.get("opened", ())),
             profile=None if (profile := data.get("profile")) is None else Profile.from_dict(profile),
         )
 

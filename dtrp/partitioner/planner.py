@@ -173,6 +173,7 @@ def make_plan(
         reason=result.reason,
         costs=cost_digest(graph, training),
         node_of=result.node_of,
+        opened=captured.opened,
         profile=make_profile(graph, result.stage_of, n_stages, devices=index, node_of=result.node_of),
     )
     nx.set_node_attributes(graph, dict(plan.stage_of), "stage")

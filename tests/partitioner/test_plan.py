@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import dtrp
 from dtrp.errors import InfeasiblePlanError, PlanMismatchError
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.costs import cost_graph
@@ -181,6 +182,19 @@ def test_a_plan_fits_the_same_model_and_shapes_only(example):
         plan.check(capture(linears([8] * 8), (torch.randn(2, 8),)))
     with pytest.raises(PlanMismatchError, match="2 of its nodes are not in the model"):
         plan.check(capture(linears([8] * 5), (torch.randn(2, 8),)))
+
+
+def test_a_plan_fits_the_model_whose_heavy_part_was_opened_for_it(tmp_path):
+    """The part stands as one node by itself (it has a hook): a plan that does not say it was opened was
+    refused, for the very model that it was made for."""
+    model, x = nn.Sequential(nn.Linear(32, 32), linears([32] * 7), nn.Linear(32, 4)), torch.randn(512, 32)
+    model[1].register_forward_hook(lambda module, args, output: None)
+    pipe = dtrp.compile(model, n_gpus=2, example_inputs=x)
+    assert pipe.plan.opened == ("1",)
+    pipe.plan.save(tmp_path / "plan.json")
+    again = dtrp.compile(model, n_gpus=2, example_inputs=x, plan=tmp_path / "plan.json")
+    assert again.plan == pipe.plan
+    assert torch.equal(again(x), model(x))
 
 
 def test_the_fingerprint_is_of_the_graph_not_of_weights():
