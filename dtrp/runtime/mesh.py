@@ -281,7 +281,7 @@ def _group(wanted: list[list[int]], backend: str = "gloo") -> dist.ProcessGroup:
     # Every rank takes part in making each of them: a group that its own ranks make alone torch 2.11 names as
     # an earlier one that is gone, whose addresses are still in the store.
     mine, _ = dist.new_subgroups_by_enumeration(wanted, timeout=FOREVER, backend=backend)
-    assert mine is not None
+    assert isinstance(mine, dist.ProcessGroup)
     return mine
 
 
