@@ -7,7 +7,6 @@ later (a new head, another temperature, a hook) must be noticed (watch.py).
 
 from __future__ import annotations
 
-import copy
 import dis
 import functools
 import sys
@@ -21,7 +20,7 @@ from torch import nn
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range)
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (OrderedDict, dict, list, set, deque)
 LIBRARIES = ("torch", "builtins", "typing", "abc")
 _DEPTH = 5
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -110,26 +109,40 @@ class Held:
                     tensor.copy_(before)
         for value, saved in self._found.values():
             now = value if isinstance(value, _CONTAINERS) else vars(value)
-            if (now or saved) and not _same_items(now, saved):
-                if isinstance(now, list):
-                    now[:] = saved
-                else:
-                    now.clear()
-                    (now.extend if isinstance(now, deque) else now.update)(saved)
+            if _items(now) != _items(saved):
+                _fill(now, saved)
+
+
+def _kind(value: Any) -> Any:
+    """The built-in container that ``value`` is one of. Its methods are called, not those of a user's class:
+    they may make something else of what goes in or out (a default, keys turned into names)."""
+    return next(kind for kind in _CONTAINERS if isinstance(value, kind))
 
 
 def _copied(value: Any) -> Any:
-    """A container with the same contents; ``copy()`` of other classes may be made of what they give out."""
-    return value.copy() if type(value) in (*_CONTAINERS, OrderedDict) else copy.copy(value)
+    """A built-in container with the same contents."""
+    kind = _kind(value)
+    return kind(kind.items(value) if issubclass(kind, dict) else kind.__iter__(value))
 
 
-def _same_items(a: Any, b: Any) -> bool:
-    if isinstance(a, (set, frozenset)):
-        return bool(a == b)
-    if isinstance(a, dict) and list(map(id, a)) != list(map(id, b)):
-        return False
-    values = (x.values() if isinstance(x, dict) else x for x in (a, b))
-    return [*map(id, next(values))] == [*map(id, next(values))]
+def _fill(value: Any, contents: Any) -> None:
+    """Make ``contents`` all that is in ``value``."""
+    kind = _kind(value)
+    kind.clear(value)
+    if issubclass(kind, dict):
+        for key, item in contents.items():
+            kind.__setitem__(value, key, item)
+    else:
+        (kind.update if kind is set else kind.extend)(value, contents)
+
+
+def _items(value: Any) -> Any:
+    """What is in a container, by identity, in order where there is one."""
+    kind = _kind(value)
+    if issubclass(kind, dict):
+        return [(id(key), id(item)) for key, item in kind.items(value)]
+    found = map(id, kind.__iter__(value))
+    return set(found) if kind is set else list(found)
 
 
 class Shared:
