@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .partitioner.capture.modes import set_flags
 from .planning import Planning
-from .runtime import run
+from .runtime import looks
 
 
 class AsModel:
@@ -27,7 +27,7 @@ class AsModel:
         TypeError, ValueError
             The arguments have another structure, or a shape that the graph is not for (with what to do).
         """
-        run.show(self.model)
+        looks.show(self.model)
         self.prepare(args, kwargs)
         tensors = self.bind(args, kwargs)
         made, training = self._planning.made, self._planning.training
@@ -51,17 +51,17 @@ class AsModel:
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The model's parameters."""
-        run.show(self.model)
+        looks.show(self.model)
         return self.model.parameters(recurse)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's parameters by their original names."""
-        run.show(self.model)
+        looks.show(self.model)
         return self.model.named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's own state, original names."""
-        run.show(self.model)
+        looks.show(self.model)
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:

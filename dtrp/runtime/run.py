@@ -16,10 +16,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import WorkerError
-from . import interrupts
+from . import interrupts, looks
 from .arguments import (
     feeds,
     follow_batch,
@@ -58,8 +58,6 @@ _LEFT = (
 )
 _ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
-_RUNS: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
-"""Which run trained a model last, by the model's identity."""
 
 
 class Run:
@@ -119,6 +117,7 @@ class Run:
         """The stages end, and everything that was opened for them."""
         self.closed = True
         self.loggers.close()
+        looks.end(self)
         if self.executor is not None:
             self._reminder.detach()
             self.executor.close()
@@ -278,13 +277,12 @@ class Run:
         if init is not None and self.world.materialise(self.owner, programs, init):
             programs = self.compiled.programs(self.owner.loss)
         self.changes.begin()
-        if (other := _RUNS.get(id(self.compiled.model))) is not None and other.alive:
+        if looks.begin(self, self.compiled.model) is not None:
             log.warning(
                 "another trainer of this %s has not been left yet, and both change its weights: leave its "
                 "`with`, or call its close(), first",
                 type(self.compiled.model).__name__,
             )
-        _RUNS[id(self.compiled.model)] = self
         resume, self.resume = self.resume, None
         self._seed = self._base_seed(len(programs), resume)
         executor = self._launch(programs)
@@ -303,6 +301,8 @@ class Run:
             raise
         self.executor = executor
         self.changes.note()
+        if not executor.shares and self.world.executor != "torchrun":
+            looks.follow(self)
         self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return executor
 
@@ -412,9 +412,3 @@ class Run:
         executor.call("load_state", *state.modules())
         self._shelved = state.of_others(self._trained)
         executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))
-
-
-def show(model: nn.Module) -> None:
-    """Before somebody looks at the weights of a model that may be in training."""
-    if (run := _RUNS.get(id(model))) is not None:
-        run.show()

@@ -324,7 +324,8 @@ class Trainer:
     def sync(self) -> None:
         """Bring the present weights, buffers and attributes into ``model``; batches in flight stay there.
 
-        Only needed in the middle: after `flush`, `evaluate`, `fit` and `save` they are there.
+        Only needed in the middle, and only where no method of the model is called or asked (looks.py): after
+        `flush`, `evaluate`, `fit` and `save` they are there.
         """
         self._run.changes.hand_in(last=True)
         self._run.sync()

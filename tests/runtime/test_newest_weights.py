@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -303,16 +305,26 @@ def test_whoever_looks_inside_sees_the_newest_weights(moment: str, executor: str
     assert not same(model.state_dict(), expected.state_dict())
 
 
-LOOKS: dict[str, Any] = {
-    "called": lambda pipe: pipe(torch.ones(2, 8)),
-    "state": lambda pipe: torch.cat([p.flatten() for p in pipe.state_dict().values()]),
-    "parameters": lambda pipe: torch.cat([p.flatten() for p in pipe.parameters()]),
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+LOOKS: dict[str, Callable[[dtrp.Pipeline], Tensor]] = {
+    "pipeline called": lambda pipe: pipe(torch.ones(2, 8)),
+    "pipeline's state": lambda pipe: joined(pipe.state_dict().values()),
+    "pipeline's parameters": lambda pipe: joined(pipe.parameters()),
+    "model called": lambda pipe: pipe.model(torch.ones(2, 8)),
+    "model's state": lambda pipe: joined(pipe.model.state_dict().values()),
+    "model's parameters": lambda pipe: joined(pipe.model.parameters()),
+    "a part called": lambda pipe: pipe.model[-1](torch.ones(2, 8)),
+    "a part's parameters": lambda pipe: joined(pipe.model[-1].parameters()),
+    "gathered by torch": lambda pipe: torch.nn.utils.parameters_to_vector(pipe.model.parameters()),
 }
 
 
 @pytest.mark.parametrize("look", list(LOOKS))
 @pytest.mark.parametrize("method", ["bp", pytest.param("dtrp", marks=pytest.mark.slow)])
-def test_the_pipeline_has_the_present_weights_in_the_middle(look: str, method: str) -> None:
+def test_in_the_middle_whoever_looks_sees_the_present_weights(look: str, method: str) -> None:
     """An agent that acts, or an average that is taken, between two steps: with workers as inline."""
     seen: list[list[Tensor]] = []
     for executor in ("inline", "workers"):
@@ -329,6 +341,39 @@ def test_the_pipeline_has_the_present_weights_in_the_middle(look: str, method: s
         seen[-1].append(torch.tensor(t.losses))
     for inline, apart in zip(*seen, strict=True):
         assert torch.equal(inline, apart)
+
+
+def test_an_average_taken_after_every_step() -> None:
+    """torch's own, with buffers; with workers it was one of the weights of the last flush, silently."""
+    averages = []
+    for executor in ("inline", "workers"):
+        model = mlp(3)
+        average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+        with trainer(compiled(model, 2), executor) as t:
+            for x, y in batches(5):
+                t.step(x, y)
+                average.update_parameters(model)
+        averages.append(average.state_dict())
+    assert same(*averages)
+    start = torch.optim.swa_utils.AveragedModel(mlp(3), use_buffers=True).state_dict()
+    assert not same(averages[0], start)
+
+
+def test_modules_are_torchs_own_again_once_no_workers_train() -> None:
+    """Two trainers, left in another order than they began; what other threads ask, and other models, is not
+    ours to answer."""
+    before = {k: v for k, v in vars(nn.Module).items() if not k.startswith("_")}
+    first, second = (trainer(compiled(mlp(3), 2), "workers") for _ in range(2))
+    for t in (first, second):
+        t.step(*batches(1)[0])
+    first.close()
+    assert nn.Module.named_parameters is not before["named_parameters"]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(second._run.owner.model.state_dict).result()
+    assert second._run.behind
+    second.close()
+    assert {k: v for k, v in vars(nn.Module).items() if not k.startswith("_")} == before
+    assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
 @pytest.mark.parametrize("syncs", [True, False])

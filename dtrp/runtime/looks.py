@@ -1,0 +1,98 @@
+"""Whoever looks at a model that worker processes train sees the present weights (ours).
+
+The model's own tensors are as old as the last flush there. A script that asks it for them between two steps
+(an average of weights, torch's ``AveragedModel``, a norm to log), or calls it, gets them brought first,
+without waiting for the batches in flight. Torch tells nobody of such questions, so while workers train, the
+methods of `nn.Module` that answer them are ours. What asks no method (``model.head.weight``,
+``copy.deepcopy``) is not seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+if TYPE_CHECKING:
+    from .run import Run
+
+_PLAIN = {name: getattr(nn.Module, name) for name in ("named_parameters", "named_buffers", "state_dict")}
+_RUNS: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
+"""Which run trained a model last, by the identities of the model and its parts."""
+_apart: weakref.WeakKeyDictionary[Run, int] = weakref.WeakKeyDictionary()
+"""Runs whose stages have weights of their own, and the threads that they are stepped from."""
+_hooks: list[Any] = []
+_unseen: list[int] = []  # threads that are inside `unseen`
+
+
+def begin(run: Run, model: nn.Module) -> Run | None:
+    """A run is about to train the model; the one that has not been left yet, if there is one."""
+    other = _RUNS.get(id(model))
+    _RUNS.update({id(part): run for part in model.modules()})
+    return other if other is not None and other.alive else None
+
+
+def follow(run: Run) -> None:
+    """From now on the run's stages may have newer weights than the model."""
+    if not _hooks:
+        for name, plain in _PLAIN.items():
+            setattr(nn.Module, name, _asked(plain))
+        _hooks.append(register_module_forward_pre_hook(lambda module, args: _look(module)))
+    _apart[run] = threading.get_ident()
+
+
+def end(run: Run) -> None:
+    """The model has the present weights for good."""
+    _apart.pop(run, None)
+    if _hooks and not _apart:
+        for name, plain in _PLAIN.items():
+            setattr(nn.Module, name, plain)
+        _hooks.pop().remove()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Inside, this thread asks for what a model has, not for what its weights are."""
+    _unseen.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        _unseen.remove(threading.get_ident())
+
+
+def show(model: nn.Module) -> None:
+    """Before somebody looks at the weights of a model that may be in training."""
+    if (run := _RUNS.get(id(model))) is not None:
+        run.show()
+
+
+def _asked(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def asked(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _look(module)
+        return plain(module, *args, **kwargs)
+
+    return asked
+
+
+def _look(module: nn.Module) -> None:
+    run, thread = _RUNS.get(id(module)), threading.get_ident()
+    if run is None or not run.behind or thread in _unseen:
+        return
+    if _apart.get(run) == thread and not _is_ours():
+        run.show()
+
+
+def _is_ours() -> bool:
+    """Whether the question is dtrp's own, through whatever of torch's code."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", __name__)):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).startswith("dtrp.")
