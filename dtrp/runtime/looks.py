@@ -1,10 +1,10 @@
 """Whoever looks at a model that worker processes train sees the present weights (ours).
 
 The model's own tensors are as old as the last flush there. A script that asks it for them between two steps
-(an average of weights, torch's ``AveragedModel``, a norm to log), or calls it, gets them brought first,
-without waiting for the batches in flight. Torch tells nobody of such questions, so while workers train, the
-methods of `nn.Module` that answer them are ours. What asks no method (``model.head.weight``,
-``copy.deepcopy``) is not seen.
+(an average of weights, torch's ``AveragedModel``, a norm to log), copies or calls it, gets them brought
+first, without waiting for the batches in flight. Torch tells nobody of such questions, so while workers
+train, the methods of `nn.Module` that answer them are ours. What asks no method (``model.head.weight``) is
+not seen.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,12 +24,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 if TYPE_CHECKING:
     from .run import Run
 
-_PLAIN = {name: getattr(nn.Module, name) for name in ("named_parameters", "named_buffers", "state_dict")}
+_ANSWERS = ("named_parameters", "named_buffers", "state_dict", "__reduce_ex__")  # the last one: copies, files
+_ON_THE_WAY = ("torch", "copy", "pickle", "cloudpickle")  # whose code asks for others
 _RUNS: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
 """Which run trained a model last, by the identities of the model and its parts."""
 _apart: weakref.WeakKeyDictionary[Run, int] = weakref.WeakKeyDictionary()
 """Runs whose stages have weights of their own, and the threads that they are stepped from."""
 _hooks: list[Any] = []
+_before: dict[str, Any] = {}  # what `nn.Module` has by itself, None: from its base
 _unseen: list[int] = []  # threads that are inside `unseen`
 
 
@@ -42,8 +45,9 @@ def begin(run: Run, model: nn.Module) -> Run | None:
 def follow(run: Run) -> None:
     """From now on the run's stages may have newer weights than the model."""
     if not _hooks:
-        for name, plain in _PLAIN.items():
-            setattr(nn.Module, name, _asked(plain))
+        for name in _ANSWERS:
+            _before[name] = vars(nn.Module).get(name)
+            setattr(nn.Module, name, _asked(getattr(nn.Module, name)))
         _hooks.append(register_module_forward_pre_hook(lambda module, args: _look(module)))
     _apart[run] = threading.get_ident()
 
@@ -52,8 +56,8 @@ def end(run: Run) -> None:
     """The model has the present weights for good."""
     _apart.pop(run, None)
     if _hooks and not _apart:
-        for name, plain in _PLAIN.items():
-            setattr(nn.Module, name, plain)
+        for name, before in _before.items():
+            setattr(nn.Module, name, before) if before is not None else delattr(nn.Module, name)
         _hooks.pop().remove()
 
 
@@ -92,7 +96,11 @@ def _look(module: nn.Module) -> None:
 
 def _is_ours() -> bool:
     """Whether the question is dtrp's own, through whatever of torch's code."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", __name__)):
+    frame = sys._getframe(3)
+    while frame.f_back is not None and _module(frame).split(".")[0] in _ON_THE_WAY:
         frame = frame.f_back
-    return str(frame.f_globals.get("__name__", "")).startswith("dtrp.")
+    return _module(frame).startswith("dtrp.")
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

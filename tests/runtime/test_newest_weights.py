@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import signal
 from collections.abc import Callable, Iterable
@@ -305,6 +306,14 @@ def test_whoever_looks_inside_sees_the_newest_weights(moment: str, executor: str
     assert not same(model.state_dict(), expected.state_dict())
 
 
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    found: nn.Module = torch.load(file, weights_only=False)
+    return found
+
+
 def joined(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
@@ -318,6 +327,8 @@ LOOKS: dict[str, Callable[[dtrp.Pipeline], Tensor]] = {
     "model's parameters": lambda pipe: joined(pipe.model.parameters()),
     "a part called": lambda pipe: pipe.model[-1](torch.ones(2, 8)),
     "a part's parameters": lambda pipe: joined(pipe.model[-1].parameters()),
+    "a copy": lambda pipe: joined(copy.deepcopy(pipe.model).parameters()),
+    "a file": lambda pipe: joined(saved(pipe.model).parameters()),
     "gathered by torch": lambda pipe: torch.nn.utils.parameters_to_vector(pipe.model.parameters()),
 }
 
@@ -362,7 +373,7 @@ def test_an_average_taken_after_every_step() -> None:
 def test_modules_are_torchs_own_again_once_no_workers_train() -> None:
     """Two trainers, left in another order than they began; what other threads ask, and other models, is not
     ours to answer."""
-    before = {k: v for k, v in vars(nn.Module).items() if not k.startswith("_")}
+    before = dict(vars(nn.Module))
     first, second = (trainer(compiled(mlp(3), 2), "workers") for _ in range(2))
     for t in (first, second):
         t.step(*batches(1)[0])
@@ -372,7 +383,7 @@ def test_modules_are_torchs_own_again_once_no_workers_train() -> None:
         pool.submit(second._run.owner.model.state_dict).result()
     assert second._run.behind
     second.close()
-    assert {k: v for k, v in vars(nn.Module).items() if not k.startswith("_")} == before
+    assert dict(vars(nn.Module)) == before
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
