@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +125,18 @@ class TrainingReport:
         return {**plain, "moves": [{k: v for k, v in vars(m).items() if k != "cut"} for m in self.moves]}
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
+        from .partitioner.report_text import open_table, printed
 
-        table = Table(title=None, expand=False, pad_edge=False)
+        table = open_table()
         heads = ("stage", "device", "tick: predicted", "measured", "busy", "waits", "memory: predicted")
         for name in (*heads, "measured", "stale by"):
-            table.add_column(name, justify="left" if name == "device" else "right", no_wrap=True)
+            long = ":" in name
+            table.add_column(
+                name,
+                justify="left" if name == "device" else "right",
+                no_wrap=not long,
+                min_width=9 if long else None,
+            )
         for s in self.stages:
             table.add_row(
                 str(s.index),
@@ -145,19 +149,14 @@ class TrainingReport:
                 "shared" if s.peak_bytes is None else size(s.peak_bytes),
                 str(s.staleness),
             )
-        out = io.StringIO()
-        console = Console(file=out, width=120, color_system=None, highlight=False, emoji=False, markup=False)
-        console.print(
+        return printed(
             f"{self.model}, {len(self.stages)} stages, {self.executor}: one batch per "
-            f"{duration(self.measured_time)}, predicted {duration(self.predicted_time)}"
+            f"{duration(self.measured_time)}, predicted {duration(self.predicted_time)}",
+            table,
+            f"balance {self.balance:.3f}   {self.limit}",
+            *(f"Try: {line}" for line in self.advice),
+            *(f"Moved {move}" for move in self.moves),
         )
-        console.print(table)
-        console.print(f"balance {self.balance:.3f}   {self.limit}")
-        for line in self.advice:
-            console.print(f"Try: {line}")
-        for move in self.moves:
-            console.print(f"Moved {move}")
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     __repr__ = __str__  # at a prompt, too
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -16,23 +17,39 @@ if TYPE_CHECKING:
     from dtrp.partitioner.report import PartitionReport
     from dtrp.partitioner.report_parts import Scaling, StageReport
 
-_WIDTH = 120
+_WIDTH, _NARROW = 120, 80
+
+
+def _width() -> int:
+    return min(_WIDTH, max(_NARROW, shutil.get_terminal_size((_WIDTH, 24)).columns))
+
+
+def open_table() -> Table:
+    """A table, without lines between its columns where the terminal is narrow."""
+    narrow: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)} if _width() < _WIDTH else {}
+    return Table(pad_edge=False, **narrow)
+
+
+def printed(*parts: RenderableType) -> str:
+    """As text without colours, no wider than the terminal, if that has at least 80 columns."""
+    out = io.StringIO()
+    console = Console(file=out, width=_width(), color_system=None, highlight=False, emoji=False, markup=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def text(report: PartitionReport) -> str:
-    """The report without colours, at a fixed width: the same wherever it is printed."""
-    out = io.StringIO()
-    console = Console(file=out, width=_WIDTH, color_system=None, highlight=False, emoji=False, markup=False)
-    console.print(renderable(report))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    """The report without colours."""
+    return printed(renderable(report))
 
 
 def renderable(report: PartitionReport) -> RenderableType:
     """The report for a rich console."""
-    table = Table(title=None, title_justify="left", expand=False, pad_edge=False)
+    table = open_table()
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("device", overflow="fold", max_width=14)
-    table.add_column("holds", ratio=1, overflow="fold", max_width=34)
+    table.add_column("holds", ratio=1, overflow="fold", min_width=8, max_width=34)
     for name in ("params", "GFLOP", "in", "out", "tick", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("recompute", no_wrap=True)

@@ -134,7 +134,7 @@ class Meter:
         """It has come; what that took of the processor was copying it out."""
         end, copied = time.perf_counter(), time.thread_time() - since[1]
         self._seconds["receive"] += copied
-        self._seconds["wait"] += end - since[0] - copied
+        self._seconds["wait"] += max(0.0, end - since[0] - copied)  # two clocks, of different steps
         self._counts["wait"] += 1
         self._apart += end - since[0]
         if self.events is not None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
 from dtrp.errors import InfeasiblePlanError
+from dtrp.partitioner.report_text import open_table, printed
 from dtrp.partitioner.units import duration, size
 
 if TYPE_CHECKING:
@@ -177,26 +177,24 @@ class Simulation:
         return plain | {"stages": stages, "links": links, "idle": self.idle, "limit": self.limit}
 
     def __str__(self) -> str:
-        out = io.StringIO()
-        console = Console(file=out, width=100, color_system=None, highlight=False, emoji=False, markup=False)
         parts = f" in {self.micro_batches} parts" if self.micro_batches > 1 else ""
         times = f"{self.replicas} times " if self.replicas > 1 else ""
-        console.print(
+        lines: list[RenderableType] = [
             f"{times}{self.n_stages} stages, {self.schedule}{parts}: one mini-batch per "
             f"{duration(self.batch_time / self.replicas)} (simulated), "
-            f"{self.speedup:.2f} times as fast as one device"
-        )
-        console.print(self._table())
-        console.print(f"idle {self.idle:.1%}   filled in {duration(self.fill_time)}   {self.limit}")
+            f"{self.speedup:.2f} times as fast as one device",
+            self._table(),
+            f"idle {self.idle:.1%}   filled in {duration(self.fill_time)}   {self.limit}",
+        ]
         if self.memory is not None and (full := [s for s in self.stages if s.peak_bytes > self.memory]):
             names = ", ".join(str(s.index) for s in full[:8]) + (", ..." if len(full) > 8 else "")
-            console.print(f"more memory than the {size(int(self.memory))} there are: stages {names}")
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+            lines.append(f"more memory than the {size(int(self.memory))} there are: stages {names}")
+        return printed(*lines)
 
     __repr__ = __str__  # at a prompt, too
 
     def _table(self) -> Table:
-        table = Table(pad_edge=False)
+        table = open_table()
         for name in ("stage", "work", "idle", "updates behind", "in flight", "peak", "recompute"):
             table.add_column(name, justify="right", no_wrap=True)
         slowest = max(self.stages, key=lambda s: s.busy).index

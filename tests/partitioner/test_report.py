@@ -117,6 +117,20 @@ def test_one_stage(device):
     page(report)
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+def test_text_in_a_narrow_terminal(device, monkeypatch, columns):
+    report = reported(2, device)
+    report = replace(report, stages=tuple(replace(s, device="CPU (AMD EPYC)") for s in report.stages))
+    wide = str(report)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    narrow = str(report)
+    assert max(len(line) for line in wide.splitlines()) > columns >= max(map(len, narrow.splitlines()))
+    assert "…" not in narrow
+    row = next(line for line in narrow.splitlines() if line.startswith("stage"))
+    assert " ".join(row.split()) == "stage device holds params GFLOP in out tick peak recompute"
+    assert all(duration(stage.tick_time) in narrow for stage in report.stages)
+
+
 def test_text(report):
     text = str(report)
     assert all(len(line) <= 120 for line in text.splitlines())

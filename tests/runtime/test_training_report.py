@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dtrp.partitioner import calibration
 from dtrp.partitioner.devices import LoopCost
 from dtrp.partitioner.stage_cost import stage_costs
 from dtrp.partitioner.training import Training
+from dtrp.runtime.meter import Meter
 from dtrp.runtime.optim import OptimizerKind
 from dtrp.runtime.schedule import Schedule
 
@@ -49,6 +51,27 @@ def test_report_says_what_was_predicted_and_what_was() -> None:
     assert "take turns" in after.limit
     assert "executor='workers'" in str(after)
     assert json.loads(json.dumps(after.to_dict()))["stages"][2]["staleness"] == 0
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_report_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    with trainer(compiled(n_stages=2)) as t:
+        for x, y in batches(4):
+            t.step(x, y)
+        report = t.report
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= columns
+    heads = "stage device predicted measured busy waits predicted measured stale by"
+    assert heads in " ".join(" ".join(lines).replace("tick:", "").replace("memory:", "").split())
+    assert [len(line.split()) for line in lines if line.split()[1:2] == ["cpu"]] == [12, 12]  # with units
+
+
+def test_a_wait_is_never_shorter_than_nothing() -> None:
+    """Its two clocks differ in their steps: by hand, one of them has gone a second ahead."""
+    meter = Meter(0, 2, torch.device("cpu"), record=False)
+    meter.waited((time.perf_counter(), time.thread_time() - 1))
+    assert meter.stats().wait_time >= 0
 
 
 def test_report_of_workers() -> None:

@@ -105,7 +105,7 @@ def test_what_it_prints_and_gives_as_data(pipe: dtrp.Pipeline, tmp_path: Path) -
     found = dtrp.simulate(
         pipe.plan, {"memory": 1000}, schedule="1f1b", micro_batches=4, timeline=tmp_path / "t.json"
     )
-    text = str(found)
+    text = " ".join(str(found).split())
     assert "4 stages, 1f1b in 4 parts" in text
     assert "more micro-batches shorten that" in text
     assert "stages 0, 1, 2, 3" in text.split("more memory than the 1 kB there are")[1]
