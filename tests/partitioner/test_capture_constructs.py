@@ -235,6 +235,39 @@ def test_dataclass_output(x):
     assert output.parts["k"][1] is None
 
 
+DISTRIBUTIONS = {
+    "logits": lambda h: torch.distributions.Categorical(logits=h),
+    "probabilities": lambda h: torch.distributions.Categorical(probs=h.softmax(-1)),
+    "in another": lambda h: torch.distributions.Independent(torch.distributions.Normal(h, h.exp()), 1),
+    "beside": lambda h: (torch.distributions.Bernoulli(logits=h), h),
+    "a mixture": lambda h: torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(logits=h), torch.distributions.Normal(h, torch.ones_like(h))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(DISTRIBUTIONS))
+def test_distributions_as_outputs(kind, x):
+    """As a policy gives them: the loss asks for what it needs, and gradients go back through it."""
+
+    def asked(found):
+        found = found[0] if isinstance(found, tuple) else found
+        return found.log_prob(torch.ones(found.batch_shape + found.event_shape)).sum()
+
+    model = Part(lambda m, x: DISTRIBUTIONS[kind](m.b(m.a(x))))
+    graph = capture(model, (x,)).graph(True)
+    assert type(graph(x)) is type(model(x))
+    for y in (x, torch.randn_like(x)):
+        expected = asked(model(y))
+        found = asked(graph(y))
+        assert torch.equal(found, expected)
+        grads = [
+            torch.autograd.grad(value, tuple(model.parameters()), allow_unused=True)
+            for value in (expected, found)
+        ]
+        assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_hooks_run(x):
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     model[1].register_forward_hook(lambda module, inputs, output: output * 2)

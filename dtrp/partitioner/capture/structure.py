@@ -201,8 +201,12 @@ def _has(value: Any, name: str) -> bool:
 
 
 def _is_plain_object(value: Any) -> bool:
+    home = type(value).__module__
     return (
         (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
         and not isinstance(value, _CODE)
-        and type(value).__module__.split(".")[0] not in ("builtins", "torch", "numpy", "logging", "typing")
+        and (
+            home.split(".")[0] not in ("builtins", "torch", "numpy", "logging", "typing")
+            or home.startswith("torch.distributions.")  # they are a few tensors and methods
+        )
     )

@@ -223,7 +223,9 @@ class GraphWriter:
             return value
         attributes = opened_object(value)
         if attributes is None:
-            raise CannotRecord(f"hands an object of type {type(value).__name__} to a torch function or layer")
+            raise CannotRecord(
+                f"hands an object of type {type(value).__name__} to a torch function or layer, or returns it"
+            )
         names, parts = attributes
         arguments = tuple(self.argument(part, cut) for part in parts)
         return self.node("call_function", Rebuild(type(value), names), arguments, {}, value)

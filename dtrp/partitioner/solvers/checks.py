@@ -123,10 +123,13 @@ def check_enough(problem: Problem, n_nodes: int) -> None:
         return
     groups = ""
     if problem.n < n_nodes:
-        groups = f", which form {problem.n} groups that stay together (colocation, cycles between groups)"
+        groups = (
+            f", which form {problem.n} group{'s' if problem.n > 1 else ''} that stay together (gradients "
+            f"inside forward, writes in place, colocation, cycles between groups)"
+        )
     raise ValueError(
         f"cannot make {problem.n_stages} non-empty stages of {n_nodes} nodes{groups}; "
-        f"use at most {problem.n} stages"
+        f"use at most {problem.n} stage{'s' if problem.n > 1 else ''}"
     )
 
 
