@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 PACE = 0.5  # seconds between looks at the stages, while a bar is shown
+_EMPTY = (
+    "gave no batch in epoch {}; give fit a loader that can be gone through once per epoch and is not empty "
+    "(with drop_last=True, batch_size must not exceed the data)"
+)
 MOMENTS = ("on_step", "on_epoch", "on_save")
 
 
@@ -149,16 +153,15 @@ def fit(
                 if ends := trainer._callbacks.call("on_step", trainer, loss):
                     break
             if trainer._history.fed == before:
-                raise ValueError(
-                    f"the loader gave no batch in epoch {epoch + 1}; give fit a loader that can be gone "
-                    f"through once per epoch and is not empty (with drop_last=True, batch_size must not "
-                    f"exceed the data)"
-                )
+                raise ValueError(f"the loader {_EMPTY.format(epoch + 1)}")
             trainer._run.drain(close_group=True)
-            losses = [loss for loss in trainer.losses[before:] if math.isfinite(loss)]
+            losses = [loss for loss in trainer._history.losses[before:] if math.isfinite(loss)]
             row: dict[str, Any] = {"train_loss": math.fsum(losses) / len(losses) if losses else math.nan}
             if val_loader is not None:
-                row |= trainer.evaluate(val_loader, metric=metric)
+                found = trainer.evaluate(val_loader, metric=metric)
+                if not found:
+                    raise ValueError(f"the val_loader {_EMPTY.format(epoch + 1)}")
+                row |= found
             bar.end(row)
         trainer.end_epoch(row)
         loop.close(row)

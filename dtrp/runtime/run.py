@@ -213,6 +213,12 @@ class Run:
         if self.loggers.due() and (stats := executor.glance()):
             self.loggers.stages(len(self.history.losses), stats)
 
+    def hear(self) -> None:
+        """What stages have said since the last batch."""
+        if (executor := self.alive) is not None:
+            with interrupts.held(), self.rescued():
+                self.count(executor.news())
+
     def count(self, news: Iterable[Loss | Skip]) -> None:
         """What the stages say of finished batches."""
         self.loggers.losses(self.history.settle(news))

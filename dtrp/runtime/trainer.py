@@ -64,6 +64,7 @@ class Trainer:
     @property
     def losses(self) -> list[float]:
         """The losses of all finished batches, in batch order."""
+        self._run.hear()
         return self._history.losses
 
     @property
@@ -134,7 +135,7 @@ class Trainer:
         with interrupts.held(), self._run.rescued():
             self._run.add(executor, tensors, target)
         self._rebalancer.after_step(self)
-        loss = self.losses[-1] if self.losses else None
+        loss = self._history.losses[-1] if self._history.losses else None
         if self._launch.autosave is not None:
             path, seconds = self._launch.autosave
             if self._run.world.due("autosave", self._saved + seconds):
@@ -192,7 +193,7 @@ class Trainer:
         Raises
         ------
         ValueError
-            The loader gives no batch in some epoch (a generator can be gone through only once).
+            A loader gives no batch in some epoch (a generator can be gone through only once).
         """
         self._callbacks = Callbacks(callbacks)
         try:

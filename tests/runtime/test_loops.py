@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from functools import partial
 from typing import Any
 
@@ -142,6 +143,21 @@ def test_an_epoch_without_batches_is_told(loader: Any, epoch: int) -> None:
         pytest.raises(ValueError, match=f"the loader gave no batch in epoch {epoch}; .*drop_last"),
     ):
         t.fit(loader, 3)
+
+
+def test_losses_are_those_that_are_finished() -> None:
+    """Not those that the last step heard of: a script that looks later sees more, without another step."""
+    data = batches(6)
+    with trainer(compiled(n_stages=2), "workers") as t:
+        for x, y in data:
+            t.step(x, y)
+        until = time.monotonic() + 20
+        while len(t.losses) < len(data) - 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        heard = list(t.losses)
+        assert len(heard) >= len(data) - 2
+        t.flush()
+        assert t.losses[: len(heard)] == heard
 
 
 # --- Optimizers -------------------------------------------------------------------------------------------
