@@ -119,6 +119,29 @@ def test_an_annealed_loss(names):
     assert len(trainer.losses) == 3
 
 
+def test_two_trainers_that_take_turns(names):
+    """What they train is compared with the plain loop in tests/runtime/test_changes.py."""
+
+    class Judged(nn.Module):
+        def __init__(self, generator, critic):
+            super().__init__()
+            self.generator, self.critic = generator, critic
+
+        def forward(self, noise):
+            return self.critic(self.generator(noise))
+
+    (block,) = blocks(ROOT / "docs" / "restrictions.md")
+    generator = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3))
+    before = generator[0].weight.clone()
+    given = {
+        "Judged": Judged, "generator": generator, "critic": nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 1)),
+        "loader": [torch.randn(8, 3)] * 3, "real": torch.ones(8, 1), "fake": torch.zeros(8, 1),
+        "loss_fn": F.binary_cross_entropy_with_logits, "adam": partial(torch.optim.Adam, lr=0.01),
+    }  # fmt: skip
+    run(block, names | given)
+    assert not torch.equal(before, generator[0].weight)
+
+
 @pytest.mark.slow
 def test_stages_as_onnx(names):
     pytest.importorskip("onnxscript")
@@ -187,6 +210,7 @@ def test_no_page_is_forgotten():
         "onnx",
         "api",
         "simulator",
+        "restrictions",
     ]
     shell = ["README", "api", "cluster", "onnx", "planner", "simulator"]  # README's two lines: .ci/run
     for page in PAGES:

@@ -534,6 +534,14 @@ OTHER = net()
 STEP = torch.optim.lr_scheduler.StepLR
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "an optimizer": ({"optimizer": SGD(OTHER.parameters())}, r"such as partial\(torch.optim.SGD, lr=0.1\)"),
+    "two optimizers": (
+        {"optimizer": [SGD(OTHER.parameters()), SGD(OTHER.parameters())]},
+        "expected a callable .*; several optimizers are a trainer each",
+    ),
+    "two at once": (
+        {"optimizer": lambda p: (SGD(p), SGD(p))},
+        "returned tuple, expected a torch.optim.Optimizer; .*several optimizers are a trainer each",
+    ),
     "parameters": ({"optimizer": OTHER.parameters()}, "expected a callable that takes parameters"),
     "no rate": ({"optimizer": NeedsRate}, r"missing 1 required .*'lr'; expected .*partial\(torch.optim.SGD"),
     "misspelt": (
@@ -613,6 +621,16 @@ def test_loaders(pipe: dtrp.Pipeline, no_workers: None, mistake: str) -> None:
     arguments, text = LOADERS[mistake]
     with pipe.trainer(F.cross_entropy, SGD) as t, pytest.raises((TypeError, ValueError), match=text):
         t.fit(*arguments)
+
+
+def test_a_generator_to_test_on(pipe: dtrp.Pipeline) -> None:
+    """Its second epoch had no row for it, without a word."""
+    with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+        with pytest.raises(ValueError, match=r"the val_loader gave no batch in epoch 2; give fit a loader"):
+            t.fit([(X, Y)], 3, val_loader=iter([(X, Y)]))
+        assert t.updates == 2
+        with pytest.raises(ValueError, match=r"the val_loader gave no batch in epoch 1; .*drop_last=True"):
+            t.fit([(X, Y)], 1, val_loader=[])
 
 
 def test_loaders_that_are_right(pipe: dtrp.Pipeline) -> None:

@@ -181,7 +181,7 @@ class TrainConfig:
 
 EXPECTED = {
     "optimizer": "a callable that takes parameters and returns a torch.optim.Optimizer, such as "
-    "partial(torch.optim.SGD, lr=0.1)",
+    "partial(torch.optim.SGD, lr=0.1); several optimizers are a trainer each",
     "loss_fn": "a callable (output, target) -> scalar tensor, such as F.cross_entropy, or None if the model "
     "gives its own loss",
     "lr_scheduler": "a callable that takes an optimizer and returns a scheduler, such as "

@@ -276,7 +276,7 @@ def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> O
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer: the callable returned {type(optimizer).__name__}, expected a torch.optim.Optimizer; "
-            f"pass for example partial(torch.optim.SGD, lr=0.1)"
+            f"pass for example partial(torch.optim.SGD, lr=0.1); several optimizers are a trainer each"
         )
     if _needs(optimizer.step):
         raise ValueError(

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import dtrp
+
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
 
 Change = Callable[[nn.Sequential, int], None]
@@ -189,6 +191,60 @@ def test_workers_lose_no_weights_without_a_word(ask: str) -> None:
         (clamped if ask == "sync" else shrunk_data)(model, 3)
         with pytest.raises(RuntimeError, match=r"'0.weight' was changed .*: call trainer.flush\(\) before"):
             t.step(*DATA[4]) if ask == "step" else getattr(t, ask)()
+
+
+class Judged(nn.Module):
+    """A generator under a critic that another trainer trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.critic = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.critic(self.generator(noise))
+
+
+def still(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"lr": 0.0} if name.startswith("critic.") else {}
+
+
+@inline_or_slow
+@pytest.mark.parametrize("method", ["bp", "1f1b"])
+def test_two_trainers_take_turns(executor: str, method: str) -> None:
+    """A GAN, as docs/restrictions.md has it, and as the plain loop trains it."""
+    torch.manual_seed(1)
+    turns = [(torch.randn(8, 4), torch.randn(8, 3) + 2) for _ in range(5)]
+    real, fake = torch.ones(8, 1), torch.zeros(8, 1)
+    loss, adam = F.binary_cross_entropy_with_logits, partial(torch.optim.Adam, lr=0.01)
+
+    plain = Judged()
+    of_critic, of_generator = adam(plain.critic.parameters()), adam(plain.generator.parameters())
+    for noise, x in turns:
+        made = plain.generator(noise).detach()
+        of_critic.zero_grad()
+        loss(plain.critic(torch.cat([x, made])), torch.cat([real, fake])).backward()
+        of_critic.step()
+        of_generator.zero_grad()
+        loss(plain(noise), real).backward()
+        of_generator.step()
+
+    model = Judged()
+    knobs: dict[str, Any] = {"method": method, "executor": executor}
+    with (
+        dtrp.compile(model.critic, n_gpus=2).trainer(loss, adam, **knobs) as critic,
+        dtrp.compile(model, n_gpus=2).trainer(loss, adam, param_groups=still, **knobs) as generator,
+    ):
+        for noise, x in turns:
+            with torch.no_grad():
+                made = model.generator(noise)
+            critic.step(torch.cat([x, made]), torch.cat([real, fake]))
+            critic.flush()
+            generator.step(noise, real)
+            generator.flush()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
