@@ -677,6 +677,44 @@ def test_a_loop_that_goes_backward_itself(pipe: dtrp.Pipeline, filled: bool) -> 
         loop()
 
 
+def test_predicting_with_targets(pipe: dtrp.Pipeline) -> None:
+    with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+        t.step(X, Y)
+        with pytest.raises(TypeError, match=r"; predict takes .* alone: predict\(x for x, y in loader\)"):
+            next(t.predict([(X, Y)]))
+
+
+def test_arrays_for_a_planned_pipeline(pipe: dtrp.Pipeline) -> None:
+    with pytest.raises(
+        TypeError, match=r"(?s)'input' was a tensor .* and is array.*Give a tensor, or compile"
+    ):
+        pipe(X.numpy())
+
+
+def test_a_finished_run_says_so(
+    pipe: dtrp.Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Run again, a script with `resume` gave the old history at once."""
+    path = tmp_path / "run.ckpt"
+    for again in (False, True):
+        with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+            rows = t.fit([(X, Y)], 2, resume=path)
+        assert len(rows) == 2
+        assert (f"{path} has 2 epochs already, of 2: none is trained now" in caplog.text) == again
+
+
+def test_a_file_of_another_model(pipe: dtrp.Pipeline, tmp_path: Path) -> None:
+    """What it lacks, and what it has; the half that is empty is not said."""
+    small = nn.Sequential(nn.Linear(8, 4))
+    for model, other, text in (
+        (small, net(), r"it lacks \['2.bias', '2.weight'\]$"),
+        (net(), small, r"it has \['2.bias', '2.weight'\] that Sequential has not"),
+    ):
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+        with pytest.raises(dtrp.CheckpointError, match=text):
+            dtrp.load_weights(other, tmp_path / "weights.pt")
+
+
 def test_doubles_of_numpy(no_workers: None, pipe: dtrp.Pipeline) -> None:
     """Refused with the argument and what to do, not by a stage, somewhere in torch."""
     images = dtrp.compile(

@@ -195,10 +195,12 @@ def n_counted(tensors: Sequence[Tensor], target: Any, ignored: int = -100) -> in
     return n_samples(tensors)
 
 
-def what_step_takes(args: tuple[Any, ...], has_target: bool) -> str:
-    """What to do about arguments of `Trainer.step` that do not fit the model."""
+def what_step_takes(args: tuple[Any, ...], has_target: bool, targets: bool) -> str:
+    """What to do about arguments of `Trainer.step`, or without ``targets`` `predict`, that do not fit."""
     if any(type(value).__module__ == "numpy" for value in args):
         return "give tensors, as by torch.as_tensor"
+    if not targets:
+        return "predict takes the model's arguments alone: predict(x for x, y in loader)"
     if len(args) == 1 and isinstance(args[0], Mapping):
         return (
             "step takes a batch's parts by name: step(**batch); a dict that the model itself takes comes "

@@ -3,6 +3,7 @@ like."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from .stats import balance
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+log = logging.getLogger("dtrp")
 PACE = 0.5  # seconds between looks at the stages, while a bar is shown
 _EMPTY = (
     "gave no batch in epoch {}; give fit a loader that can be gone through once per epoch and is not empty "
@@ -141,6 +143,8 @@ def fit(
     if 0 < trainer._run.exact_updates < 1:
         trainer._run.exact_updates = _share(trainer, loader, epochs)
     loop = trainer._run.loop = Loop() if resume is None else resumed(trainer, resume)
+    if len(loop.rows) >= epochs > 0:
+        log.warning("%s has %d epochs already, of %d: none is trained now", resume, len(loop.rows), epochs)
     trainer._rebalancer.expect(loader, epochs - len(loop.rows), trainer._history.fed - loop.fed)
     while len(loop.rows) < epochs and not loop.ended:
         epoch, before = len(loop.rows), trainer._history.fed - loop.fed

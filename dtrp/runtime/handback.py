@@ -130,9 +130,9 @@ class Owner:
         lacks, has = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
         other = f"{origin} belongs to another model:"
         if lacks or has:
-            raise CheckpointError(
-                f"{other} it lacks {lacks[:3]}, and has {has[:3]} that {type(self.model).__name__} has not"
-            )
+            parts = [f"lacks {lacks[:3]}"] * bool(lacks)
+            parts += [f"has {has[:3]} that {type(self.model).__name__} has not"] * bool(has)
+            raise CheckpointError(f"{other} it {', and '.join(parts)}")
         here = by_name(mine)
         for name, value in by_name(saved).items():
             tensor = here.get(name)

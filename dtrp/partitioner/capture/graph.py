@@ -112,7 +112,7 @@ class Signature:
             if not isinstance(leaves[i], torch.Tensor):
                 raise TypeError(
                     f"argument {self.names[i]!r} was a tensor when the model was compiled and is "
-                    f"{_short(leaves[i])} now. Compile again with an example of this form."
+                    f"{_short(leaves[i])} now. Give a tensor, or compile again with an example of this form"
                 )
         return [leaves[i] for i in self.tensors]
 
