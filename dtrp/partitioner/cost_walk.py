@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from dtrp.partitioner.capture.ambient import quiet
 from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.capture.left import Left
@@ -54,7 +55,7 @@ class CostWalk:
     def run(self) -> CostWalk:
         """Takes in all nodes."""
         inputs = iter(self.inputs or ())
-        with in_mode(self.captured.model, self.captured.flags):
+        with quiet(), in_mode(self.captured.model, self.captured.flags):
             for node in self.module.graph.nodes:
                 if node.op == "placeholder":
                     value = next(inputs, node.meta.get("val"))

@@ -1,6 +1,7 @@
 """The cost graph: FLOPs against hand counts and torch's counter, saved bytes against what autograd keeps."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import dtrp
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.costs import cost_graph
 from dtrp.partitioner.devices import DeviceSpec
@@ -318,6 +320,34 @@ def test_a_module_that_decides_by_values_is_costed_on_random_ones(device):
     assert hidden <= data["activation_bytes"] < 2 * hidden, "relu's output, and little besides"
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+class Experts(nn.Module):
+    """As a mixture of experts in transformers: torch has no fake kernel for these dtypes, but a real one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x):
+        ends = torch.tensor([x.shape[0] // 2, x.shape[0]], dtype=torch.int32)
+        return torch._grouped_mm(x, self.weight, offs=ends)
+
+
+def test_what_fakes_cannot_do_is_not_printed_with_torchs_stacks():
+    """torch logs each such failure as an error, with forty lines, on the user's screen."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = told.append
+    loggers = [logging.getLogger(name) for name in ("torch", "torch._subclasses.fake_tensor")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        dtrp.compile(nn.Sequential(Experts(), nn.Linear(16, 4)), n_gpus=2, example_inputs=torch.randn(8, 16))
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert not told
 
 
 @pytest.mark.parametrize(
