@@ -3,6 +3,7 @@
 import copy
 import types
 from collections import OrderedDict, deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -209,6 +210,62 @@ def test_what_changes_once_and_for_all_is_no_reason_to_refuse():
         plain = copy.deepcopy(model)
         assert any("as its first call does" in note for note in pipe.report.notes)
         assert all(torch.equal(pipe(x), plain(x)) for x in (*xs, *xs))
+
+
+class Body(nn.Module):
+    """Most of a model's work."""
+
+    def __init__(self, then=None):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(6))
+        self.then, self.calls, self.ready = then, 0, False
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.then(self, x)
+
+
+def counts(m, x):
+    m.calls += 1
+    return x * m.calls
+
+
+def leaves_a_loss(m, x):
+    m.aux = x.square().mean()
+    return x
+
+
+def gets_ready(m, x):
+    m.ready = True
+    return x
+
+
+@pytest.mark.parametrize(("then", "opens"), [(counts, False), (leaves_a_loss, False), (gets_ready, True)])
+def test_a_heavy_part_is_opened_only_if_that_loses_nothing_of_what_it_changes(then, opens):
+    """It takes more than a stage's share, so that the plan would be better with its layers apart: what it
+    counted was lost then, silently."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 256), Body(then), nn.Linear(256, 3))
+    x, y = torch.randn(64, 16), torch.randint(0, 3, (64,))
+    plain = copy.deepcopy(model)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert pipe.plan.opened == (("1",) if opens else ())
+    assert [k.module for k in pipe._planning.made.captured.kept_whole] == ([] if opens else ["1"])
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    with pipe.trainer(F.cross_entropy, sgd, method="bp", executor="inline") as trainer:
+        for _ in range(3):
+            trainer.step(x, y)
+    optimizer, losses = sgd(plain.parameters()), []
+    for _ in range(3):
+        loss = F.cross_entropy(plain(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert trainer.losses == losses
+    assert model[1].calls == plain[1].calls
+    assert hasattr(model[1], "aux") == hasattr(plain[1], "aux")
 
 
 class Loss(nn.Module):

@@ -146,9 +146,11 @@ class _Recording:
         run, model = self._task.run(self._training), self._task.model
         with run, world.inhabited_by(model), torch.set_grad_enabled(self._task.grad):
             found = self._recorded(world, mode)
-            own = "" in found.changes or "" in found.keeps
+            # What is not kept whole, whatever it does: calls of the graph do not repeat what it changes.
+            own = [n for n in (*found.changes, *found.keeps) if n in ("", *self._task.opened)]
             asks = bool(own or self._tries_again or found.taken) and not self._by_methods
-            settled = asks and self._settled(found, world, mode)
+            left = [n for n in self._task.opened if n in found.keeps]  # for whoever reads it behind the call
+            settled = asks and not left and self._settled(found, world, mode)
         if settled and (own or self._tries_again):
             notes = [
                 f"it {change}, as its first call does; calls of the pipeline do not"
@@ -160,8 +162,8 @@ class _Recording:
             ]
             return replace(found, traced=replace(found.traced, notes=(*found.traced.notes, *notes)))
         if own:
-            change = found.changes.get("")
-            raise CannotRecord(change + self._LEFT if change else self._KEPT.format(found.keeps[""]))
+            change = found.changes.get(own[0])
+            raise CannotRecord(change + self._LEFT if change else self._KEPT.format(found.keeps[own[0]]))
         kept = {p: f"keeps the tensor {name} from one call to the next" for p, name in found.keeps.items()}
         self._for_state |= {**found.changes, **kept}.keys()
         failures = {**found.failures, **found.changes, **kept}
@@ -197,7 +199,7 @@ class _Recording:
         mode.observer, recorder.paused = None, True
         if made := [name for name, _ in model.named_modules() if name not in parts]:
             raise CannotKeep(f"makes the layer {made[0]!r} when it first runs")
-        whole = {*closed, *recorder.failures}
+        whole = {*closed, *recorder.failures}.difference(task.opened)
         changes = changes_of(model, state, whole, {*recorder.left, *recorder.taken})
         if not self._fixed_modes and flags_of(model) != modes:
             raise OtherModes(flags_of(model))
@@ -218,7 +220,7 @@ class _Recording:
             tuple(
                 KeptWhole(name, why)
                 for name, why in closed.items()
-                if not within(name, [c for c in closed if c != name])
+                if name not in task.opened and not within(name, [c for c in closed if c != name])
             ),
             tuple(dict.fromkeys((*checks, *sizes))),
             asks_grad=recorder.asks_grad,
