@@ -579,11 +579,12 @@ STEPS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "no target": (
         (X,),
         {},
-        r"missing a required argument: 'input'; step takes .* then the target: step\(x, y\)",
+        r"missing a required argument: 'input'; step takes .* then the target: step\(x, y\), or step\(x, No",
     ),
     "nothing": ((), {}, r"got no target: the last positional argument is the target"),
     "a pair": (((X, Y),), {}, r"step takes a batch's parts one by one: step\(\*batch\)"),
     "a list": (([X, Y],), {}, r"step\(\*batch\)"),
+    "inputs in a list": (([X, X], Y), {}, r"one by one, then the target: step\(\*inputs, y\)"),
     "numbers": ((X.tolist(), Y), {}, r"another structure than the example.*\.\.\. 128 values"),
     "numpy": ((X.numpy(), Y), {}, "give tensors, as by torch.as_tensor"),
     "a dict": (({"input": X, "target": Y},), {}, r"a batch's parts by name: step\(\*\*batch\)"),
@@ -595,7 +596,7 @@ STEPS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 @pytest.mark.parametrize("mistake", list(STEPS))
 def test_steps(no_workers: None, mistake: str, planned: bool) -> None:
     args, kwargs, text = STEPS[mistake]
-    if not planned and mistake == "numbers":
+    if not planned and mistake in ("numbers", "inputs in a list"):
         pytest.skip("only the model can tell")
     pipe = dtrp.compile(net(), n_gpus=2, example_inputs=X if planned else None)
     with pipe.trainer(F.cross_entropy, SGD) as t, pytest.raises(TypeError, match=text):
@@ -675,6 +676,34 @@ def test_a_loop_that_goes_backward_itself(pipe: dtrp.Pipeline, filled: bool) -> 
 
     with pytest.raises(AttributeError, match="step gave: that is the newest finished batch's loss, a number"):
         loop()
+
+
+@pytest.mark.parametrize(
+    "use", [lambda loss: 0.0 + loss, lambda loss: f"{loss:.3f}", lambda loss: round(loss, 3)]
+)
+def test_a_loop_that_uses_losses_at_once(pipe: dtrp.Pipeline, use: Any) -> None:
+    def loop() -> None:
+        with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+            use(t.step(X, Y))
+
+    with pytest.raises(TypeError, match="None while the pipeline fills"):
+        loop()
+
+
+def test_a_model_without_a_target() -> None:
+    """A loss of the outputs alone (triplets): its target is None."""
+    model = net()
+    expected = copy.deepcopy(model)
+    optimizer = SGD(expected.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        expected(X).square().mean().backward()
+        optimizer.step()
+    pipe = dtrp.compile(model, n_gpus=2)
+    with pipe.trainer(lambda output, _: output.square().mean(), SGD, method="bp", executor="inline") as t:
+        for _ in range(2):
+            t.step(X, None)
+    assert same(model.state_dict(), expected.state_dict())
 
 
 def test_predicting_with_targets(pipe: dtrp.Pipeline) -> None:

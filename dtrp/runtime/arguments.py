@@ -210,4 +210,6 @@ def what_step_takes(args: tuple[Any, ...], has_target: bool, targets: bool) -> s
         return "with loss_fn=None, step takes the model's arguments alone, no target and no extra"
     if len(args) == 1 and isinstance(args[0], (tuple, list)):
         return "step takes a batch's parts one by one: step(*batch)"
-    return "step takes the model's arguments, then the target: step(x, y)"
+    if args and isinstance(args[0], (tuple, list)) and any(isinstance(x, Tensor) for x in args[0]):
+        return "step takes the model's arguments one by one, then the target: step(*inputs, y)"
+    return "step takes the model's arguments, then the target: step(x, y), or step(x, None) without one"

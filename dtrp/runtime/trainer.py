@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _NUMBER = (
     "If this was asked of what trainer.step gave: that is the newest finished batch's loss, a number, and "
-    "None while the pipeline fills. The stages go backward and step by themselves: there is nothing to call."
+    "None while the pipeline fills; trainer.losses has all of them. The stages go backward and step by themselves: there is nothing to call."
 )
 
 
@@ -388,7 +388,8 @@ class Trainer:
         if self._run.closed:
             return
         try:
-            if isinstance(error, AttributeError) and isinstance(error.obj, float | None) and error.name:
+            asked = isinstance(error, AttributeError) and isinstance(error.obj, float | None) and error.name
+            if error is not None and (asked or (isinstance(error, TypeError) and "NoneType" in str(error))):
                 error.add_note(_NUMBER)
             if error is not None:
                 self._run.world.leave(error)
