@@ -213,11 +213,13 @@ class Run:
         if self.loggers.due() and (stats := executor.glance()):
             self.loggers.stages(len(self.history.losses), stats)
 
-    def hear(self) -> None:
-        """What stages have said since the last batch."""
+    @property
+    def heard(self) -> History:
+        """The history, with what stages have said since the last batch."""
         if (executor := self.alive) is not None:
             with interrupts.held(), self.rescued():
                 self.count(executor.news())
+        return self.history
 
     def count(self, news: Iterable[Loss | Skip]) -> None:
         """What the stages say of finished batches."""

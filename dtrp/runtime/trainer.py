@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _NUMBER = (
     "If this was asked of what trainer.step gave: that is the newest finished batch's loss, a number, and "
-    "None while the pipeline fills; trainer.losses has all of them. The stages go backward and step by themselves: there is nothing to call."
+    "None while the pipeline fills; trainer.losses has all of them. The stages go backward and step by "
+    "themselves: there is nothing to call."
 )
 
 
@@ -64,13 +65,12 @@ class Trainer:
     @property
     def losses(self) -> list[float]:
         """The losses of all finished batches, in batch order."""
-        self._run.hear()
-        return self._history.losses
+        return self._run.heard.losses
 
     @property
     def skipped(self) -> int:
         """Batches given up because their loss or gradients were not finite (``on_nonfinite="skip"``)."""
-        return self._history.skipped
+        return self._run.heard.skipped
 
     @property
     def epochs(self) -> int:
@@ -90,7 +90,8 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the first group of parameters, as of the newest finished batch."""
-        return math.nan if self._history.lr is None else self._history.lr
+        lr = self._run.heard.lr
+        return math.nan if lr is None else lr
 
     @lr.setter
     def lr(self, value: float) -> None:

@@ -160,6 +160,18 @@ def test_losses_are_those_that_are_finished() -> None:
         assert t.losses[: len(heard)] == heard
 
 
+def test_the_rate_is_that_of_the_newest_finished_batch() -> None:
+    data, halving = batches(6), partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    with trainer(compiled(n_stages=2), "workers", lr_scheduler=halving) as t:
+        for x, y in data:
+            t.step(x, y)
+        first, until = t.lr, time.monotonic() + 20
+        expected = SGD(mlp().parameters()).param_groups[0]["lr"] * 0.5 ** (len(data) - 2)
+        while t.lr > expected and time.monotonic() < until:
+            time.sleep(0.01)
+        assert t.lr <= expected <= first
+
+
 # --- Optimizers -------------------------------------------------------------------------------------------
 
 
