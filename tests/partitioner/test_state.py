@@ -268,6 +268,69 @@ def test_a_heavy_part_is_opened_only_if_that_loses_nothing_of_what_it_changes(th
     assert hasattr(model[1], "aux") == hasattr(plain[1], "aux")
 
 
+LOG = []
+
+
+class Probe:
+    def __init__(self):
+        self.norms, self.last = {}, None
+
+    def __call__(self, module, args, output):
+        self.norms[len(self.norms)] = output.detach().norm()
+
+    def note(self, module, args, output):
+        self.last = output.detach()
+
+
+def into_a_list():
+    seen = []
+    return lambda module, args, output: seen.append(output.detach().norm()), lambda: len(seen)
+
+
+def into_a_variable():
+    calls = 0
+
+    def hook(module, args, output):
+        nonlocal calls
+        calls += 1
+
+    return hook, lambda: calls
+
+
+def into_a_global():
+    LOG.clear()
+    return lambda module, args, output: LOG.append(output.detach().norm()), lambda: len(LOG)
+
+
+def into_an_object():
+    probe = Probe()
+    return probe, lambda: len(probe.norms)
+
+
+def by_a_method():
+    probe = Probe()
+    return probe.note, lambda: probe.last is not None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [into_a_list, into_a_variable, into_a_global, into_an_object, by_a_method],
+    ids=lambda f: f.__name__,
+)
+def test_what_a_hook_keeps_is_left_as_it_was_and_kept_of_every_call(kind):
+    """A probe on a part that takes more than a stage's share. Opened for a better balance the part called its
+    hook no more, silently; and compiling left the fake values of its own runs with the probe."""
+    hook, kept = kind()
+    model = nn.Sequential(nn.Linear(16, 256), Body(lambda m, x: x), nn.Linear(256, 3))
+    model[1].register_forward_hook(hook)
+    x = torch.randn(64, 16)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert not kept()
+    assert pipe.plan.opened == ()
+    pipe(x)
+    assert kept() == 1
+
+
 class Loss(nn.Module):
     def __init__(self, inner=None):
         super().__init__()

@@ -8,8 +8,10 @@ runs with others too, and where the code behind decides by one, a guard shows it
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from .custom import OtherSizes, guard
@@ -22,7 +24,7 @@ from .patches import ObservedFakeMode, observed
 from .propagate import Runner
 from .recorder import Recorder
 from .snapshot import foreign_randomness
-from .state import changes_of, state_of, within
+from .state import changes_of, content, frozen, reached_by_hooks, state_of, within
 from .structure import flatten_output
 from .task import Task
 from .traced import Traced, same_graph
@@ -192,11 +194,15 @@ class _Recording:
         if self._by_methods:
             recorder.watch_methods(model)
         state, states = state_of(model), foreign_randomness()
+        hooked = {name: _hook_state(parts[name]) for name in task.opened if name in parts}
         with torch.compiler.set_stance("force_eager"), observed(recorder, model), recorder.all_seen(model):
             output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
         if foreign_randomness() != states:
             raise CannotRecord("draws random numbers from Python's or numpy's generator")
         mode.observer, recorder.paused = None, True
+        for name, before in hooked.items():
+            if before != _hook_state(parts[name]):
+                raise CannotRecord(f"has hooks on {name!r} that keep something of a call, for others to read")
         if made := [name for name, _ in model.named_modules() if name not in parts]:
             raise CannotKeep(f"makes the layer {made[0]!r} when it first runs")
         whole = {*closed, *recorder.failures}.difference(task.opened)
@@ -230,6 +236,10 @@ class _Recording:
         )
         keeps = {p: why for p, why in recorder.keepers().items() if not within(p, whole)}
         return _Found(traced, recorder.failures, changes, keeps, recorder.taken, world.sized_by_values)
+
+
+def _hook_state(module: nn.Module) -> Any:
+    return frozen([content(place) for place in reached_by_hooks(module)])
 
 
 def _caller(node: Node) -> str:

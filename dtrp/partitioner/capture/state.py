@@ -145,11 +145,40 @@ def _items(value: Any) -> Any:
     return set(found) if kind is set else list(found)
 
 
+def reached_by_hooks(module: nn.Module) -> Iterator[Any]:
+    """What a module's hooks may change besides modules: variables around them (cells), globals that they
+    name, the attributes of objects that they are, or are methods of."""
+    for hook in [hook for registry in HOOKS for hook in (vars(module).get(registry) or {}).values()]:
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        function = getattr(hook, "__func__", hook)
+        if isinstance(function, types.FunctionType):
+            yield from function.__closure__ or ()
+            names = [n for n in function.__code__.co_names if changeable(function.__globals__.get(n))]
+            yield {name: function.__globals__[name] for name in names}
+        holder = getattr(hook, "__self__", hook)
+        if not isinstance(holder, (types.FunctionType, types.ModuleType, nn.Module)):
+            yield getattr(holder, "__dict__", {})
+
+
+def content(cell: Any) -> Any:
+    """What is in a variable around a function, or what `reached_by_hooks` gives besides."""
+    if not isinstance(cell, types.CellType):
+        return cell
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _MISSING
+
+
 class Shared:
-    """Class attributes and globals that a model's code names, to be put back."""
+    """Class attributes and globals that a model's code names, and what its hooks reach, to be put back."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kinds = kinds_of(model.modules())
+        reached = [(place, content(place)) for m in model.modules() for place in reached_by_hooks(m)]
+        self._cells = [(p, value) for p, value in reached if isinstance(p, types.CellType)]
+        self._around = Held(value for _, value in reached)
         self._found = {
             (id(owner), name): (owner, name, vars(owner)[name]) for _, owner, name in _shared_by(self._kinds)
         }
@@ -163,6 +192,12 @@ class Shared:
         for owner, name, value in self._found.values():
             if vars(owner).get(name, _MISSING) is not value:
                 setattr(owner, name, value)
+        for cell, value in self._cells:
+            if content(cell) is not value:
+                cell.cell_contents = value
+                if value is _MISSING:
+                    del cell.cell_contents
+        self._around.put_back()
         self._held.put_back()
 
 
