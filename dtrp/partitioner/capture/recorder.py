@@ -26,9 +26,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 
+from .assigned import Assigned
 from .calls import Calls
 from .checkpointed import Checkpointed, updates_buffers, versions
-from .custom import GradientFunction, guard, same_size
+from .custom import GradientFunction, guard
 from .decisions import decide
 from .example_values import ExampleCalls
 from .fakes import FakeWorld
@@ -84,19 +85,11 @@ class Recorder(TorchFunctionMode, Observer):
         self.other_mode = False  # something is called in another mode than it had when the call began
         self._checkpointed = Checkpointed()
         self._calls = Calls(self.writer, world, self.sizes, self._checkpointed)
-        self._updates: dict[str, torch.Tensor] = {}
+        self._assigned = Assigned(model, self.writer)
         for i, tensor in enumerate(inputs):
             self.writer.placeholder(f"input_{i}", tensor)
         if not sizes_open:
-            self._fix_sizes()
-
-    def _fix_sizes(self) -> None:
-        """Guard that the inputs' sizes are the example's, which are plain numbers then."""
-        self.sizes.finished = True
-        for node in list(self.writer.graph.nodes):
-            for d, size in enumerate(node.meta["val"].shape):
-                found = self.writer.node("call_method", "size", (node, d), {}, size)
-                self.writer.node("call_function", same_size, (found, size, ""), {}, None)
+            self.sizes.fix()
 
     def keepers(self) -> dict[str, str]:
         """Modules that leave a tensor made from the inputs in an attribute, for whoever reads it, and which.
@@ -117,10 +110,7 @@ class Recorder(TorchFunctionMode, Observer):
 
     def finish(self, leaves: list[Any]) -> None:
         """Write the updates of buffers and the flat output."""
-        for name, value in self._updates.items():
-            buffer = self.writer.node("get_attr", name, (), {}, self.writer.attribute(name))
-            node = self.writer.node("call_method", "copy_", (buffer, self.writer.argument(value)), {}, value)
-            node.meta["update"] = name
+        self._assigned.write()
         self.asks_grad |= self._checkpointed.write(self.writer)
         self.writer.output(leaves)
         forget_unread(self.writer.graph)
@@ -224,8 +214,8 @@ class Recorder(TorchFunctionMode, Observer):
         catches: Any = Exception,
     ) -> Any:
         """``inside()``; if it cannot be recorded ``whole()``, with nothing left of what was recorded."""
-        mark, found, updates = self.writer.mark(), mutable(given), dict(self._updates)
-        regions = self._checkpointed.mark()
+        mark, found = self.writer.mark(), mutable(given)
+        assigned, regions = self._assigned.mark(), self._checkpointed.mark()
         try:
             return inside()
         except CannotKeep:
@@ -235,10 +225,7 @@ class Recorder(TorchFunctionMode, Observer):
             self._checkpointed.back_to(regions)
             self.writer.module = outer
             mirror(given, found)  # what it has put in so far is known no more
-            for full in self._updates:
-                owner, own = self._model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2]
-                owner._buffers[own] = updates.get(full, self.writer.attribute(full))
-            self._updates = updates
+            self._assigned.back_to(assigned)
             try:
                 result = whole()
             except Exception as failed:
@@ -302,12 +289,9 @@ class Recorder(TorchFunctionMode, Observer):
             self.asks_mode = "code"
         full = f"{path}.{name}" if path else name
         if name in module._buffers and isinstance(value, torch.Tensor):
-            twin = self.writer.attribute(full)
             # Other graphs, such as that of evaluation, would go on reading the tensor that was there before.
             self._checkpointed.refuse(full, CannotKeep)
-            if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
-                raise CannotRecord(f"replaces the buffer {full!r} by another kind of tensor")
-            self._updates[full] = value
+            self._assigned.note(full, value)
         elif name in module._parameters:
             raise CannotRecord(f"replaces the parameter {full!r}")
         elif isinstance(value, torch.Tensor):

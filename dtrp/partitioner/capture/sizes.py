@@ -258,6 +258,14 @@ class Sizes:
                 found[node] = f"{text}: {guard.args[2]} needs it as a plain number"
         return tuple(found.values())
 
+    def fix(self) -> None:
+        """Guard that the inputs' sizes are the example's, which are plain numbers then."""
+        self.finished = True
+        for node in self._writer.graph.find_nodes(op="placeholder"):
+            for d, size in enumerate(node.meta["val"].shape):
+                found = self._writer.node("call_method", "size", (node, d), {}, size)
+                self._writer.node("call_function", same_size, (found, size, ""), {}, None)
+
     def tidy(self) -> None:
         """Take out what was asked and not used; from now on sizes are plain numbers."""
         self.finished = True

@@ -1,0 +1,43 @@
+"""Buffers that ``forward`` replaces by other tensors: in the graph, copies in place at its end."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .writer import CannotRecord, GraphWriter
+
+
+class Assigned:
+    """The buffers that were assigned to while a model was recorded, and what they are then."""
+
+    def __init__(self, model: nn.Module, writer: GraphWriter) -> None:
+        self._model, self._writer = model, writer
+        self._values: dict[str, torch.Tensor] = {}
+
+    def note(self, name: str, value: torch.Tensor) -> None:
+        """``name``, a buffer's, is about to stand for ``value``."""
+        twin = self._writer.attribute(name)
+        if twin.shape != value.shape or twin.dtype != value.dtype or value.requires_grad:
+            raise CannotRecord(f"replaces the buffer {name!r} by another kind of tensor")
+        self._values[name] = value
+
+    def mark(self) -> dict[str, torch.Tensor]:
+        """The present point."""
+        return dict(self._values)
+
+    def back_to(self, mark: dict[str, torch.Tensor]) -> None:
+        """Forget what was assigned after a point; the model has the tensors of that point again."""
+        for name in self._values:
+            owner, _, own = name.rpartition(".")
+            self._model.get_submodule(owner)._buffers[own] = mark.get(name, self._writer.attribute(name))
+        self._values = mark
+
+    def write(self) -> None:
+        """Their updates, as nodes."""
+        for name, value in self._values.items():
+            buffer = self._writer.node("get_attr", name, (), {}, self._writer.attribute(name))
+            node = self._writer.node(
+                "call_method", "copy_", (buffer, self._writer.argument(value)), {}, value
+            )
+            node.meta["update"] = name
