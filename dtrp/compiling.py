@@ -208,6 +208,8 @@ def _check_model(model: Any) -> None:
 def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
     """A device per stage."""
     if n_gpus is not None:
+        if isinstance(n_gpus, torch.Tensor):
+            raise TypeError("n_gpus is a tensor: expected an int >= 1; an example goes by example_inputs=x")
         if isinstance(n_gpus, bool) or not hasattr(n_gpus, "__index__"):
             raise TypeError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
         if n_gpus < 1:
