@@ -20,6 +20,7 @@ from .partitioner.links import parse_links
 from .partitioner.plan import Plan
 from .pipeline import Pipeline
 from .runtime import launched
+from .runtime.config import short
 from .runtime.processes import workers_environment
 from .runtime.starting import warm
 
@@ -208,10 +209,11 @@ def _check_model(model: Any) -> None:
 def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
     """A device per stage."""
     if n_gpus is not None:
-        if isinstance(n_gpus, torch.Tensor):
-            raise TypeError("n_gpus is a tensor: expected an int >= 1; an example goes by example_inputs=x")
-        if isinstance(n_gpus, bool) or not hasattr(n_gpus, "__index__"):
-            raise TypeError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
+        if isinstance(n_gpus, (bool, torch.Tensor)) or not hasattr(n_gpus, "__index__"):
+            raise TypeError(
+                f"n_gpus={short(n_gpus)}: expected an int >= 1, the number of stages; example_inputs=x is an "
+                f"example"
+            )
         if n_gpus < 1:
             raise ValueError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
     if devices is not None:

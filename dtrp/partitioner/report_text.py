@@ -49,7 +49,9 @@ def renderable(report: PartitionReport) -> RenderableType:
     table = open_table()
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("device", overflow="fold", max_width=14)
-    table.add_column("holds", ratio=1, overflow="fold", min_width=8, max_width=34)
+    narrow = _width() < _WIDTH  # what stages hold stands below the table then
+    if not narrow:
+        table.add_column("holds", ratio=1, overflow="fold", max_width=34)
     for name in ("params", "GFLOP", "in", "out", "tick", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("recompute", no_wrap=True)
@@ -58,7 +60,7 @@ def renderable(report: PartitionReport) -> RenderableType:
         table.add_row(
             f"{stage.index}{' *' if slowest else ''}",
             Text(stage.device),
-            Text(_holds(stage)),
+            *([] if narrow else [Text(_holds(stage))]),
             count(stage.params),
             f"{stage.flops / 1e9:.2f}",
             size(stage.input_bytes),
@@ -72,6 +74,8 @@ def renderable(report: PartitionReport) -> RenderableType:
     head.append(f"one batch per {duration(report.tick_time)} (predicted), ")
     head.append(f"{report.speedup:.2f} times as fast as one device")
     lines: list[RenderableType] = [head, table]
+    if narrow:
+        lines += [Text(f"stage {stage.index} holds {_holds(stage)}") for stage in report.stages]
     lines.append(
         Text(
             f"balance {report.balance:.3f}   lower bound {duration(report.lower_bound)}   "

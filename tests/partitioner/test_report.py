@@ -127,7 +127,11 @@ def test_text_in_a_narrow_terminal(device, monkeypatch, columns):
     assert max(len(line) for line in wide.splitlines()) > columns >= max(map(len, narrow.splitlines()))
     assert "…" not in narrow
     row = next(line for line in narrow.splitlines() if line.startswith("stage"))
-    assert " ".join(row.split()) == "stage device holds params GFLOP in out tick peak recompute"
+    assert " ".join(row.split()) == "stage device params GFLOP in out tick peak recompute"
+    assert [line.split(",")[0] for line in narrow.splitlines() if " holds " in line] == [
+        "stage 0 holds first",
+        f"stage 1 holds {report.stages[1].holds[0]}",
+    ]
     assert all(duration(stage.tick_time) in narrow for stage in report.stages)
 
 
