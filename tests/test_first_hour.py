@@ -652,6 +652,20 @@ def test_evaluation(pipe: dtrp.Pipeline, no_workers: None) -> None:
             t.evaluate((X, Y))
         with pytest.raises(TypeError, match=r"expected a callable .*or None"):
             t.evaluate([(X, Y)], metric="accuracy")
+        with pytest.raises(TypeError, match=r"metric=tensor\(.{40,60}\.\.\.: expected a callable"):
+            t.evaluate(X, Y)
+
+
+def test_names_of_metrics(pipe: dtrp.Pipeline) -> None:
+    """By which rows and files have them: what `SaveBest(monitor=...)` is given."""
+    right = {"share": lambda o, y: (o.argmax(1) == y).float().mean()}
+    with pipe.trainer(F.cross_entropy, SGD, executor="inline") as t:
+        assert set(t.evaluate([(X, Y)], metric=right["share"])) == {"loss", "metric"}
+        assert set(t.evaluate([(X, Y)], metric=right)) == {"loss", "share"}
+        assert set(t.evaluate([(X, Y)], metric=partial(F.cross_entropy, reduction="sum"))) == {
+            "loss",
+            "cross_entropy",
+        }
 
 
 # --- The run ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import WorkerError
 from .arguments import Call, as_call, check_loader, feeds, take_target
 from .batch import Feed, WithExtra
+from .config import short
 from .loss import scalar_loss
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Measure:
         named = metric if isinstance(metric, Mapping) else {"" if gathers(metric) else _name(metric): metric}
         if not all(gathers(m) or (callable(m) and not isinstance(m, type)) for m in named.values()):
             raise TypeError(
-                f"metric={metric!r}: expected a callable (output, target) -> number, a metric of "
+                f"metric={short(metric)}: expected a callable (output, target) -> number, a metric of "
                 f"torchmetrics (an object, such as MulticlassF1Score(10)), a dict of such by name, or None"
             )
         each = {name: m for name, m in named.items() if not gathers(m)}
@@ -126,7 +128,9 @@ def gathers(metric: Any) -> bool:
 
 
 def _name(metric: Any) -> str:
-    return str(getattr(metric, "__name__", type(metric).__name__))
+    function = metric.func if isinstance(metric, partial) else metric
+    name = str(getattr(function, "__name__", type(function).__name__))
+    return "metric" if name == "<lambda>" else name
 
 
 def _plain(value: Any) -> Any:
