@@ -653,7 +653,7 @@ def test_evaluation(pipe: dtrp.Pipeline, no_workers: None) -> None:
         with pytest.raises(TypeError, match=r"expected a callable .*or None"):
             t.evaluate([(X, Y)], metric="accuracy")
         with pytest.raises(TypeError, match=r"metric=tensor\(.{40,60}\.\.\.: expected a callable"):
-            t.evaluate(X, Y)
+            t.evaluate(X, torch.cat([Y, Y]))
 
 
 def test_names_of_metrics(pipe: dtrp.Pipeline) -> None:
