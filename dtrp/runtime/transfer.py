@@ -53,6 +53,19 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             inside = "" if isinstance(obj, ModuleType) else obj.__qualname__
             if self.told is not None and _at(module, inside) is obj and (values := self._values(module)):
                 return _imported, (name, inside, values)
+            if (
+                isinstance(obj, FunctionType)
+                and "<locals>" in obj.__qualname__
+                and _has_its_module(obj, module)
+            ):
+                # What it names there may be what cannot be sent, and must be the very object that others use.
+                make, (code, _, *others), (state, slots), *rest = self._dynamic_function_reduce(obj)
+                return (
+                    make,
+                    (code, _Globals(str(name)), *others),
+                    (state, {**slots, "__globals__": {}}),
+                    *rest,
+                )
         if type(obj) is CustomOpDef and obj._qualname in OPDEFS:
             return _operator, (obj._qualname,)  # workers know it (registered.py)
         if type(obj) is Tensor and not obj.is_sparse and not obj.is_quantized and not obj.is_meta:
@@ -85,6 +98,27 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 inner = sys.modules.get(home) if isinstance(home, str) else None
                 waiting.append(value if isinstance(value, ModuleType) else inner)
         return {name: values for name, values in found.items() if values}
+
+
+class _Globals:
+    """The namespace of a module that a worker imports."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _namespace, (self._name,)
+
+
+def _namespace(name: str) -> dict[str, Any]:
+    return vars(import_module(name))
+
+
+def _has_its_module(function: FunctionType, module: ModuleType | None) -> bool:
+    """Whether a function made by another one is of an installed package, where a worker finds its globals."""
+    if module is None or vars(module) is not function.__globals__:
+        return False
+    return importable(module.__name__) and not _is_users(module)
 
 
 def _is_users(module: ModuleType) -> bool:

@@ -354,6 +354,41 @@ def test_modules_that_workers_cannot_import(tmp_path: Path) -> None:
     assert "LEFT set()" in said
 
 
+def test_hooks_of_an_installed_package_find_its_globals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those that transformers leaves on a model which was asked for hidden states: made by a function,
+    they were sent with copies of what they name, among it what cannot be sent (a context variable)."""
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "collecting.py").write_text(
+        textwrap.dedent(
+            """
+            from contextvars import ContextVar
+            COLLECTOR = ContextVar("collector", default=None)
+            def hook_for(scale):
+                def hook(module, args, output):
+                    return output if COLLECTOR.get() is None else output * scale
+                return hook
+            """
+        )
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    import collecting  # type: ignore[import-not-found]
+
+    hook = collecting.hook_for(3)
+    back = loads(dumps(hook))
+    assert back is not hook
+    assert back(None, (), 2) == 2
+    token = collecting.COLLECTOR.set(1)
+    assert back(None, (), 2) == 6, "what others see through the package's global it sees, too"
+    collecting.COLLECTOR.reset(token)
+    model = mlp(3)
+    model[0].register_forward_hook(hook)
+    with trainer(compiled(model, 2), "workers") as t:
+        t.fit(batches(3), 1)
+    assert len(t.losses) == 3
+
+
 def test_importable() -> None:
     assert all(
         importable(name) for name in ("os", "os.path", "torch", "torch.nn.functional", "dtrp", __name__)
