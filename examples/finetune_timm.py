@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> torch.nn.Module:
     with pipe.trainer(F.cross_entropy, optimizer, executor=args.executor, seed=0, progress=True) as trainer:
         *_, last = trainer.fit(train, args.epochs, test)
     print(f"test accuracy {last['accuracy']:.1%}")
+    if not args.pretrained:
+        print("A frozen backbone of random weights tells a head next to nothing: try --pretrained.")
     return model
 
 
