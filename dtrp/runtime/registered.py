@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from torch.utils import _pytree as pytree
 from .transfer import dumps, importable, loads
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
+# Tables that packages fill when a model is made, and not when one is read from bytes: without its entry a
+# model of transformers gives no hidden states. (They may rename keys that are put in.)
+TABLES = {"transformers.utils.output_capturing": "_CAN_RECORD_REGISTRY"}
 BEHAVIOURS = ("_init_fn", "_abstract_fn", "_setup_context_fn", "_backward_fn")
 
 
@@ -60,7 +64,7 @@ class Registered:
 
     imports: tuple[str, ...]
     operators: tuple[Operator, ...]
-    functions: bytes  # of the operators, and nodes: both may use the operators
+    functions: bytes  # of the operators, nodes and tables: they may use the operators
 
     @classmethod
     def capture(cls, stages: Sequence[bytes]) -> Registered:
@@ -91,7 +95,8 @@ class Registered:
             if where != "torch":
                 imports[where] = None
         try:
-            functions = dumps(([_functions(n, op) for n, op in ours.items()], list(_nodes())))
+            made = [_functions(n, op) for n, op in ours.items()]
+            functions = dumps((made, list(_nodes()), dict(_tables(stages))))
         except Exception as e:
             raise TypeError(
                 f"an operator ({', '.join(ours)}) or pytree node that the script has registered cannot be "
@@ -106,7 +111,9 @@ class Registered:
             __import__(module)
         for operator in self.operators:
             operator.define()
-        operators, nodes = loads(self.functions)
+        operators, nodes, tables = loads(self.functions)
+        for home, entries in tables.items():
+            dict.update(getattr(import_module(home), TABLES[home]), entries)
         for name, kernels, behaviours, vmap, autocast, rules in operators:
             op = OPDEFS[name]
             for attribute, value in zip(BEHAVIOURS, behaviours, strict=True):
@@ -145,6 +152,13 @@ def _nodes() -> Iterator[tuple[Any, ...]]:
         ]
         if any(not importable(home) or _is_local(home) for home in homes):
             yield tuple(node)
+
+
+def _tables(stages: Sequence[bytes]) -> Iterator[tuple[str, dict[Any, Any]]]:
+    for home, name in TABLES.items():
+        package = home.partition(".")[0].encode()
+        if home in sys.modules and any(package in stage for stage in stages):
+            yield home, dict(dict.items(getattr(sys.modules[home], name, {})))
 
 
 def _low_level(stages: Sequence[bytes]) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,10 @@ _OPENED = (
     nn.TransformerDecoderLayer,
 )
 
+# Where the hooks are made by which transformers' models gather hidden states: they hand what a layer gives to
+# the call that asked for it, and do nothing else, so they are recorded as the model's own code is.
+_GATHERS = "transformers.utils.output_capturing"
+
 
 def is_leaf(
     module: nn.Module, name: str, *, closed: Collection[str] = (), opened: Collection[str] = ()
@@ -91,12 +95,10 @@ def trained_by(result: Any, since: int) -> Iterator[torch.Tensor]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs hooks, which only a real call of it would run."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if hooks:
+        hooks = tuple(hook for hook in hooks if getattr(hook, "__module__", None) != _GATHERS)
+    return bool(hooks) or has_backward_hooks(module)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import gc
 import operator
 import weakref
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 # One step into a value, as the fx function that makes it: (operator.getitem, key) or (getattr, name).
 Step = tuple[Callable[..., Any], Any]
 
 _CODE = (type, FunctionType, MethodType, ModuleType, partial, nn.Module, torch.SymInt, torch.SymFloat)
+PLAIN = (*base_types, enum.Enum, range, type(None), type(...))  # values that a graph holds as they are
 _DEPTH = 8  # how far objects are opened; what holds its parent is not followed for ever
 _MANY = 10_000  # parts of an object that are looked at
 
@@ -67,9 +70,15 @@ pytree.register_pytree_node(
 def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves of ``output`` and the spec that puts them together again.
 
-    Objects that pytree does not know are opened along their attributes if they hold tensors.
+    Objects that pytree does not know are opened along their attributes if they hold tensors, or nothing but
+    plain values: each call gives one of its own (a cache that is still empty).
     """
-    return pytree.tree_flatten(opened(output))
+
+    def holds(x: Any, depth: int) -> bool:
+        plain = isinstance(x, (*PLAIN, dict, tuple, list)) or not _is_plain_object(x)
+        return _holds_tensors(x, depth) or (not plain and _is_data(x, depth))
+
+    return pytree.tree_flatten(opened(output, holds=holds))
 
 
 def hidden_tensors(value: Any, depth: int = _DEPTH) -> bool:
@@ -86,15 +95,16 @@ def hidden_tensors(value: Any, depth: int = _DEPTH) -> bool:
     return False
 
 
-def opened(value: Any, depth: int = _DEPTH) -> Any:
-    """``value`` with a `Rebuilt` in place of each object that holds tensors and that pytree does not know."""
+def opened(value: Any, depth: int = _DEPTH, holds: Callable[[Any, int], bool] | None = None) -> Any:
+    """``value`` with a `Rebuilt` in place of each object that pytree does not know and that holds tensors
+    (or what ``holds`` says)."""
 
     def open_object(x: Any) -> Any:
-        if depth == 0 or isinstance(x, torch.Tensor) or not _holds_tensors(x, depth):
+        if depth == 0 or isinstance(x, torch.Tensor) or not (holds or _holds_tensors)(x, depth):
             return x
         steps = list(_parts(x))
         names = tuple(name for (_, name), _ in steps)
-        return Rebuilt(type(x), names, [opened(part, depth - 1) for _, part in steps])
+        return Rebuilt(type(x), names, [opened(part, depth - 1, holds) for _, part in steps])
 
     return pytree.tree_map(open_object, value)
 
@@ -182,6 +192,14 @@ def _parts(value: Any) -> Iterator[tuple[Step, Any]]:
         yield from (((getattr, k), getattr(value, k)) for k in names if hasattr(value, k))
     elif _is_plain_object(value):
         yield from (((getattr, k), getattr(value, k)) for k in attributes_of(value))
+
+
+def _is_data(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether it is made of plain values alone, all the way down."""
+    if isinstance(value, PLAIN):
+        return True
+    known = isinstance(value, (dict, tuple, list)) or _is_plain_object(value)
+    return known and depth > 0 and all(_is_data(part, depth - 1) for _, part in _parts(value))
 
 
 def attributes_of(value: Any) -> list[str]:

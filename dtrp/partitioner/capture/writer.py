@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.fx.node import base_types
 
 from .custom import Rebuild
 from .fakes import FakeWorld, light
 from .gradients import enclose
 from .location import raised_at, user_location
 from .methods import held_name
-from .structure import Step, opened_object, tensors_in
+from .structure import PLAIN, Step, opened_object, tensors_in
 
 _UNSEEN = "it cannot be followed (TorchScript, a C++ extension, another thread, or an earlier call)"
 
@@ -219,7 +217,7 @@ class GraphWriter:
             return value.item()
         if issubclass(type(value), (torch.SymInt, torch.SymFloat)):
             return self._size_node(value)
-        if isinstance(value, (*base_types, enum.Enum, range)) or value is None or value is ...:
+        if isinstance(value, PLAIN):
             return value
         attributes = opened_object(value)
         if attributes is None:
