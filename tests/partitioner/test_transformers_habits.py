@@ -24,6 +24,13 @@ def llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=32, **SIZES))
 
 
+def t5():
+    """Its position biases are zeros that ask for gradients, also where none are computed."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+    config = transformers.T5Config(dropout_rate=0.0, decoder_start_token_id=0, **sizes)
+    return transformers.T5ForConditionalGeneration(config)
+
+
 def checkpointed(m):
     """The cache that it returns without gradients is empty then."""
     name = "activation_checkpointing_enable"  # before version 5.24: gradient_...
@@ -71,7 +78,8 @@ HABITS = [
 
 
 @pytest.mark.parametrize(
-    ("habit", "make", "executor"), each_once(HABITS, [gpt2, llama], ["inline", "workers"])
+    ("habit", "make", "executor"),
+    [*each_once(HABITS, [gpt2, llama], ["inline", "workers"]), (checkpointed, t5, "inline")],
 )
 def test_trained_alike(habit, make, executor):
     """Refused were: checkpointing in GPT-2 ("an object of type DynamicCache"); with worker processes, hooks

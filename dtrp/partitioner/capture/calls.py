@@ -23,9 +23,10 @@ class Calls:
     """Writes calls."""
 
     def __init__(
-        self, writer: GraphWriter, world: FakeWorld, sizes: Sizes, checkpointed: Checkpointed
+        self, writer: GraphWriter, world: FakeWorld, sizes: Sizes, checkpointed: Checkpointed, grad: bool
     ) -> None:
         self._writer, self._world, self._sizes, self._checkpointed = writer, world, sizes, checkpointed
+        self._grad = grad  # whether the graph is for calls with gradients
         self.regions: list[str | None] = []  # of torch.autocast that are entered, by device
 
     def __call__(
@@ -62,10 +63,15 @@ class Calls:
         self._sizes.parted(name, node, result)
         if kept:
             self._writer.node("call_function", same_form, (node, kept, *form_of(result)), {}, None)
-        if node.op == "call_module" and not torch.is_grad_enabled():
+        if node.op == "call_module" and self._cuts:
             self._cut_off(outputs, node, inputs)
             return result
         return self._learn_all(result, outputs, node, inputs, changed)
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether the model has switched gradients off here."""
+        return self._grad and not torch.is_grad_enabled()
 
     def region(self) -> tuple[tuple[str, bool, torch.dtype], ...]:
         """What torch.autocast is in the regions that the model has entered."""
@@ -86,7 +92,7 @@ class Calls:
         region = self.region()
         if region and op != "call_module":
             op, target = "call_function", Under(target, region)
-        cut = op != "call_module" and not torch.is_grad_enabled()
+        cut = op != "call_module" and self._cuts
         return op, target, self._writer.argument(args, cut), self._writer.argument(kwargs, cut)
 
     def _cut_off(

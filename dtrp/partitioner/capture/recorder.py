@@ -84,7 +84,7 @@ class Recorder(TorchFunctionMode, Observer):
         self._fixed_modes = fixed_modes
         self.other_mode = False  # something is called in another mode than it had when the call began
         self._checkpointed = Checkpointed()
-        self._calls = Calls(self.writer, world, self.sizes, self._checkpointed)
+        self._calls = Calls(self.writer, world, self.sizes, self._checkpointed, task.grad)
         self._assigned = Assigned(model, self.writer)
         for i, tensor in enumerate(inputs):
             self.writer.placeholder(f"input_{i}", tensor)

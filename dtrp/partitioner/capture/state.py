@@ -24,7 +24,8 @@ _CONTAINERS = (OrderedDict, dict, list, set, deque)
 LIBRARIES = ("torch", "builtins", "typing", "abc")
 _DEPTH = 5
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-OWN = {*vars(nn.Module()), *REGISTRIES}  # what torch keeps in each module
+# What torch keeps in each module, and transformers: whether its hooks for hidden states are there already.
+OWN = {*vars(nn.Module()), *REGISTRIES, "_output_capturing_hooks_installed"}
 _MISSING = "no value"
 
 
