@@ -164,3 +164,41 @@ def test_code_that_decides_by_such_a_size_is_refused() -> None:
     assert "test_kept_calls.py" in str(error.value)
     assert "move this code into a submodule" in str(error.value)
     assert dtrp.compile(nn.Sequential(nn.Linear(8, 8), Asks()), devices=["cpu"] * 2, example_inputs=x)
+
+
+class Speech(Model):
+    """As Wav2Vec2ForCTC: labels that are none are left out, and torch is told how many there are."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scores = self.head(torch.tanh(self.b(torch.tanh(self.a(x))))).log_softmax(-1)
+        mask = labels > 0
+        lengths = torch.ones_like(x[:, :, 0], dtype=torch.long).sum(-1)
+        loss: Tensor = F.ctc_loss(
+            scores.transpose(0, 1), labels.masked_select(mask), lengths, mask.sum(-1), reduction="sum"
+        )
+        return loss
+
+
+def test_a_loss_that_takes_only_what_belongs_together() -> None:
+    """How many labels are left is made up where the code is tried with other numbers: it refused these, and
+    the model was refused for it, and then for batches of other lengths."""
+    model, generator = Speech(), torch.Generator().manual_seed(1)
+    plain, losses = copy.deepcopy(model), []
+    batches = [
+        (torch.randn(3, n, 8, generator=generator), torch.randint(0, 3, (3, n // 3), generator=generator))
+        for n in (12, 15, 18)
+    ]
+    pipe = dtrp.compile(model, devices=["cpu"] * 2, example_inputs=batches[0])
+    sgd = partial(torch.optim.SGD, lr=0.01)
+    with pipe.trainer(None, sgd, method="bp", executor="inline") as trainer:
+        for x, labels in batches:
+            trainer.step(x, labels)
+    optimizer = sgd(plain.parameters())
+    for x, labels in batches:
+        loss = plain(x, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert trainer.losses == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())

@@ -92,6 +92,7 @@ class Fits:
         world = FakeWorld()
         world.compares = False
         model = self._captured.model
+        runner = Runner(graph.module, graph.module.graph, world)
         try:
             with (
                 quiet(),
@@ -100,7 +101,7 @@ class Fits:
                 torch.enable_grad(),
             ):
                 inputs = fake_inputs(world, [t.detach() for t in tensors])
-                found = Runner(graph.module, graph.module.graph, world).run(*inputs)
+                found = runner.run(*inputs)
             # Products of unlike dtypes pass on fake tensors, and fail on real ones.
             wrong = set(_dtypes(found)) - set(_dtypes(graph.module.graph.output_node().args))
             if wrong and tensors[i].dtype in wrong:
@@ -111,6 +112,8 @@ class Fits:
                 "that take the same course, or compile again with an example of the new ones."
             ) from None
         except Exception as error:
+            if runner.fails_alone:
+                return
             way, line = "these sizes", _first_line(error)
             if tensors[i].dtype != (wanted := self._example[i].dtype):
                 way, line = "this dtype", f"{line}; give it as {wanted}"

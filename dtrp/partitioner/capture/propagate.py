@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, Interpreter, Node
 
+from .custom import guard, same_size
 from .fakes import FakeWorld
+from .methods import KeptCall
 from .structure import mutable
 
 
@@ -28,6 +30,21 @@ class Runner(Interpreter):
     def run_node(self, n: Node) -> Any:
         self.node = n
         return super().run_node(n)
+
+    @property
+    def fails_alone(self) -> bool:
+        """Whether what failed is a function of torch that really ran, on values and sizes that were made up
+        and need not belong together (ctc_loss), and nothing behind it is decided by sizes."""
+        node = self.node
+        if (
+            node is None
+            or node.op != "call_module"
+            or not isinstance(self.fetch_attr(str(node.target)), KeptCall)
+        ):
+            return False
+        while node.op != "output" and node.target not in (guard, same_size):
+            node = node.next
+        return node.op == "output"
 
     def fetch_attr(self, target: str) -> Any:
         return self._held[target] if target in self._held else super().fetch_attr(target)

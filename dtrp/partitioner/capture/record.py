@@ -131,10 +131,11 @@ class _Recording:
                 runner.run(*fake_inputs(world, self._task.tensors))
                 return {}
             except Exception as failure:
-                if sizes == "none" and not isinstance(failure, OtherSizes):
-                    return {}  # some operator takes nothing that is empty, in the model neither
+                assert runner.node is not None
+                takes_no = sizes == "none"  # some operator takes nothing that is empty, in the model neither
+                if (takes_no or runner.fails_alone) and not isinstance(failure, OtherSizes):
+                    return {}
                 why = "" if isinstance(failure, OtherSizes) else f": {failure}"
-        assert runner.node is not None
         module, place = _caller(runner.node), str(runner.node.meta["location"])
         if module and module not in self._closed:
             return {module: f"{text}, at {place}{why}"}
