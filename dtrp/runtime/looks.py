@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 _ANSWERS = ("named_parameters", "named_buffers", "state_dict", "__reduce_ex__")  # the last one: copies, files
-_ON_THE_WAY = ("torch", "copy", "pickle", "cloudpickle")  # whose code asks for others
+_CALLS_THE_SCRIPT = ("dtrp.runtime.fitting", "dtrp.integrations.")  # loaders, callbacks
 _RUNS: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
 """Which run trained a model last, by the identities of the model and its parts."""
 _apart: weakref.WeakKeyDictionary[Run, int] = weakref.WeakKeyDictionary()
@@ -95,12 +95,11 @@ def _look(module: nn.Module) -> None:
 
 
 def _is_ours() -> bool:
-    """Whether the question is dtrp's own, through whatever of torch's code."""
-    frame = sys._getframe(3)
-    while frame.f_back is not None and _module(frame).split(".")[0] in _ON_THE_WAY:
+    """Whether dtrp runs the code that asks, to see what it does: it must see what is there."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith("dtrp.") and name != __name__:
+            return not name.startswith(_CALLS_THE_SCRIPT)
         frame = frame.f_back
-    return _module(frame).startswith("dtrp.")
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))
+    return False

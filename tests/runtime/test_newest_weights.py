@@ -370,6 +370,43 @@ def test_an_average_taken_after_every_step() -> None:
     assert not same(averages[0], start)
 
 
+class Chooses(nn.Module):
+    """Stands in the graph as one node, and calls a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x)) if bool(x.sum() < 1e6) else x
+
+
+class AsksForSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(8, 8), Chooses()), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(x))
+        return y if x.shape[0] < 100 else y * 2
+
+
+def test_what_dtrp_itself_calls_asks_for_no_weights(caplog: pytest.LogCaptureFixture) -> None:
+    """A batch of another size has what is kept whole run here, to see whether its graph is right: weights
+    that came while it ran were taken for the script's."""
+    states = []
+    for executor in ("inline", "workers"):
+        torch.manual_seed(0)
+        model = AsksForSizes()
+        with trainer(compiled(model, 2), executor, method="bp") as t:
+            for x, y in batches(4):
+                t.step(x, y)
+                t.step(x[:3], y[:3])
+        states.append(model.state_dict())
+    assert same(*states)
+    assert "was changed by the script" not in caplog.text
+
+
 def test_modules_are_torchs_own_again_once_no_workers_train() -> None:
     """Two trainers, left in another order than they began; what other threads ask, and other models, is not
     ours to answer."""
