@@ -614,3 +614,23 @@ def test_factories_in_other_threads_are_left_alone(x):
     assert captured.method == "record"
     assert len(found) > 1
     assert all(type(t) is torch.Tensor for t in found)
+
+
+class Asserts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.a(x)
+        torch._assert_async((x < 5).all())
+        return self.b(y)
+
+
+def test_an_assertion_on_the_device_is_part_of_the_graph():
+    """It gives nothing, and was left out: the model (timm's Gemma 4 encoders) was refused for that."""
+    model, x = Asserts(), torch.rand(3, 4)
+    pipe = dtrp.compile(model, devices=["cpu"] * 2, example_inputs=x)
+    assert torch.equal(pipe(x), model(x))
+    with pytest.raises(RuntimeError, match="nonzero"):
+        pipe(x + 10)
