@@ -5,6 +5,7 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, here and in workers
+os.environ["COLUMNS"] = "120"  # reports are as wide as the terminal, whichever that is
 
 import pytest
 import torch

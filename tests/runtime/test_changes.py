@@ -188,9 +188,25 @@ def test_workers_lose_no_weights_without_a_word(ask: str) -> None:
             t.flush()
             shrunk_data(model, i)
         t.step(*DATA[3])
-        (clamped if ask == "sync" else shrunk_data)(model, 3)
+        weight = model[0].weight  # nobody was asked for it
+        (weight.detach() if ask == "sync" else weight.data).mul_(0.9)
         with pytest.raises(RuntimeError, match=r"'0.weight' was changed .*: call trainer.flush\(\) before"):
             t.step(*DATA[4]) if ask == "step" else getattr(t, ask)()
+
+
+@pytest.mark.parametrize("change", [clamped, clamped_data, shrunk_data])
+def test_weights_that_were_asked_for_may_be_written_after_any_step(change: Change) -> None:
+    """`parameters()` gives the newest, so that a script that clips them needs no flush before (it was
+    refused with worker processes)."""
+    state, losses = plain(change, SGD, None)
+    for executor in ("inline", "workers"):
+        model = make()
+        with trainer(compiled(model), executor, method="bp") as t:
+            for i, (x, y) in enumerate(DATA):
+                change(model, i)
+                t.step(x, y)
+        torch.testing.assert_close(torch.tensor(t.losses), torch.tensor(losses))
+        torch.testing.assert_close(model.state_dict(), state)
 
 
 class Judged(nn.Module):
