@@ -2,13 +2,14 @@
 
 import copy
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
 import dtrp
-from tests.sweeps import each_once
+from tests.sweeps import sweep
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,18 +69,25 @@ def with_more_words(m):
 
 HABITS = [
     checkpointed,
-    checkpointed_with_a_new_head,
-    with_attentions,
     with_hidden_states,
+    with_attentions,
     after_generating,
     called_for_hidden_states,
+    checkpointed_with_a_new_head,
     with_more_words,
 ]
+# What was wrong once is tried every time, all else if slow.
+FAST = [
+    (checkpointed, gpt2, "inline"),
+    (checkpointed, t5, "inline"),
+    (with_hidden_states, llama, "workers"),
+    (called_for_hidden_states, gpt2, "workers"),
+]
+ALL = [(checkpointed, t5, "workers"), *product(HABITS, [gpt2, llama], ["inline", "workers"])]
 
 
 @pytest.mark.parametrize(
-    ("habit", "make", "executor"),
-    [*each_once(HABITS, [gpt2, llama], ["inline", "workers"]), (checkpointed, t5, "inline")],
+    ("habit", "make", "executor"), sweep([*FAST, *(one for one in ALL if one not in FAST)], len(FAST))
 )
 def test_trained_alike(habit, make, executor):
     """Refused were: checkpointing in GPT-2 ("an object of type DynamicCache"); with worker processes, hooks

@@ -333,25 +333,26 @@ LOOKS: dict[str, Callable[[dtrp.Pipeline], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("look", list(LOOKS))
 @pytest.mark.parametrize("method", ["bp", pytest.param("dtrp", marks=pytest.mark.slow)])
-def test_in_the_middle_whoever_looks_sees_the_present_weights(look: str, method: str) -> None:
-    """An agent that acts, or an average that is taken, between two steps: with workers as inline."""
+def test_in_the_middle_whoever_looks_sees_the_present_weights(method: str) -> None:
+    """An agent that acts, or an average that is taken, between two steps: with workers as inline. After each
+    step another way to look comes first."""
     seen: list[list[Tensor]] = []
     for executor in ("inline", "workers"):
         model = mlp(3, norm=False)
         pipe = compiled(model, 2)
         seen.append([])
         with trainer(pipe, executor, method=method) as t:
-            for x, y in batches(5):
+            for look, (x, y) in zip(LOOKS.values(), batches(len(LOOKS)), strict=True):
                 t.step(x, y)
                 model.eval()
                 with torch.no_grad():
-                    seen[-1] += [LOOKS[look](pipe).clone(), LOOKS[look](pipe).clone()]
+                    seen[-1] += [look(pipe).clone(), look(pipe).clone()]
                 model.train()
         seen[-1].append(torch.tensor(t.losses))
-    for inline, apart in zip(*seen, strict=True):
-        assert torch.equal(inline, apart)
+    names = [name for look in LOOKS for name in (look, look)]
+    for name, inline, apart in zip([*names, "losses"], *seen, strict=True):
+        assert torch.equal(inline, apart), name
 
 
 def test_an_average_taken_after_every_step() -> None:
