@@ -75,8 +75,8 @@ def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """
 
     def holds(x: Any, depth: int) -> bool:
-        plain = isinstance(x, (*PLAIN, dict, tuple, list)) or not _is_plain_object(x)
-        return _holds_tensors(x, depth) or (not plain and _is_data(x, depth))
+        known = isinstance(x, (*PLAIN, dict, tuple, list))
+        return _holds_tensors(x, depth) or (not known and _is_data(x, depth))
 
     return pytree.tree_flatten(opened(output, holds=holds))
 
