@@ -120,6 +120,7 @@ RUNS: list[Run] = [
     *group(text("adamw", 2), ("default",)),  # back-propagation is that of four stages, bit for bit
     *group(text("adamw", 6), ("default",)),
     *group(text("muon", 4), ("bp", "default", "lean")),
+    *group(text("muon", 4, epochs=4), ("bp", "default")),
     *group(text("muon", 2), ("default",)),
     *group(text("muon", 6), ("default",)),
 ]
