@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from .loss_gradients import AsksGradients, ThroughTheModel, graph_of
 from .partitioner.capture import Captured
 from .partitioner.capture.example_values import batch_of
 from .partitioner.capture.state import Held
@@ -37,8 +38,12 @@ _FEW = 2**22  # numbers in an output, up to which random ones are made
 _CERTAIN = (TypeError, AttributeError, NameError, ImportError)  # that no values bring about
 
 
-def check_loss(captured: Captured, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
+def check_loss(
+    captured: Captured, config: TrainConfig, inputs: Sequence[Tensor], target: Any, *, cut: bool = True
+) -> None:
     """Refuse a loss that surely cannot be trained with, as a batch like the example's shows.
+
+    ``cut``: the model is, into several stages.
 
     Raises
     ------
@@ -50,7 +55,7 @@ def check_loss(captured: Captured, config: TrainConfig, inputs: Sequence[Tensor]
     loss_fn = config.loss_fn
     if loss_fn is not None:
         _check_call(loss_fn, target.extra if isinstance(target, WithExtra) else {})
-    stand_in = _StandIn.of(captured, config, inputs, target)
+    stand_in = _StandIn.of(captured, config, inputs, target, cut)
     if stand_in is None:
         return
     if loss_fn is None:
@@ -139,6 +144,7 @@ class _StandIn:
     config: TrainConfig
     mode: FakeTensorMode
     leaves: list[Any]  # of the output, as captured
+    nodes: Sequence[Any] | None  # that give them, where the model is cut
     spec: pytree.TreeSpec
     left: Mapping[str, Tensor]  # by forward, in attributes
     target: Any
@@ -147,7 +153,7 @@ class _StandIn:
 
     @classmethod
     def of(
-        cls, captured: Captured, config: TrainConfig, inputs: Sequence[Tensor], target: Any
+        cls, captured: Captured, config: TrainConfig, inputs: Sequence[Tensor], target: Any, cut: bool
     ) -> _StandIn | None:
         """None where the graph does not say what the output will be."""
         graph = captured.train.module.graph
@@ -166,7 +172,8 @@ class _StandIn:
         if mode is None:
             return None
         spec, left = captured.train.out_spec, captured.left
-        return cls(captured.model, config, mode, leaves, spec, left, target, now, size)
+        nodes = output_node.args[0] if cut else None
+        return cls(captured.model, config, mode, leaves, nodes, spec, left, target, now, size)
 
     def output(self) -> Any:
         """The output, of fakes."""
@@ -256,8 +263,23 @@ class _StandIn:
         formats: Any = nullcontext()
         if self.config.autocast is not None and roots:
             formats = torch.autocast(roots[0].device.type, dtype=self.config.autocast)
-        with self._left_behind(stand_in) as left, torch.enable_grad(), Watch(pairs), formats:
-            given = call_loss(turned if swapped else loss_fn, output, target)
+        asks: Any = nullcontext()
+        if self.nodes is not None:
+            asking = [made for made, real in pairs if real.requires_grad]
+            given_by = list(zip(leaves, self.nodes, strict=True))
+            asks = AsksGradients(given_by, dict(self.model.named_parameters()), asking)
+        try:
+            with self._left_behind(stand_in) as left, torch.enable_grad(), Watch(pairs), asks, formats:
+                given = call_loss(turned if swapped else loss_fn, output, target)
+        except ThroughTheModel as e:
+            raise _Refused(
+                ValueError(
+                    f"{told(loss_fn)} takes gradients (torch.autograd.grad) with respect to {e}: what lies "
+                    f"between runs in stages elsewhere, through which they do not flow; take them in the "
+                    f"model's forward, and let it return them beside its output (layers that they go "
+                    f"through then stay in one stage)"
+                )
+            ) from None
         try:
             loss = as_scalar(loss_fn, given)
         except TypeError as e:
@@ -266,7 +288,7 @@ class _StandIn:
             raise _Refused(
                 TypeError(f"{told(loss_fn)} calls backward(); only return the loss: the stages go backward")
             )
-        graph = _graph(loss)
+        graph = graph_of(loss)
         used = {id(node.variable) for node in graph if hasattr(node, "variable")}
         for name in (name for key, (name, _) in left.items() if key in used):
             raise _Refused(
@@ -333,18 +355,6 @@ class _StandIn:
 
     def _follows_batch(self, tensor: Tensor) -> bool:
         return self.batch != self.example and tensor.dim() > 0 and tensor.shape[0] == self.batch
-
-
-def _graph(loss: Tensor) -> set[Any]:
-    """The nodes of a loss's graph; nothing is computed."""
-    seen: set[Any] = set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [parent for parent, _ in node.next_functions]
-    return seen
 
 
 def _node(root: Tensor) -> Any:

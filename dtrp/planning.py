@@ -334,7 +334,7 @@ class Planning:
                         f"decoupled pass would write to weights of another batch; train with method='bp', "
                         f"'1f1b' or 'gpipe', or write to it between batches"
                     )
-            check_loss(self.made.captured, config, inputs, target)
+            check_loss(self.made.captured, config, inputs, target, cut=self.n_stages > 1)
 
     def loss_reads(self, loss_fn: Any, *, trained: bool) -> LossReads:
         """What the loss reads of the script, to be looked at during a run."""

@@ -491,6 +491,77 @@ def test_a_loss_that_uses_the_models_parameters(pipe: dtrp.Pipeline, no_workers:
         t.step(X, Y)
 
 
+class Slopes(nn.Module):
+    """Far apart in the model: what is made from ``h`` runs in another stage than the last."""
+
+    def __init__(self, inside: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.head, self.inside = nn.Linear(32, 4), inside
+        self.middle = nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 16))
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x)
+        y = self.head(torch.cat([self.middle(h), h], 1))
+        return (y, *torch.autograd.grad(y.sum(), h, create_graph=True)) if self.inside else (y, h)
+
+
+def of_a_part(model: Any, output: Any, target: Any) -> Any:
+    return torch.autograd.grad(output[0].sum(), output[1], create_graph=True)
+
+
+def of_a_parameter(model: Any, output: Any, target: Any) -> Any:
+    return torch.autograd.grad(output[0].sum(), model.first[0].weight, create_graph=True)
+
+
+def of_the_input(model: Any, output: Any, target: Any) -> Any:
+    return torch.autograd.grad(output[0].sum(), target[1], create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("slope", "what"),
+    [
+        (of_a_part, "a part of the output from which the model makes another"),
+        (of_a_parameter, "the model's parameter 'first.0.weight'"),
+        (of_the_input, "a tensor of its target"),
+    ],
+)
+def test_a_loss_that_takes_gradients_through_the_model(no_workers: None, slope: Any, what: str) -> None:
+    model, x = Slopes(), X.clone().requires_grad_()
+
+    def loss_fn(output: Any, target: Any) -> Tensor:
+        (slopes,) = slope(model, output, target)
+        return F.cross_entropy(output[0], target[0]) + slopes.square().mean()
+
+    loss_fn(model(x), (Y, x)).backward()  # the plain loop can
+    pipe = dtrp.compile(model, n_gpus=3, example_inputs=X)
+    with (
+        pytest.raises(ValueError, match=rf"with respect to {what}: .* take them in the model's forward"),
+        pipe.trainer(loss_fn, SGD) as trainer,
+    ):
+        trainer.step(x, (Y, x))
+
+
+def test_gradients_that_a_loss_may_take() -> None:
+    def loss_fn(output: Any, target: Any) -> Any:
+        y, slopes = output
+        (own,) = torch.autograd.grad(F.cross_entropy(y, target), y, create_graph=True)
+        return F.cross_entropy(y, target) + own.square().sum() + slopes.square().mean()
+
+    plain, model = Slopes(inside=True), Slopes(inside=True)
+    model.load_state_dict(plain.state_dict())
+    optimizer = SGD(plain.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(plain(X), Y).backward()
+        optimizer.step()
+    pipe = dtrp.compile(model, n_gpus=2, example_inputs=X)
+    with pipe.trainer(loss_fn, SGD, method="bp", executor="inline") as trainer:
+        for _ in range(3):
+            trainer.step(X, Y)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-6)
+
+
 PLACES: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"n_gpus": 0}, r"n_gpus=0: expected an int >= 1, the number of stages"),
     "text": ({"n_gpus": "4"}, r"n_gpus='4': expected an int >= 1"),
