@@ -481,6 +481,29 @@ def test_checkpoint_without_gradients_at_its_inputs(x):
     assert captured.model.b.weight.grad is not None
 
 
+def test_what_code_under_checkpoint_leaves_for_others(x):
+    """As the router's logits that transformers collects for a loss: the reentrant kind gives them no gradient.
+    Graphs gave them one, which large models were trained with."""
+
+    class Router(Model):
+        def __init__(self, reentrant):
+            super().__init__(None)
+            self.reentrant = reentrant
+
+        def forward(self, x):
+            left = []
+
+            def region(x):
+                left.append(self.a(x))
+                return self.b(left[0])
+
+            return checkpoint(region, x * self.a.bias, use_reentrant=self.reentrant) + left[0].square()
+
+    assert_faithful(Router(False), (x,))
+    with pytest.raises(CaptureError, match=r"to do: Use use_reentrant=False"):
+        capture(Router(True), (x,))
+
+
 def test_inputs_that_take_no_other_order():
     """Offsets begin with zero: other samples of the example are no call of the model."""
 

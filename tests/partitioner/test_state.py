@@ -212,6 +212,46 @@ def test_what_changes_once_and_for_all_is_no_reason_to_refuse():
         assert all(torch.equal(pipe(x), plain(x)) for x in (*xs, *xs))
 
 
+class Cached(nn.Module):
+    """As transformers' LeViT: in eval mode it keeps what it has computed of its weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.a, self.cache = config, nn.Linear(4, 4), {}
+
+    def forward(self, x):
+        if self.training:
+            self.cache.clear()
+            return self.a(x)
+        if "weight" not in self.cache:
+            self.cache["weight"] = self.a.weight * 2
+        return x @ self.cache["weight"].T
+
+
+def test_what_all_parts_hold_changes_once_and_one_part_has_a_cache():
+    """The part is kept whole for its cache alone, no other for the config; it was all refused."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = types.SimpleNamespace(kind=None)
+            self.body = nn.Sequential(nn.Linear(4, 4), Cached(self.config), nn.Linear(4, 4))
+            self.body.config = self.config
+
+        def forward(self, x):
+            self.config.kind = self.config.kind or "regression"
+            return self.body(x) * (1 if self.config.kind == "regression" else 2)
+
+    xs, model = batches(2), Classifier()
+    plain = copy.deepcopy(model)
+    captured = capture(model, (xs[0],))
+    assert [k.module for k in captured.kept_whole] == ["body.1"]
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=xs[0])
+    for training in (True, False):
+        pipe.train(training), plain.train(training)
+        assert all(torch.equal(pipe(x), plain(x)) for x in (*xs, *xs))
+
+
 class Body(nn.Module):
     """Most of a model's work."""
 

@@ -75,6 +75,13 @@ _KNOWN = (
         "kept whole, as one node; or compute these gradients in the loss.",
     ),
     (
+        ("checkpoint(use_reentrant=True)",),
+        "this kind of torch.utils.checkpoint gives gradients to what a region returns alone, and code outside "
+        "uses more of it",
+        "Use use_reentrant=False, or switch checkpointing off (stages recompute by themselves: "
+        "dtrp.compile(..., recompute=True)), or {whole}.",
+    ),
+    (
         ("under torch.utils.checkpoint",),
         "a buffer is changed under torch.utils.checkpoint, whose code runs once more in the backward pass",
         "Switch checkpointing off (stages recompute by themselves: dtrp.compile(..., recompute=True)), or "

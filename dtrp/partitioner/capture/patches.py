@@ -49,6 +49,11 @@ class Observer:
         """A region that checkpointing would run again in the backward pass runs in this context."""
         return nullcontext()
 
+    def on_reentrant(self, region: Callable[..., Any], inputs: Any) -> Any:
+        """``region(*inputs)`` as such a region, of the kind whose result alone has gradients."""
+        with self.on_checkpoint():
+            return region(*inputs)
+
     def on_write(self, module: nn.Module, name: str, value: Any) -> None:
         """``module.name = value``, before it happens."""
 
@@ -86,8 +91,8 @@ def observed(observer: Observer, model: nn.Module) -> Iterator[None]:
             region, _, *inputs = args
             # Where no input requires gradients, none reach it, whatever parameters it uses: torch warns.
             flows = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-            with torch.set_grad_enabled(flows and enabled()), observer.on_checkpoint():
-                return region(*inputs)
+            with torch.set_grad_enabled(flows and enabled()):
+                return observer.on_reentrant(region, inputs)
         return observer.on_gradient_function(cls, proceed, args, kwargs)
 
     early = list(_bound_early(model))

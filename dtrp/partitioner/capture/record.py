@@ -164,12 +164,13 @@ class _Recording:
                 for name in found.keeps.values()
             ]
             return replace(found, traced=replace(found.traced, notes=(*found.traced.notes, *notes)))
-        if own:
+        kept = {p: f"keeps the tensor {name} from one call to the next" for p, name in found.keeps.items()}
+        changes = {p: why for p, why in {**found.changes, **kept}.items() if p not in own}
+        if own and not changes:  # else it may do the same in every call, but for what these parts do
             change = found.changes.get(own[0])
             raise CannotRecord(change + self._LEFT if change else self._KEPT.format(found.keeps[own[0]]))
-        kept = {p: f"keeps the tensor {name} from one call to the next" for p, name in found.keeps.items()}
-        self._for_state |= {**found.changes, **kept}.keys()
-        failures = {**found.failures, **found.changes, **kept}
+        self._for_state |= changes.keys()
+        failures = {**found.failures, **changes}
         if asks and not settled and not failures:
             name = ".".join(found.taken[0])
             raise CannotRecord(f"reads {name!r} before it is made anew, as an earlier call left it")

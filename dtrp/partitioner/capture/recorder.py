@@ -301,6 +301,13 @@ class Recorder(TorchFunctionMode, Observer):
         """A region of torch.utils.checkpoint."""
         return self._checkpointed.region() if torch.is_grad_enabled() else nullcontext()
 
+    def on_reentrant(self, region: Callable[..., Any], inputs: Any) -> Any:
+        """One whose result alone has gradients."""
+        mark = self.writer.mark()
+        result = super().on_reentrant(region, inputs)
+        self.writer.seal(mark, result)
+        return result
+
     def on_autocast(self, region: torch.autocast, entered: bool) -> None:
         """The model enters a region of torch.autocast, or leaves it."""
         # Checkpointing enters autocast just to repeat the outer state.

@@ -281,14 +281,24 @@ def changes_of(
     """Modules whose code changed plain state since ``before``, and what it changed.
 
     What modules that are kept ``whole`` change is their own affair, unless code outside reads it. ``known``:
-    attributes that were followed otherwise.
+    attributes that were followed otherwise. An object that modules have from one around them (its config) is
+    that one's.
     """
     after = {key: value for key, value in state_of(model).items() if key not in known}
     before = {key: value for key, value in before.items() if key not in known}
     modules = dict(model.named_modules())
     found: dict[str, str] = {}
-    for owner, name in [k for k in {**before, **after} if before.get(k, _MISSING) != after.get(k, _MISSING)]:
-        text = _told(owner, name, before.get((owner, name), _MISSING), after.get((owner, name), _MISSING))
+    changed = [k for k in {**before, **after} if before.get(k, _MISSING) != after.get(k, _MISSING)]
+    holders: dict[Any, list[str]] = {}
+    for key in changed:
+        for held in _objects(after.get(key)) if key[0] in modules and _kinds(modules[key[0]]) else ():
+            holders.setdefault(held, []).append(key[0])
+    for owner, name in changed:
+        old, new = before.get((owner, name), _MISSING), after.get((owner, name), _MISSING)
+        same = new[1] if new[0] == "object" and new[:2] == old[:2] else None
+        if any(_is_in(owner, other) for other in holders.get(same, ())):
+            continue
+        text = _told(owner, name, old, new)
         if owner not in modules:  # a class or a file
             found.update({p: text for p, m in modules.items() if any(name in names_in(k) for k in _kinds(m))})
         elif not within(owner, whole) and _kinds(modules[owner]):
@@ -300,6 +310,15 @@ def changes_of(
     return {path: text for path, text in found.items() if not within(path, whole)}
 
 
+def _objects(value: Any) -> Iterator[int]:
+    """The identities of the objects in what `frozen` gave."""
+    if isinstance(value, tuple):
+        if value[:1] == ("object",):
+            yield value[1]
+        for part in value:
+            yield from _objects(part)
+
+
 def _kinds(module: nn.Module) -> list[type]:
     """The classes of a module that are not torch's own."""
     return [k for k in type(module).__mro__ if k.__module__.split(".")[0] not in LIBRARIES]
@@ -308,6 +327,10 @@ def _kinds(module: nn.Module) -> list[type]:
 def within(path: str, whole: Collection[str]) -> bool:
     """Whether a module is one of those named, or a part of one."""
     return any(path == name or path.startswith(name + ".") for name in whole)
+
+
+def _is_in(path: str, other: str) -> bool:
+    return path != other and (not other or within(path, (other,)))
 
 
 def _told(owner: str, name: str, old: Any, new: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class _Known:
     tensor: torch.Tensor  # held so that its id is not given to another
     node: Node
     steps: tuple[Step, ...] = ()  # into the node's value, not yet taken
+    sealed: bool = False  # in the plain model it has no gradient, though it has one here
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,10 @@ class GraphWriter:
     def _tensor_node(self, tensor: torch.Tensor) -> Node:
         known = self._known.get(id(tensor))
         if known is not None:
+            if known.sealed and tensor.requires_grad:
+                raise CannotRecord(
+                    "uses a tensor that code under checkpoint(use_reentrant=True) made and did not return"
+                )
             if known.steps:
                 self.learn(tensor, self.reach(known.node, known.steps))
             return self._known[id(tensor)].node
@@ -246,6 +251,14 @@ class GraphWriter:
             raise CannotRecord(f"uses a tensor that was made where {_UNSEEN}")
         # A node for each use: parameters are at hand in every stage and need not travel between them.
         return self.node("get_attr", name, (), {}, tensor)
+
+    def seal(self, mark: Mark, result: Any) -> None:
+        """Let code use nothing that was made since ``mark``, except ``result``, if it asks for gradients."""
+        given = {id(tensor) for _, tensor in tensors_in(result)}
+        for key, before in self._undo[mark.learned :]:
+            if before is None and key not in given:
+                self._undo.append((key, self._known[key]))
+                self._known[key] = replace(self._known[key], sealed=True)
 
     def is_new(self, tensor: torch.Tensor) -> bool:
         """Whether nothing is known of a tensor."""
