@@ -482,7 +482,7 @@ def test_checkpoint_without_gradients_at_its_inputs(x):
 
 
 def test_what_code_under_checkpoint_leaves_for_others(x):
-    """As the router's logits that transformers collects for a loss: the reentrant kind gives them no gradient.
+    """As router logits that transformers collects for a loss: the reentrant kind gives them no gradient.
     Graphs gave them one, which large models were trained with."""
 
     class Router(Model):
