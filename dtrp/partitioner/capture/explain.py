@@ -76,8 +76,8 @@ _KNOWN = (
     ),
     (
         ("checkpoint(use_reentrant=True)",),
-        "this kind of torch.utils.checkpoint gives gradients to what a region returns alone, and code outside "
-        "uses more of it",
+        "this kind of torch.utils.checkpoint gives gradients to what a region returns alone, and code "
+        "outside uses more of it",
         "Use use_reentrant=False, or switch checkpointing off (stages recompute by themselves: "
         "dtrp.compile(..., recompute=True)), or {whole}.",
     ),
