@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from .config import EXPECTED, TrainConfig, short
 from .groups import arrange, groups_of, shown
 from .predictors import Predictor, asks_for, check_fits, make_predictor, predict_all
+from .random import preserved
 
 
 @dataclass
@@ -279,21 +281,60 @@ def build_optimizer(names: Mapping[str, nn.Parameter], config: TrainConfig) -> O
             f"pass for example partial(torch.optim.SGD, lr=0.1); several optimizers are a trainer each"
         )
     if _needs(optimizer.step):
-        raise ValueError(
-            f"{type(optimizer).__name__} evaluates the loss several times per step (closure), which a "
-            f"pipeline with batches in flight cannot do; use a first-order optimizer such as SGD or AdamW"
-        )
+        raise _evaluates_again(optimizer)
     known = {id(p) for p in names.values()}
     foreign = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if foreign:
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} holds {foreign} parameter(s) that it was not given; use "
             f"the parameters that the callable is called with, optimizer=lambda parameters: ..., not those "
-            f"of a model (each stage has its own)"
+            f"of a model (each stage has its own); options by a parameter's name are for param_groups=lambda "
+            f"name, parameter: {{...}}"
         )
     if config.predicts:
         check_fits(config.predictor, optimizer)
     return optimizer
+
+
+def check_steps(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that steps with a closure alone, as a copy of it shows with a few numbers.
+
+    Raises
+    ------
+    ValueError
+        ``step()`` fails and ``step(closure)`` works.
+    """
+    if type(optimizer).__module__.startswith("torch."):
+        return
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    few = [nn.Parameter(torch.zeros((1,) * p.dim(), dtype=p.dtype, device=p.device)) for p in held]
+
+    def loss() -> Tensor:
+        for p in few:
+            p.grad = torch.zeros_like(p)
+        return torch.zeros(())
+
+    def works(*closure: Callable[[], Tensor]) -> bool:
+        loss()
+        try:
+            copy: Any = object.__new__(type(optimizer))  # torch's own copies lack what a subclass adds
+            copied = deepcopy(vars(optimizer), {id(p): small for p, small in zip(held, few, strict=True)})
+            vars(copy).update(copied, _optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
+            copy.step(*closure)
+        except Exception:
+            return False
+        return True
+
+    with preserved({p.device for p in held}):
+        if not works() and works(loss):
+            raise _evaluates_again(optimizer)
+
+
+def _evaluates_again(optimizer: Optimizer) -> ValueError:
+    return ValueError(
+        f"{type(optimizer).__name__} evaluates the loss several times per step (closure), which a pipeline "
+        f"with batches in flight cannot do; use a first-order optimizer such as SGD or AdamW"
+    )
 
 
 def _grouped_by_options(

@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from .config import TrainConfig
 from .groups import Group, groups_of
 from .handback import Owner, by_name
-from .optim import ParameterSet, build_optimizer
+from .optim import ParameterSet, build_optimizer, check_steps
 from .random import random_state, set_random_state
 from .scaling import gathered
 from .training_state import SECTIONS, check_set, complete, export_set
@@ -183,7 +183,9 @@ def check_builds(owner: Owner, config: TrainConfig) -> Optimizer:
     TypeError, ValueError
         The user's callables do not give what they should.
     """
-    return _all_parameters(owner, config).optimizer
+    optimizer = _all_parameters(owner, config).optimizer
+    check_steps(optimizer)
+    return optimizer
 
 
 def model_groups(owner: Owner, config: TrainConfig) -> tuple[Group, ...]:

@@ -93,12 +93,38 @@ class Closed(torch.optim.SGD):
         super().step(closure)
 
 
+class Sharpness(torch.optim.Optimizer):
+    """As SAM is written: the closure has a default, and is called."""
+
+    def __init__(self, parameters: Any, kind: Any, **options: Any) -> None:
+        super().__init__(parameters, options)
+        self.base, self.tried = kind(self.param_groups, **options), [0]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.tried[0] += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=0.05)
+        closure()
+        self.base.step()
+
+
 def test_steps_that_ask_for_more(pipe: dtrp.Pipeline, no_workers: None) -> None:
     """Before anything is trained."""
     with pytest.raises(TypeError, match=r"ByEpoch.step\(\) asks for 'epoch'; expected step\(\) alone"):
         trainer(pipe, "workers", lr_scheduler=lambda optimizer: ByEpoch.__new__(ByEpoch))
     with pytest.raises(ValueError, match="Closed evaluates the loss several times per step"):
         trainer(pipe, "workers", optimizer=partial(Closed, lr=0.1))
+    before, made = copy.deepcopy(pipe.state_dict()), []
+
+    def sharpness(parameters: Any) -> Any:
+        made.append(Sharpness(parameters, torch.optim.SGD, lr=0.1))
+        return made[-1]
+
+    with pytest.raises(ValueError, match="Sharpness evaluates the loss several times per step"):
+        trainer(pipe, "workers", optimizer=sharpness)
+    assert same(pipe.state_dict(), before)
+    assert all(o.tried == [0] and not o.state for o in made)
 
 
 def test_an_optimizer_that_gives_something_else(pipe: dtrp.Pipeline) -> None:
