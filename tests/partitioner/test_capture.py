@@ -168,6 +168,14 @@ def test_capture_leaves_no_trace():
     assert np.array_equal(np.random.get_state()[1], states[2])
 
 
+def test_capture_between_forward_and_backward():
+    """The graph of a loss that waits takes the model's statistics for those that it saw."""
+    model = Net()
+    loss = model(torch.randn(2, 3, 8, 8)).sum()
+    capture(model, (torch.randn(2, 3, 8, 8),))
+    loss.backward()
+
+
 def test_model_on_meta_device():
     with torch.device("meta"):
         model = Net()

@@ -302,6 +302,32 @@ def test_a_running_mean_is_a_buffer_or_in_a_part(centre, text):
     assert_trains_alike(part)
 
 
+def carried(m, x):
+    """As a recurrent model that goes on where the last batch ended."""
+    y, state = m.part(m.backbone(x), m.carried)
+    m.carried = state.detach()
+    return m.head(y)
+
+
+def whitened(m, x):
+    x = m.backbone(x)
+    y = m.part(x @ m.carried)
+    m.carried = 0.9 * m.carried + 0.1 * (x.detach().T @ x.detach())
+    return m.head(y @ m.carried)
+
+
+@pytest.mark.parametrize(
+    ("forward", "part", "buffer"),
+    [(carried, nn.GRU(8, 8), torch.zeros(1, 8)), (whitened, None, torch.eye(8))],
+    ids=["carried", "whitened"],
+)
+def test_buffers_that_are_used_and_then_assigned(forward, part, buffer):
+    """The backward pass wants the value that was used."""
+    model = Model(forward, copy.deepcopy(part))
+    model.register_buffer("carried", buffer)
+    assert_trains_alike(model)
+
+
 def in_a_list(m, x):
     y = m.a(x)
     m.losses.append(y)

@@ -188,6 +188,28 @@ def named(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def test_names_beside_running_statistics() -> None:
+    """Looking whether a name matters runs the model, while graphs of batches in flight wait."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.table = nn.BatchNorm1d(8), nn.Embedding(4, 8)
+            self.last = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+        def forward(self, batch: dict[str, Any]) -> Tensor:
+            h = [self.norm(batch["x"]), self.table(batch["kind"])]
+            return self.last(torch.cat(h, 1))  # type: ignore[no-any-return]
+
+    batches = [{"x": b["x"], "name": b["name"], "kind": torch.arange(8) % 4} for b in named(6)]
+    pipe = dtrp.compile(Model(), 2, example_inputs=(batches[0],), recompute=False)
+    with pipe.trainer(F.cross_entropy, ADAMW, executor="inline") as trainer:
+        for batch in batches:
+            trainer.step(batch, Y)
+        trainer.flush()
+        assert len(trainer.losses) == len(batches)
+
+
 def test_a_name_that_is_missing_is_another_form() -> None:
     """Any string may stand where strings are never looked at; None may be looked at."""
 

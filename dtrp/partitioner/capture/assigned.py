@@ -1,4 +1,7 @@
-"""Buffers that ``forward`` replaces by other tensors: in the graph, copies in place at its end."""
+"""Buffers that ``forward`` replaces by other tensors: in the graph, copies in place at its end.
+
+What it has read of such a buffer before, a backward pass may still want: it reads a copy.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ class Assigned:
     def __init__(self, model: nn.Module, writer: GraphWriter) -> None:
         self._model, self._writer = model, writer
         self._values: dict[str, torch.Tensor] = {}
+        self._versions = {name: writer.attribute(name)._version for name in dict(model.named_buffers())}
 
     def note(self, name: str, value: torch.Tensor) -> None:
         """``name``, a buffer's, is about to stand for ``value``."""
@@ -36,8 +40,18 @@ class Assigned:
     def write(self) -> None:
         """Their updates, as nodes."""
         for name, value in self._values.items():
+            if self._writer.attribute(name)._version == self._versions[name]:  # not filled, too
+                self._copy_before(name)
             buffer = self._writer.node("get_attr", name, (), {}, self._writer.attribute(name))
             node = self._writer.node(
                 "call_method", "copy_", (buffer, self._writer.argument(value)), {}, value
             )
             node.meta["update"] = name
+
+    def _copy_before(self, name: str) -> None:
+        graph = self._writer.graph
+        for node in list(graph.find_nodes(op="get_attr", target=name)):
+            with graph.inserting_after(node):
+                copy = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            copy.meta = {**node.meta, "copy": name}

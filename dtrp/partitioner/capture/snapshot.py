@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,10 @@ class Contents:
         self._tensor, self._value = tensor, tensor.detach().clone()
         self._storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
         self._form = self._shape(tensor)
+        # A graph that waits for its backward pass would take what was put back for something else.
+        self._version: Any = nullcontext()
+        if not tensor.is_inference():
+            self._version = torch.autograd._unsafe_preserve_version_counter(tensor)
 
     @staticmethod
     def _shape(tensor: torch.Tensor) -> Any:
@@ -92,8 +96,9 @@ class Contents:
                 tensor.data = torch.empty(0, dtype=self._value.dtype, device=self._value.device).set_(
                     self._storage, *self._form[:3]
                 )
-            if not torch.equal(tensor.detach(), self._value):
-                tensor.detach().copy_(self._value)
+            with self._version:
+                if not torch.equal(tensor.detach(), self._value):
+                    tensor.detach().copy_(self._value)
 
 
 @contextmanager

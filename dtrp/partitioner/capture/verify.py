@@ -325,6 +325,8 @@ class _Runner(Runner):
         return value
 
     def _value(self, n: Node) -> Any:
+        if "copy" in n.meta:  # of a buffer that is assigned: the model reads it itself
+            return self.env[n.all_input_nodes[0]]
         if "again" not in n.meta and "update" not in n.meta:
             return super().run_node(n)
         # What checkpointing does in the backward pass, which the model runs without here; and an assignment.
