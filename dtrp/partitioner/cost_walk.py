@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from dtrp.memory import strides_of
 from dtrp.partitioner.capture.ambient import quiet
 from dtrp.partitioner.capture.gradients import is_gradient, region_of
 from dtrp.partitioner.capture.graph import Captured
@@ -150,7 +151,7 @@ class CostWalk:
             if isinstance(leaf, torch.Tensor):
                 outputs.append(
                     OutputSpec(
-                        tuple(leaf.shape), leaf.stride(), leaf.dtype, grad and leaf.is_floating_point(),
+                        tuple(leaf.shape), strides_of(leaf), leaf.dtype, grad and leaf.is_floating_point(),
                         None, len(fresh),
                     )
                 )  # fmt: skip
@@ -259,7 +260,7 @@ class _Method:
 
 
 def _spec(tensor: torch.Tensor, requires_grad: bool, storage: int) -> TensorSpec:
-    return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, requires_grad, storage)
+    return TensorSpec(tuple(tensor.shape), strides_of(tensor), tensor.dtype, requires_grad, storage)
 
 
 def nbytes(tensor: torch.Tensor) -> int:

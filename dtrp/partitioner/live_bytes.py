@@ -9,6 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtrp.memory import storage_of
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operators make under it; works on fake tensors as on real ones.
@@ -53,8 +55,3 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._live[key] = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
                     alive += storage.nbytes()
         self.peak = max(self.peak, alive)
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """Identifies the memory that a tensor lies in, as long as that lives."""
-    return int(tensor.untyped_storage()._cdata)

@@ -26,10 +26,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from dtrp.memory import bytes_of, storage_of, strides_of
 from dtrp.partitioner.capture.real import random_tensor
 from dtrp.partitioner.capture.snapshot import untouched
 from dtrp.partitioner.capture.structure import mutable
-from dtrp.partitioner.live_bytes import LiveBytes, storage_of
+from dtrp.partitioner.live_bytes import LiveBytes
 from dtrp.partitioner.node_key import TensorSpec, call_key, module_key
 from dtrp.partitioner.op_cost import OpCost, op_cost
 from dtrp.partitioner.sketch import Sketch
@@ -115,7 +116,7 @@ class NodeRunner:
     def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NodeCost:
         """The cost of ``module(*args, **kwargs)``, its parameters and buffers being fake as well."""
         state = {
-            name: TensorSpec(tuple(t.shape), t.stride(), t.dtype, t.requires_grad, -1)
+            name: TensorSpec(tuple(t.shape), strides_of(t), t.dtype, t.requires_grad, -1)
             for name, t in [*module.named_parameters(), *module.named_buffers()]
         }
         config = module_key(module)
@@ -218,7 +219,7 @@ class NodeRunner:
             gradients = [torch.ones_like(t) for t in results]
             backward = _Operators(inputs, self._state, value, gradients)
             backward.note(saved)  # what is kept inside goes away while gradients come
-            kept = [(storage_of(t), t.untyped_storage().nbytes()) for t in saved]
+            kept = [(storage_of(t), bytes_of(t)) for t in saved]
             saved.clear()  # from here on autograd alone holds it
             if results and sources:
                 with sketch, backward:
@@ -248,10 +249,10 @@ def _summary(
         storage = storage_of(leaf)
         alias = owner.get(storage)
         if alias is None and storage not in fresh:
-            fresh[storage] = (len(fresh), leaf.untyped_storage().nbytes())
+            fresh[storage] = (len(fresh), bytes_of(leaf))
         index = fresh[storage][0] if alias is None else -1
         outputs.append(
-            OutputSpec(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, alias, index)
+            OutputSpec(tuple(leaf.shape), strides_of(leaf), leaf.dtype, leaf.requires_grad, alias, index)
         )
     saved_inputs, saved_fresh, inside = set(), set(), {}
     for storage, size in saved:

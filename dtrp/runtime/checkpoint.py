@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..memory import parts_of
 from .folder import (
     Wanted,
     check_replaceable,
@@ -229,9 +230,11 @@ def digest(value: Any) -> str:
 
 def _feed(sha: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        flat = value.detach().contiguous().reshape(-1)
         sha.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
-        if flat.numel():
+        for part in parts_of(value.detach()):
+            flat = part.contiguous().reshape(-1)
+            if not flat.numel():
+                continue
             sha.update(flat.view(torch.uint8).numpy())
     elif isinstance(value, dict):
         sha.update(b"dict" + struct.pack("<q", len(value)))
@@ -267,16 +270,17 @@ def _compact(value: Any, where: str) -> Any:
         if value.layout is torch.strided:
             whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
             return value if whole else value.clone()
-    elif type(value) in (dict, OrderedDict, Counter):
+        return value
+    if type(value) in (dict, OrderedDict, Counter):
         made = type(value)({k: _compact(v, f"{where}.{k}") for k, v in value.items()})
         if hasattr(value, "_metadata"):  # versions of the modules in a model's state_dict
             made._metadata = value._metadata
         return made
-    elif type(value) in (list, tuple):
+    if type(value) in (list, tuple):
         return type(value)(_compact(v, f"{where}[{i}]") for i, v in enumerate(value))
-    elif type(value) in _PLAIN or (type(value) is set and all(type(v) in _PLAIN for v in value)):
+    if type(value) in _PLAIN or (type(value) is set and all(type(v) in _PLAIN for v in value)):
         return value
-    elif hasattr(value, "item") and not isinstance(value, Tensor):  # numpy's numbers
+    if hasattr(value, "item") and not isinstance(value, Tensor):  # numpy's numbers
         return value.item()
     raise CheckpointError(
         f"{where} holds a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved so that "

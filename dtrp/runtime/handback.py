@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..memory import same_place
 from .checkpoint import is_savable, read_content
 from .twins import attributes_of, own_modules, set_attributes
 
@@ -82,7 +83,7 @@ class Owner:
         with torch.no_grad():
             for name, value in state["tensors"].items():
                 tensor = self.tensors.get(name)
-                if isinstance(tensor, Tensor) and tensor.data_ptr() != value.data_ptr():
+                if isinstance(tensor, Tensor) and not same_place(tensor, value):
                     if tensor.shape != value.shape:  # a buffer that grows
                         tensor.resize_(value.shape)
                     tensor.copy_(value)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import accelerators
+from ..memory import bytes_of
 from .answers import Answers
 from .batch import Feed, InFlight, Update
 from .clipping import Norms
@@ -91,7 +92,7 @@ class Stage:
         self.schedule = config.schedule(self.n_stages)
         self.module: nn.Module = program.module
         self.module.to(program.device)
-        holds = sum(t.nbytes for t in (*self.module.parameters(), *self.module.buffers()))
+        holds = sum(map(bytes_of, (*self.module.parameters(), *self.module.buffers())))
         self.meter = Meter(self.stage, self.n_stages, program.device, record=record, holds=holds)
         self.pace = accelerators.Pace(program.device)
         self.ports = Ports(program, links, self.meter, config.grad_shrink)

@@ -134,12 +134,13 @@ class ExampleCalls:
 
 def batch_of(tensors: Sequence[torch.Tensor]) -> tuple[int, tuple[int, ...]]:
     """The batch size (the most common first dimension) and the indices of the tensors that have it."""
-    sizes = Counter(t.shape[0] for t in tensors if t.dim() > 0)
+    rows = {i: t.shape[0] for i, t in enumerate(tensors) if t.dim() > 0 and t.layout == torch.strided}
+    sizes = Counter(rows.values())
     if not sizes:
         return 0, ()
     # Among equally common ones, the first tensor's.
     size = max(sizes, key=lambda s: sizes[s])
-    return size, tuple(i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == size)
+    return size, tuple(i for i, n in rows.items() if n == size)
 
 
 def _repeated(

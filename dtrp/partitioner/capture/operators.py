@@ -24,6 +24,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtrp.memory import storage_of
 from dtrp.partitioner.op_cost import op_flops
 
 from .fakes import FakeWorld
@@ -84,7 +85,7 @@ class Walk:
 def storages_in(tree: Any) -> set[int]:
     """The storages of the tensors in a value; their numbers are good while the tensors live."""
     tensors = (tree,) if isinstance(tree, torch.Tensor) else pytree.tree_leaves(tree)
-    return {int(t.untyped_storage()._cdata) for t in tensors if isinstance(t, torch.Tensor)}
+    return {storage_of(t) for t in tensors if isinstance(t, torch.Tensor)}
 
 
 class OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]

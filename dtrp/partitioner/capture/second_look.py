@@ -142,7 +142,9 @@ def _fewer(tensors: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:
     """Other numbers, which what takes the first ones can do with."""
-    other = tensor.detach().roll(1, 0) if tensor.dim() else tensor.detach()
+    other = tensor.detach()
+    if tensor.dim() and tensor.layout == torch.strided:
+        other = other.roll(1, 0)
     other = other * 0.5 if other.is_floating_point() or other.is_complex() else other
     return other.requires_grad_(tensor.requires_grad)
 

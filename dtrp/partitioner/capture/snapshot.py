@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ... import accelerators
 from .ambient import ambient_state
@@ -79,8 +80,9 @@ class Contents:
         self._form = self._shape(tensor)
         # A graph that waits for its backward pass would take what was put back for something else.
         self._version: Any = nullcontext()
+        self._was = 0 if tensor.is_inference() else tensor._version
         if not tensor.is_inference():
-            self._version = torch.autograd._unsafe_preserve_version_counter(tensor)
+            self._version = _unsafe_preserve_version_counter(tensor)
 
     @staticmethod
     def _shape(tensor: torch.Tensor) -> Any:
@@ -97,8 +99,13 @@ class Contents:
                     self._storage, *self._form[:3]
                 )
             with self._version:
-                if not torch.equal(tensor.detach(), self._value):
+                if not self._as_before(tensor.detach()):
                     tensor.detach().copy_(self._value)
+
+    def _as_before(self, tensor: torch.Tensor) -> bool:
+        if tensor.layout == torch.strided:
+            return torch.equal(tensor, self._value)
+        return tensor._version == self._was
 
 
 @contextmanager
