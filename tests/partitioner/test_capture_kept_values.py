@@ -1,5 +1,7 @@
 """Modules that are kept whole run on the example's own numbers when the model is captured."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -184,3 +186,57 @@ def test_numbers_that_no_call_changes_are_not_touched():
     assert lengths.tolist() == [2, 1, 4]
     assert model.norm.num_batches_tracked == 0
     assert model.norm.running_mean.abs().sum() == 0
+
+
+class Chosen(nn.Module):
+    """Rows that fulfil something: kept whole."""
+
+    def forward(self, x):
+        return x[torch.nonzero(x[:, 0] > -9).flatten()]
+
+
+def test_large_layers_and_what_leads_to_them_are_not_computed(monkeypatch):
+    """A detector's backbone would be, for five calls, and its feature maps kept: 20 GB for two images."""
+    real = []
+    forward = nn.Linear.forward
+
+    def watched(self, x):
+        real.append(type(x) is torch.Tensor)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", watched)
+    width = 1100  # times 4,000 rows: more than is computed
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, width), nn.ReLU(), Chosen(), nn.Flatten())
+    captured = capture(model, (torch.randn(4000, 4),), run=False)
+    assert [k.module for k in captured.kept_whole] == ["3"]
+    assert real
+    assert not any(real)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_nothing_large_is_kept_after_capturing(sized):
+    """What kept modules gave for real, and the example's values on the way to them."""
+
+    class Boxed:
+        def __init__(self, x):
+            self.x, self.size = x, x.shape[0] if sized else 0
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rows = nn.Linear(4, 300), Chosen()
+
+        def forward(self, x):
+            boxed = Boxed(self.first(x))
+            return self.rows(boxed.x * 2) if not sized else self.rows(boxed.x * boxed.size)
+
+    def alive():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and not t.is_meta]
+        return sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values())
+
+    model, x = Model(), torch.randn(2000, 4)
+    before = alive()
+    captured = capture(model, (x,))
+    assert captured.kept_whole
+    assert alive() - before < 2.5 * 2000 * 300  # the kept module's own inputs, for planning

@@ -74,7 +74,7 @@ class ExampleValues(Interpreter):
             current = waiting.pop()
             if current not in found and current not in self.env:
                 found.add(current)
-                waiting.extend(current.all_input_nodes)
+                waiting.extend(() if _is_large(current) else current.all_input_nodes)
         return found
 
     def run_node(self, n: Node) -> Any:
@@ -83,14 +83,13 @@ class ExampleValues(Interpreter):
             position = list(n.graph.find_nodes(op="placeholder")).index(n)
             return self._inputs[position].detach().clone()
         if n.op == "call_module":
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
             module = self.fetch_attr(str(n.target))
-            tensors = pytree.tree_leaves((n.meta.get("val"), args, kwargs))
-            large = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) > _LARGE
+            large = _is_large(n)
             if self._exact and (large or next(module.parameters(), None) is not None):
                 raise ValueError("too dear to be computed")
             if large:
                 return pytree.tree_map_only(torch.Tensor, _drawn, n.meta["val"])
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
             with self._world.left_by(module), untouched(module, tensors=True):
                 return module(*args, **kwargs)
         return super().run_node(n)
@@ -104,6 +103,14 @@ class ExampleValues(Interpreter):
     def fetch_attr(self, target: str) -> Any:
         held = self._writer.held
         return held[target] if target in held else operator.attrgetter(target)(self.module)
+
+
+def _is_large(node: Node) -> bool:
+    """Whether it is a layer too large to be computed: what it would give is drawn, whatever it is given."""
+    if node.op != "call_module":
+        return False
+    tensors = pytree.tree_leaves([n.meta.get("val") for n in (node, *node.all_input_nodes)])
+    return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) > _LARGE
 
 
 class ExampleCalls:
@@ -122,6 +129,11 @@ class ExampleCalls:
             ]
         self._calls = [ExampleValues(model, world, writer, tensors) for tensors in calls]
         self.exact = ExampleValues(model, world, writer, example, exact=True)
+
+    def forget(self) -> None:
+        """All values: sizes in what was recorded may hold on to the recording, and so to these."""
+        for call in (*self._calls, self.exact):
+            call.env.clear()
 
     def meet(self, arguments: Any) -> None:
         """Tell the world what the tensors among a module's arguments are in each."""

@@ -141,6 +141,7 @@ def _check(task: Task, both: BothModes, run: bool) -> dict[bool, Walk]:
 
 def _accepted(task: Task, both: BothModes, way: str, walks: Mapping[bool, Walk]) -> Captured:
     model = task.model
+    task.runs.forget()
     train = both.train.mode_graph(model, walks[True])
     evaluate = train if both.eval is both.train else both.eval.mode_graph(model, walks[False])
     kept = {k.module: k for k in (*_closed(model, both), *both.train.kept_whole, *both.eval.kept_whole)}

@@ -80,6 +80,8 @@ class Fits:
             reason = f"running it on them fails: {_first_line(error)}"
         else:
             return
+        finally:
+            task.runs.forget()
         wanted = self._example[i].dtype
         remedy = f"Give it as {wanted}" if tensors[i].dtype != wanted else "Give it this form"
         raise ValueError(

@@ -6,6 +6,7 @@ On the example's own numbers where these are known, on numbers that they ran on 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,7 +98,7 @@ class RealRuns:
         known = met, self._before(module, args, kwargs)
         if run is None:
             run = RealRun(_first(module, args, kwargs, known))
-            inputs = tuple(t.detach().clone() for t in run.first.inputs)
+            inputs = tuple(t.detach() for t in run.first.inputs)
             self._served.setdefault(id(module), (module, inputs))  # the example's own come first
         if run.second is None and need != "first" and again:
             run = replace(run, second=_another(module, args, kwargs, run.first, known, others))
@@ -108,6 +109,10 @@ class RealRuns:
     def inputs(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
         """The tensors that it first ran on, ``()`` if it never did."""
         return self._served[id(module)][1] if id(module) in self._served else ()
+
+    def forget(self) -> None:
+        """The model is captured: what its modules gave may be large, and can be had again."""
+        self._made.clear()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Known:
         """Numbers like those that the module ran on before."""
@@ -168,7 +173,8 @@ def _another(
             second = _run(module, args, kwargs, seed, make)
             if flatten_output(second.result)[1] == form and (best is None or news(second)):
                 best = second
-    return best or _run(module, args, kwargs, 1, lambda t: _met(t, *known, scale=0.5))
+    best = best or _run(module, args, kwargs, 1, lambda t: _met(t, *known, scale=0.5))
+    return replace(best, inputs=())  # nobody asks for these, and they may be large
 
 
 def plain_values(result: Any) -> list[Any]:
@@ -186,7 +192,7 @@ def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ha
             place = seen.setdefault(id(leaf), len(seen))  # the same tensor may be given twice
             described.append((place, tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad))
         elif isinstance(leaf, _SIMPLE):
-            described.append((type(leaf), leaf))
+            described.append((leaf.__class__, copy.copy(leaf)))  # of a size the number, not its recording
         else:
             return None
     modes = tuple(m.training for m in module.modules())

@@ -115,6 +115,7 @@ class Recorder(TorchFunctionMode, Observer):
         self.writer.output(leaves)
         forget_unread(self.writer.graph)
         self.sizes.tidy()
+        self._examples.forget()
 
     # What the model does
 
