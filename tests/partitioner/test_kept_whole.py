@@ -275,3 +275,19 @@ def test_what_calls_a_scripted_function(x):
     assert names(captured) == ["inner"]
     with pytest.raises(dtrp.CaptureError, match=r"cannot be followed \(TorchScript"):
         capture(Model(lambda m, x: m.b(scripted(m.a(x)))), (x,))
+
+
+def by_vmap(m, x):
+    return m.b(torch.func.vmap(torch.func.jacrev(lambda v: v.tanh().sum()))(m.a(x)))
+
+
+def by_grad(m, x):
+    return m.b(torch.func.grad(lambda v: v.tanh().sum())(m.a(x)))
+
+
+@pytest.mark.parametrize("function", [by_vmap, by_grad])
+def test_what_calls_torch_func(x, function):
+    captured = capture(Model(around, Model(function)), (x,))
+    assert names(captured) == ["inner"]
+    with pytest.raises(dtrp.CaptureError, match=r"(?s)(?=.*torch\.func).* a submodule of its own"):
+        capture(Model(function), (x,))

@@ -72,7 +72,7 @@ _KNOWN = (
         ("calls backward() inside forward",),
         "forward computes gradients itself, through layers that stages would cut apart",
         "Do it in a submodule of its own, under torch.enable_grad() and from a detached input: it is then "
-        "kept whole, as one node; or compute these gradients in the loss.",
+        "kept whole, as one node; or use torch.autograd.grad.",
     ),
     (
         ("checkpoint(use_reentrant=True)",),
@@ -103,6 +103,11 @@ _KNOWN = (
         "the model's own forward draws random numbers that are not torch's",
         "Draw them by torch (torch.rand(()) < p, and torch.where to choose), give them to forward as an "
         "input, or {whole}.",
+    ),
+    (
+        ("BatchedTensorImpl", "TensorWrapper"),
+        "torch.func (vmap, grad, jacrev) runs code on tensors that cannot be followed",
+        "Write it for the whole batch, or {whole}.",
     ),
     (
         ("CannotRecord",),

@@ -20,7 +20,7 @@ from .location import raised_at, user_location
 from .methods import held_name
 from .structure import PLAIN, Step, opened_object, tensors_in
 
-_UNSEEN = "it cannot be followed (TorchScript, a C++ extension, another thread, or an earlier call)"
+_UNSEEN = "it cannot be followed (TorchScript, torch.func, a C++ extension, another thread, an earlier call)"
 
 
 class CannotRecord(Exception):
