@@ -71,7 +71,6 @@ _REFUSED = {
     "torch_compile": "use training={'compile_stages': True}",
     "activation_checkpointing": "stages recompute by themselves, see pipeline={'recompute': ...}",
     "gradient_checkpointing": "stages recompute by themselves, see pipeline={'recompute': ...}",
-    "neftune_noise_alpha": "noise is added by a hook that the stages do not have",
     "auto_find_batch_size": "it would stop and start again in the middle of a run; choose a batch size",
     "use_liger_kernel": "its kernels are put into the model behind the back of what cuts it",
 }

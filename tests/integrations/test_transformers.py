@@ -137,6 +137,21 @@ def test_exact_training_equals_the_library(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_noise_on_embeddings(tmp_path: Path) -> None:
+    """The library's hook adds it, which was refused: in one stage the same noise as there, in two another."""
+    options: dict[str, Any] = {"neftune_noise_alpha": 5.0, "optim": "sgd", "max_steps": 3}
+    theirs = trained(tmp_path / "a", transformers.Trainer, **options)
+    quiet = trained(tmp_path / "b", transformers.Trainer, optim="sgd", max_steps=3)
+    runs = [
+        trained(tmp_path / str(n), PipelineTrainer, pipeline={"n_gpus": n}, training=EXACT, **options)
+        for n in (1, 2)
+    ]
+    assert logged(runs[0]) == pytest.approx(logged(theirs), rel=1e-6)
+    assert all(a != pytest.approx(b, rel=1e-4) for a, b in zip(logged(runs[1]), logged(quiet), strict=True))
+    for run in runs:
+        assert not any(m._forward_hooks for m in run.model.modules())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "updates", "optim"),
@@ -296,7 +311,6 @@ def test_evaluates_saves_and_loads(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"gradient_checkpointing": True}, {}, r"checkpointing=True\): stages recompute by themselves"),
-    ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha=5.0"),
     ({"auto_find_batch_size": True}, {}, "choose a batch size"),
     ({}, {"training": {"accumulate": 2}}, "accumulate comes from gradient_accumulation_steps"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, {}, "steps on a metric"),
