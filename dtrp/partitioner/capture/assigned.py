@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.fx import Node
 
+from dtrp.memory import storage_of
+
+from .structure import tensors_in
 from .writer import CannotRecord, GraphWriter
 
 
@@ -51,7 +55,20 @@ class Assigned:
     def _copy_before(self, name: str) -> None:
         graph = self._writer.graph
         for node in list(graph.find_nodes(op="get_attr", target=name)):
+            if not _is_wanted(node, storage_of(self._writer.attribute(name))):
+                continue
             with graph.inserting_after(node):
                 copy = graph.call_method("clone", (node,))
             node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
             copy.meta = {**node.meta, "copy": name}
+
+
+def _is_wanted(node: Node, storage: int) -> bool:
+    """Whether a backward pass may want what is in this memory, of which the node's value is a view."""
+    for user in node.users:
+        made = [t for _, t in tensors_in(user.meta["val"])]
+        if any(t.requires_grad for t in made):
+            return True
+        if any(storage_of(t) == storage for t in made) and _is_wanted(user, storage):
+            return True
+    return False
