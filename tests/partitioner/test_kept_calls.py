@@ -97,7 +97,35 @@ class Picked(Model):
         return out
 
 
-MODELS = [Rows, Experts, ExpertsInPlace, Graph, Groups, Repeated, Picked]
+class Lengths(Model):
+    """A mask as long as the longest sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 1 + (x[:, 0].abs() * 3).long().clamp(max=7)
+        mask = torch.arange(lengths.max(), device=x.device) < lengths[:, None]
+        hidden = torch.tanh(self.a(x))[:, : mask.size(1)] * mask
+        out: Tensor = self.head(torch.tanh(self.b(x)) + hidden.sum(1, keepdim=True))
+        return out
+
+
+class Classes(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        share = F.one_hot((x[:, 0] > 0).long()).float().mean(0)[:1]
+        out: Tensor = self.head(torch.tanh(self.b(torch.tanh(self.a(x)) * share)))
+        return out
+
+
+class Best(Model):
+    """One row, by a number that is a tensor, and a constant by another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.a(x))
+        best = hidden[hidden.sum(1).argmax()]
+        out: Tensor = self.head(torch.tanh(self.b(hidden + best)) + torch.full((8,), x.max()))
+        return out
+
+
+MODELS = [Rows, Experts, ExpertsInPlace, Graph, Groups, Repeated, Picked, Lengths, Classes, Best]
 
 
 def data(n: int) -> list[tuple[Tensor, Tensor]]:
@@ -202,3 +230,32 @@ def test_a_loss_that_takes_only_what_belongs_together() -> None:
         losses.append(loss.item())
     assert trainer.losses == pytest.approx(losses, rel=1e-5)
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("what", ["view", "base", "view of the base"])
+def test_writing_to_what_values_took_a_view_of_is_refused(what: str) -> None:
+    """The graph has a copy of it, which would not follow."""
+
+    class Writes(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.a(x)).clone()
+            flat = hidden.view(-1)
+            best = hidden[hidden.sum(1).argmax()]
+            written = {"view": best, "base": hidden, "view of the base": flat}[what]
+            written += 1.0
+            out: Tensor = self.head(torch.tanh(self.b(hidden)) + best)
+            return out
+
+    with pytest.raises(CaptureError, match="writes to a tensor of which a call took what values say"):
+        dtrp.compile(Writes(), 2, example_inputs=torch.randn(6, 8))
+
+
+def test_an_answer_by_values_is_no_tensor() -> None:
+    class Equal(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            out: Tensor = self.head(self.b(hidden) if torch.equal(x, x.abs()) else hidden)
+            return out
+
+    with pytest.raises(CaptureError, match="decides something by the values"):
+        dtrp.compile(Equal(), 2, example_inputs=torch.randn(6, 8))

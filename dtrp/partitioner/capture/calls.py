@@ -10,6 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from dtrp.memory import storage_of
+
 from .checkpointed import Checkpointed
 from .custom import Under, form_of, same_form
 from .fakes import FakeWorld, light
@@ -28,6 +30,7 @@ class Calls:
         self._writer, self._world, self._sizes, self._checkpointed = writer, world, sizes, checkpointed
         self._grad = grad  # whether the graph is for calls with gradients
         self.regions: list[str | None] = []  # of torch.autocast that are entered, by device
+        self._apart: list[torch.Tensor] = []  # see `part`
 
     def __call__(
         self, function: Callable[..., Any], form: Callable[..., Any], args: Any, kwargs: Any, kept: str = ""
@@ -57,6 +60,7 @@ class Calls:
             self._writer.node(*self._written(*form(function, args, kwargs)), result)
         if not outputs and not changed:
             return self._sizes.answer(name, args, lambda: form(function, args, kwargs), result)
+        self._refuse_parted(changed)
         for tensor in changed:
             if attribute := self._writer.attribute_name(tensor):
                 self._checkpointed.refuse(attribute)
@@ -69,6 +73,15 @@ class Calls:
             self._cut_off(outputs, node, inputs)
             return result
         return self._learn_all(result, outputs, node, inputs, changed)
+
+    def part(self, given: Any, result: Any) -> None:
+        """What a call gave may be a view in the model and is a copy in the graph: nothing may write to either
+        from now on."""
+        self._apart += [t for _, t in tensors_in((self._fake(given), result))]
+
+    def _refuse_parted(self, changed: list[torch.Tensor]) -> None:
+        if {storage_of(t) for t in changed} & {storage_of(t) for t in self._apart}:
+            raise CannotRecord("writes to a tensor of which a call took what values say, or to what it took")
 
     @property
     def _cuts(self) -> bool:

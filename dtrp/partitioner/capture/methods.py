@@ -3,7 +3,8 @@
 A submodule that decides by values is kept whole where it is called. Code of the root cannot be; but where it
 stands in a method of its own (``self.postprocess(detections)``, ``self.head.compute_loss(...)``), the
 method can. It must use neither parameters nor buffers: those belong to modules. So can a call of torch's that
-gives a shape which depends on values (``x[mask]``), where the code behind takes one course with all of them.
+gives a tensor by looking at values (``x[mask]``, ``torch.arange(lengths.max())``), where the code behind
+takes one course with all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
+
+from dtrp.memory import storage_of
+
+from .structure import map_tensors, tensors_in
 
 # What stops code that decides by values, or whose shapes depend on values, on fake tensors.
 VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -34,7 +39,7 @@ class KeptMethod(nn.Module):
 
 
 class KeptCall(nn.Module):
-    """Calls a function of torch's, or (by its name) a tensor's method."""
+    """Calls a function of torch's, or (by its name) a tensor's method; views of what it gets are copied."""
 
     def __init__(self, target: Any) -> None:
         super().__init__()
@@ -42,9 +47,10 @@ class KeptCall(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
-        if isinstance(self._target, str):
-            return getattr(args[0], self._target)(*args[1:], **kwargs)
-        return self._target(*args, **kwargs)
+        function = getattr(type(args[0]), self._target) if isinstance(self._target, str) else self._target
+        given = {storage_of(t) for _, t in tensors_in((args, kwargs))}
+        result = function(*args, **kwargs)
+        return map_tensors(lambda t: t.clone() if storage_of(t) in given else t, result)
 
 
 class KeptCalls(TorchFunctionMode):

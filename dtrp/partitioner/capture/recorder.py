@@ -40,7 +40,7 @@ from .methods import VALUE_DEPENDENT, KeptCall, KeptMethod, own_methods
 from .patches import Observer
 from .sizes import Sizes
 from .snapshot import foreign_randomness, preserved_randomness
-from .structure import mirror, mutable
+from .structure import mirror, mutable, tensors_in
 from .targets import node_form, property_name
 from .task import Task
 from .writer import Borrows, CannotKeep, CannotRecord, GraphWriter, reason
@@ -139,14 +139,12 @@ class Recorder(TorchFunctionMode, Observer):
                 raise CannotRecord(_REFUSED[name])
             try:
                 return self._calls(func, node_form, args, kwargs)
-            except DynamicOutputShapeException as error:
-                if self.writer.module or self.writer.method:  # which is kept whole
-                    raise
-                return self._call_whole(func, args, kwargs, error)
             except Exception as error:
-                if name != "__bool__":
-                    raise
-                return self._decide(args[0], error)
+                if name == "__bool__":
+                    return self._decide(args[0], error)
+                if not isinstance(error, VALUE_DEPENDENT) or self.writer.module or self.writer.method:
+                    raise  # a module or method is kept whole
+                return self._call_whole(func, args, kwargs, error)
 
     def on_gradient_function(
         self, function: type[torch.autograd.Function], proceed: Callable[..., Any], args: Any, kwargs: Any
@@ -242,9 +240,14 @@ class Recorder(TorchFunctionMode, Observer):
         _, target, args, kwargs = node_form(func, args, kwargs)
         key = f"{getattr(func, '__name__', '').strip('_')}_{len(self.writer.held)}"
         try:
-            return self._as_node(key, KeptCall(target), args, kwargs)
+            result = self._as_node(key, KeptCall(target), args, kwargs)
         except Exception:
             raise error from None
+        if not any(tensors_in(result)):  # a number, by which code decides
+            raise error
+        if not isinstance(error, DynamicOutputShapeException):  # which gives memory of its own
+            self._calls.part((args, kwargs), result)
+        return result
 
     def _as_node(self, key: str, kept: nn.Module, args: Any, kwargs: Any, named: str = "") -> Any:
         """What is kept whole and is none of the model's modules."""

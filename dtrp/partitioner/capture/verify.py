@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -26,7 +25,7 @@ from .decisions import Answers
 from .fakes import FakeWorld, fake_inputs
 from .leaves import has_hooks
 from .location import user_location
-from .methods import KeptCall, KeptCalls, held_name, own_methods
+from .methods import VALUE_DEPENDENT, KeptCall, KeptCalls, held_name, own_methods
 from .operators import Access, Event, OperatorLog, Walk, join, storages_in
 from .patches import Observer, observed
 from .propagate import Runner
@@ -283,7 +282,7 @@ class _Watcher(Observer):
         mark = self.log.mark()
         try:
             return func(*args, **kwargs)
-        except DynamicOutputShapeException:
+        except VALUE_DEPENDENT:
             if self.within or self.module or not self.calls:
                 raise
         self.log.back_to(mark)
