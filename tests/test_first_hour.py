@@ -194,6 +194,19 @@ def test_a_model_without_a_loss_of_its_own(no_workers: None, pipe: dtrp.Pipeline
             t.step(X)
 
 
+def test_a_model_that_gives_several_losses() -> None:
+    """As torchvision's detectors do; what the message says works."""
+    model = Gives(lambda out: {"classes": out.square().mean(), "boxes": out.abs().mean()})
+    pipe = dtrp.compile(model, devices=["cpu"] * 2, example_inputs=X)
+    with (
+        pipe.trainer(None, SGD) as t,
+        pytest.raises(TypeError, match=r"gave dict, .*sum\(losses.values\(\)\)"),
+    ):
+        t.step(X)
+    with pipe.trainer(lambda losses, _: sum(losses.values()), SGD, executor="inline") as t:
+        assert t.step(X, None) is not None
+
+
 def looks_at_values(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target) if output.max() > 0 else output.square().mean()
 

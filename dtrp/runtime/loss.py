@@ -61,6 +61,11 @@ def told(loss_fn: Any) -> str:
 
 
 def _remedy(loss_fn: Any, given: Any) -> str:
+    if loss_fn is None and isinstance(given, dict):
+        return (
+            "losses by name are added up by loss_fn=lambda losses, _: sum(losses.values()), in "
+            "trainer.step(..., None): its last argument is the target, and nobody reads it"
+        )
     if loss_fn is None:
         return "pass a loss_fn such as F.cross_entropy where the model does not compute its loss itself"
     if isinstance(given, Tensor):
