@@ -235,6 +235,24 @@ def test_dataclass_output(x):
     assert output.parts["k"][1] is None
 
 
+class Kept:
+    """As transformers' MiniMax gives its cache, which knows of what class its layers are to be."""
+
+    def __init__(self, y):
+        self.y, self.layer = y, Output
+
+
+def test_objects_that_hold_classes(x):
+    """Given, and between two layers: they were refused."""
+    model = Part(lambda m, x: Kept(m.b(m.inner(Kept(m.a(x))).y)), lambda m, kept: Kept(m.a(kept.y)))
+    captured = assert_faithful(model, (x,))
+    for graph in (captured.graph(False), dtrp.compile(model, devices=["cpu"] * 2, example_inputs=x)):
+        found = graph(x)
+        assert isinstance(found, Kept)
+        assert found.layer is Output
+        assert torch.equal(found.y, model.eval()(x).y)
+
+
 DISTRIBUTIONS = {
     "logits": lambda h: torch.distributions.Categorical(logits=h),
     "probabilities": lambda h: torch.distributions.Categorical(probs=h.softmax(-1)),

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 # One step into a value, as the fx function that makes it: (operator.getitem, key) or (getattr, name).
 Step = tuple[Callable[..., Any], Any]
+Classes = tuple[tuple[str, type], ...]
 
 _CODE = (type, FunctionType, MethodType, ModuleType, partial, nn.Module, torch.SymInt, torch.SymFloat)
 PLAIN = (*base_types, enum.Enum, range, type(None), type(...))  # values that a graph holds as they are
@@ -36,17 +37,17 @@ class Rebuilt:
     the tensors among them replaced.
     """
 
-    def __init__(self, kind: type, names: tuple[str, ...], parts: list[Any]) -> None:
-        self.kind, self.names, self.parts = kind, names, parts
+    def __init__(self, kind: type, names: tuple[str, ...], parts: list[Any], classes: Classes) -> None:
+        self.kind, self.names, self.parts, self.classes = kind, names, parts, classes
 
 
-def rebuilt(kind: Any, names: tuple[str, ...], parts: Iterable[Any]) -> Any:
+def rebuilt(kind: Any, names: tuple[str, ...], parts: Iterable[Any], classes: Classes) -> Any:
     """An object of a class with these attributes, made without calling it."""
     try:
         value = object.__new__(kind)
     except TypeError:  # it is made in C
         value = kind.__new__(kind)
-    for name, part in zip(names, parts, strict=True):
+    for name, part in (*zip(names, parts, strict=True), *classes):
         object.__setattr__(value, name, part)  # also where the class is frozen
         for key, held in vars(part).items() if hasattr(part, "__dict__") else ():
             if isinstance(held, weakref.ref) and isinstance(held(), (kind, type(None))):
@@ -56,13 +57,13 @@ def rebuilt(kind: Any, names: tuple[str, ...], parts: Iterable[Any]) -> Any:
 
 def _flatten_with_keys(value: Rebuilt) -> tuple[list[Any], Any]:
     keys = [pytree.GetAttrKey(name) for name in value.names]
-    return list(zip(keys, value.parts, strict=True)), (value.kind, value.names)
+    return list(zip(keys, value.parts, strict=True)), (value.kind, value.names, value.classes)
 
 
 pytree.register_pytree_node(
     Rebuilt,
-    lambda value: (value.parts, (value.kind, value.names)),
-    lambda parts, context: rebuilt(context[0], context[1], parts),
+    lambda value: (value.parts, (value.kind, value.names, value.classes)),
+    lambda parts, context: rebuilt(context[0], context[1], parts, context[2]),
     flatten_with_keys_fn=_flatten_with_keys,
 )
 
@@ -104,7 +105,7 @@ def opened(value: Any, depth: int = _DEPTH, holds: Callable[[Any, int], bool] | 
             return x
         steps = list(_parts(x))
         names = tuple(name for (_, name), _ in steps)
-        return Rebuilt(type(x), names, [opened(part, depth - 1, holds) for _, part in steps])
+        return Rebuilt(type(x), names, [opened(part, depth - 1, holds) for _, part in steps], classes_in(x))
 
     return pytree.tree_map(open_object, value)
 
@@ -189,9 +190,20 @@ def _parts(value: Any) -> Iterator[tuple[Step, Any]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value)]
         names += [k for k in getattr(value, "__dict__", ()) if k not in names]
-        yield from (((getattr, k), getattr(value, k)) for k in names if hasattr(value, k))
+        yield from _attributes(value, [k for k in names if hasattr(value, k)])
     elif _is_plain_object(value):
-        yield from (((getattr, k), getattr(value, k)) for k in attributes_of(value))
+        yield from _attributes(value, attributes_of(value))
+
+
+def _attributes(value: Any, names: list[str]) -> Iterator[tuple[Step, Any]]:
+    found = [(k, getattr(value, k)) for k in names]
+    return (((getattr, k), part) for k, part in found if not isinstance(part, type))
+
+
+def classes_in(value: Any) -> Classes:
+    """An object's attributes that are classes (what a cache makes its layers of): they stay as they are."""
+    found = [(k, getattr(value, k)) for k in attributes_of(value)]
+    return tuple((k, part) for k, part in found if isinstance(part, type))
 
 
 def _is_data(value: Any, depth: int = _DEPTH) -> bool:

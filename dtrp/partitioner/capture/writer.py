@@ -18,7 +18,7 @@ from .fakes import FakeWorld, light
 from .gradients import enclose
 from .location import raised_at, user_location
 from .methods import held_name
-from .structure import PLAIN, Step, opened_object, tensors_in
+from .structure import PLAIN, Step, classes_in, opened_object, tensors_in
 
 _UNSEEN = "it cannot be followed (TorchScript, torch.func, a C++ extension, another thread, an earlier call)"
 
@@ -227,7 +227,7 @@ class GraphWriter:
             )
         names, parts = attributes
         arguments = tuple(self.argument(part, cut) for part in parts)
-        return self.node("call_function", Rebuild(type(value), names), arguments, {}, value)
+        return self.node("call_function", Rebuild(type(value), names, classes_in(value)), arguments, {}, value)
 
     def _size_node(self, size: Any) -> Any:
         if size.source.graph is not self.graph:  # kept by user code from an earlier recording
