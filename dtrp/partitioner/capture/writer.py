@@ -227,7 +227,9 @@ class GraphWriter:
             )
         names, parts = attributes
         arguments = tuple(self.argument(part, cut) for part in parts)
-        return self.node("call_function", Rebuild(type(value), names, classes_in(value)), arguments, {}, value)
+        return self.node(
+            "call_function", Rebuild(type(value), names, classes_in(value)), arguments, {}, value
+        )
 
     def _size_node(self, size: Any) -> Any:
         if size.source.graph is not self.graph:  # kept by user code from an earlier recording
