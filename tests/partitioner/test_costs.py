@@ -360,3 +360,13 @@ def test_what_fakes_cannot_do_is_not_printed_with_torchs_stacks():
 def test_wrong_arguments(arguments, message, device):
     with pytest.raises(ValueError, match=message):
         costs(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4), device=device, **arguments)
+
+
+def test_looking_for_anomalies_changes_no_costs(device):
+    """Scripts leave it switched on; what it would look at are fakes."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    plain = costs(model, torch.randn(6, 8), device=device)
+    with torch.autograd.set_detect_anomaly(True):
+        looked_at = costs(model, torch.randn(6, 8), device=device)
+        assert torch.is_anomaly_enabled()
+    assert dict(plain.nodes(data=True)) == dict(looked_at.nodes(data=True))

@@ -20,11 +20,12 @@ _DEVICES = ("cpu", "cuda")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, nothing is logged: failed attempts are expected, and torch would print each with its stack."""
+    """Inside, nothing is logged: failed attempts are expected, and torch would print each with its stack.
+    Nor are gradients looked at (``torch.autograd.set_detect_anomaly``), of which fake ones have no values."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(False):
             # torch asks a tensor that code has left on a module (old weight norms do) for its gradient.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             yield
