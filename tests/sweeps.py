@@ -11,7 +11,7 @@ import pytest
 
 def each_once(*factors: Sequence[Any]) -> list[Any]:
     """All combinations of one of each, of which a few are fast, with each value in one of them."""
-    needed = {tuple(f[i % len(f)] for f in factors) for i in range(max(map(len, factors)))}
+    needed = [tuple(f[i % len(f)] for f in factors) for i in range(max(map(len, factors)))]
     return [
         pytest.param(*chosen, marks=[] if chosen in needed else pytest.mark.slow)
         for chosen in product(*factors)

@@ -15,6 +15,7 @@ from dtrp.partitioner.planner import solve
 from dtrp.partitioner.stage_cost import predictions, stage_costs
 from dtrp.partitioner.stage_models import stage_models
 from dtrp.partitioner.training import Training
+from tests.sweeps import each_once
 
 P, G, A, X, Y = 100, 100, 7, 5, 3  # bytes: parameters, gradients, kept, model input, output of each node
 F, B, S = 2.0, 3.0, 0.25  # seconds: forward, backward, one sweep over the parameters
@@ -215,9 +216,9 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("recompute", [True, False, "auto"])
-@pytest.mark.parametrize("n_stages", [1, 2, 3, 5])
-@pytest.mark.parametrize("limit", [None, 40_000.0])
+@pytest.mark.parametrize(
+    ("recompute", "n_stages", "limit"), each_once([True, False, "auto"], [1, 2, 3, 5], [None, 40_000.0])
+)
 def test_planning_and_reporting_agree(recompute, n_stages, limit, kind, device):
     """The weights that the solver sums up and the exact evaluation are two ways to the same numbers."""
     graph = cost_graph(capture(Branches(), (torch.randn(8, 16),)), device=replace(device, kind=kind))

@@ -18,6 +18,7 @@ import dtrp
 from dtrp.errors import InfeasiblePlanError
 from dtrp.partitioner import DeviceClass, StageModel, StageOption, partition
 from dtrp.partitioner.compiler import compile_model
+from tests.sweeps import sweep
 
 from .oracle import Case, assignments, max_load, random_case, violations
 
@@ -70,7 +71,7 @@ def check(rng: random.Random, max_nodes: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", sweep(range(4)))
 def test_agrees_with_brute_force(block: int) -> None:
     """The best of all partitions and all orders of up to four classes of devices, with proof."""
     rng = random.Random(9000 + block)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dtrp
+from tests.sweeps import each_once
 
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
 
@@ -44,13 +45,15 @@ def grouped(model: nn.Module, data: Any, size: int, epochs: int, clip: float | N
 
 
 @either
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
-@pytest.mark.parametrize(("n", "size"), [(7, 3), (5, 4), (2, 4), (6, 3)])
-@pytest.mark.parametrize("n_stages", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("optimizer", "groups", "n_stages"),
+    each_once([SGD, ADAMW], [(7, 3), (5, 4), (2, 4), (6, 3)], [1, 2, 3]),
+)
 def test_an_incomplete_group_is_stepped_with(
-    n_stages: int, n: int, size: int, optimizer: Any, executor: str
+    n_stages: int, groups: tuple[int, int], optimizer: Any, executor: str
 ) -> None:
     model, twin = calm(), calm()
+    n, size = groups
     knobs = {"method": "bp", "accumulate": size, "optimizer": optimizer}
     with trainer(compiled(model, n_stages), executor, **knobs) as t:
         t.fit(batches(n), 2)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dtrp
+from tests.sweeps import each_once
 
 from .toys import ADAMW, SGD, batches, mlp, same, trainer
 
@@ -105,9 +106,7 @@ def compiled(model: nn.Module, n_stages: int) -> dtrp.Pipeline:
 
 
 @pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("n_stages", [1, 2, 3])
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+@pytest.mark.parametrize(("n_stages", "name", "optimizer"), each_once([1, 2, 3], list(LOSSES), [SGD, ADAMW]))
 def test_as_in_the_plain_loop(optimizer: Any, name: str, n_stages: int, executor: str) -> None:
     model, loss = mlp(3, dropout=0.0), LOSSES[name]()
     before = copy.deepcopy(loss.state_dict())
@@ -136,9 +135,17 @@ def test_in_worker_processes() -> None:
     assert loss.calls == 8
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("knobs", [{}, {"horizon": "stage"}, {"schedule": "lean"}, {"method": "fdg"},
-                                   {"max_grad_norm": 0.5}, {"accumulate": 2}])  # fmt: skip
+DECOUPLED: list[dict[str, Any]] = [
+    {},
+    {"horizon": "stage"},
+    {"schedule": "lean"},
+    {"method": "fdg"},
+    {"max_grad_norm": 0.5},
+    {"accumulate": 2},
+]
+
+
+@pytest.mark.parametrize(("name", "knobs"), each_once(list(LOSSES), DECOUPLED))
 def test_decoupled(knobs: dict[str, Any], name: str) -> None:
     """The loss learns with the model, whatever the method, and its state moves once per batch."""
     knobs = {"optimizer": partial(torch.optim.SGD, lr=0.01, momentum=0.5), **knobs}

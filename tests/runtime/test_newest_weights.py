@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dtrp
+from tests.sweeps import each_once
 
 from .inside import processes
 from .toys import SGD, batches, compiled, mlp, same, trainer
@@ -41,8 +42,10 @@ def trained(data: Any, executor: str = "inline", n_stages: int = 2, **knobs: Any
 
 
 @inline_or_slow
-@pytest.mark.parametrize("knobs", [{}, {"method": "fdg"}, {"batch_compensation": 3}, {"micro_batches": 2}])
-@pytest.mark.parametrize("n_stages", [2, 4])
+@pytest.mark.parametrize(
+    ("knobs", "n_stages"),
+    each_once([{}, {"method": "fdg"}, {"batch_compensation": 3}, {"micro_batches": 2}], [2, 4]),
+)
 def test_the_same_tensors_may_be_filled_again(n_stages: int, knobs: dict[str, Any], executor: str) -> None:
     """A buffer for a batch, filled again and again, as data pipelines without allocations do."""
     data = batches(12)

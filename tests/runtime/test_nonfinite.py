@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dtrp
+from tests.sweeps import each_once
 
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
 
@@ -95,9 +96,7 @@ def plain(make: Any, loss_fn: Any, optimizer: Any, clip: float | None = None, ac
 
 
 @either
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("n_stages", [1, 2, 3])
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+@pytest.mark.parametrize(("name", "n_stages", "optimizer"), each_once(list(CASES), [1, 2, 3], [SGD, ADAMW]))
 def test_skipped_as_in_the_plain_loop(optimizer: Any, n_stages: int, name: str, executor: str) -> None:
     """In all stages or in none, though a single one sees it; and counted."""
     make, loss_fn = CASES[name]
@@ -144,8 +143,7 @@ DECOUPLED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("knobs", DECOUPLED)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("knobs", "name"), each_once(DECOUPLED, list(CASES)))
 def test_decoupled_runs_go_on(name: str, knobs: dict[str, Any]) -> None:
     """No weight, velocity or buffer ever becomes nan, and later batches are trained."""
     make, loss_fn = CASES[name]

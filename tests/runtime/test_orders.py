@@ -16,6 +16,7 @@ import dtrp
 from dtrp.partitioner.training import Training
 from dtrp.runtime.predictors import Adam
 from dtrp.runtime.schedule import Action, Schedule
+from tests.sweeps import each_once
 
 from .inside import kept_versions, stages
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
@@ -145,8 +146,7 @@ ORDERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ORDERS)
-@pytest.mark.parametrize("n_stages", [1, 2, 4])
+@pytest.mark.parametrize(("n_stages", "name"), each_once([1, 2, 4], list(ORDERS)))
 def test_every_batch_is_trained_once(n_stages: int, name: str) -> None:
     model = mlp()
     with trainer(compiled(model, n_stages), **ORDERS[name]) as t:
@@ -188,9 +188,9 @@ def test_what_is_held(order: str, held: list[int]) -> None:
         assert [s.most_stashed for s in t.stats][:3] == held
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("order", ["fig1", "lean"])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "order", "adaptive"), each_once([1, 2, 3, 4, 6], ["fig1", "lean"], [False, True])
+)
 def test_micro_batches_share_versions_of_the_weights(adaptive: bool, order: str, parts: int) -> None:
     """With one for each graph, memory would grow with the parts; with fewer than the planner counts on, a
     graph would be on weights that have changed."""

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dtrp
 from tests.reference.models import FLAT_CNN, MLP, RESNET, TWO_HEADS, UNET, Batch, Case, mlp
+from tests.sweeps import each_once
 
 EPOCHS = 5
 PER_EPOCH = 10
@@ -106,7 +107,6 @@ HEAVY = {
     "compiled stages": [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)],
     "a loader with worker processes": [pytest.mark.slow],
 }
-FEATURES = [pytest.param(name, marks=HEAVY.get(name, [])) for name in TABLE]
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -215,8 +215,16 @@ def assert_the_schedule_mattered(row: Row, weights: dict[str, Tensor]) -> None:
     assert any(not torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("n_stages", [1, 2, 4])
-@pytest.mark.parametrize("feature", FEATURES)
+QUICK = [name for name in TABLE if name not in HEAVY]
+
+
+@pytest.mark.parametrize(
+    ("feature", "n_stages"),
+    [
+        *each_once(QUICK, [1, 2, 4]),
+        *(pytest.param(name, n, marks=HEAVY[name]) for name in HEAVY for n in (1, 2, 4)),
+    ],
+)
 def test_epochs_are_those_of_the_plain_loop(feature: str, n_stages: int) -> None:
     check(TABLE[feature], n_stages, "inline")
 
