@@ -1,6 +1,7 @@
 """What forward does besides computing (modes, attributes, lent weights, writes) trains as in a plain loop."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -55,8 +56,9 @@ def loss_of(output, target):
     return F.mse_loss(first, target) + 0.1 * aux
 
 
-def assert_trains_alike(model, *, executor="inline", stages=2):
-    """Weights, buffers, losses and modes after some batches are those of the plain loop; the pipeline."""
+def assert_trains_alike(model, *, executor="inline", stages=2, around=nullcontext):
+    """Weights, buffers, losses and modes after some batches are those of the plain loop; the pipeline,
+    which is compiled with ``around`` around it."""
     plain, data = copy.deepcopy(model), batches()
     optimizer, losses = SGD(plain.parameters()), []
     for x, y in data:
@@ -65,7 +67,8 @@ def assert_trains_alike(model, *, executor="inline", stages=2):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    pipe = dtrp.compile(model, n_gpus=stages, devices=["cpu"] * stages, example_inputs=data[0][0])
+    with around():
+        pipe = dtrp.compile(model, n_gpus=stages, devices=["cpu"] * stages, example_inputs=data[0][0])
     with pipe.trainer(loss_fn=loss_of, optimizer=SGD, method="bp", executor=executor) as trainer:
         for x, y in data:
             trainer.step(x, y)
@@ -75,6 +78,11 @@ def assert_trains_alike(model, *, executor="inline", stages=2):
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     assert [m.training for m in model.modules()] == [m.training for m in plain.modules()]
     return pipe
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_compiled_where_gradients_are_off(around):
+    assert_trains_alike(Model(lambda m, x: m.head(m.part(m.backbone(x)))), around=around)
 
 
 def inference(m, x):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -21,11 +22,14 @@ _DEVICES = ("cpu", "cuda")
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, nothing is logged: failed attempts are expected, and torch would print each with its stack.
-    Nor are gradients looked at (``torch.autograd.set_detect_anomaly``), of which fake ones have no values."""
+    Nor are gradients looked at (``torch.autograd.set_detect_anomaly``), of which fake ones have no values.
+    Where a caller is in ``torch.inference_mode``, there are gradients all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(False):
+        inference = torch.is_inference_mode_enabled()  # leaving it elsewhere would switch gradients on
+        left: Any = torch.inference_mode(False) if inference else nullcontext()
+        with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(False), left:
             # torch asks a tensor that code has left on a module (old weight norms do) for its gradient.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             yield
