@@ -141,6 +141,8 @@ class PipelineTrainer(_Trainer):
         self._told = 0  # losses that have been logged or added up
         if resume is not None:
             self._resume(self._run, resume)
+        elif self.optimizer.state:  # of an earlier call of train, or the user's own
+            import_state(self._run, self.optimizer, self.lr_scheduler, None, 0)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
@@ -250,6 +252,8 @@ class PipelineTrainer(_Trainer):
         assert self._run is not None
         self._run.flush()
         self._tr_loss += self._new_losses()
+        assert self.optimizer is not None
+        export_state(self._run, self.optimizer)
         self._close()
         return super()._finalize_training(*args)  # type: ignore[no-untyped-call]
 

@@ -309,6 +309,18 @@ def test_evaluates_saves_and_loads(tmp_path: Path) -> None:
     assert mine.evaluate()["eval_loss"] == pytest.approx(logged(mine, "eval_loss")[1], rel=1e-5)
 
 
+def test_a_second_call_of_train_has_the_optimizers_state(tmp_path: Path) -> None:
+    """As the library's has: it began anew, without a word."""
+    options: dict[str, Any] = {"max_steps": 3, "lr_scheduler_type": "constant"}
+    mine = trained(tmp_path / "a", PipelineTrainer, pipeline=2, training=EXACT, **options)
+    theirs = trained(tmp_path / "b", transformers.Trainer, **options)
+    for trainer in (mine, theirs):
+        assert {len(trainer.optimizer.state[p]) for p in trainer.model.parameters()} == {3}
+        trainer.train()
+    assert logged(mine) == pytest.approx(logged(theirs), rel=1e-4)
+    assert len(logged(mine)) == 3  # of the second call
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"gradient_checkpointing": True}, {}, r"checkpointing=True\): stages recompute by themselves"),
     ({"auto_find_batch_size": True}, {}, "choose a batch size"),
