@@ -291,3 +291,16 @@ def test_what_calls_torch_func(x, function):
     assert names(captured) == ["inner"]
     with pytest.raises(dtrp.CaptureError, match=r"(?s)(?=.*torch\.func).* a submodule of its own"):
         capture(Model(function), (x,))
+
+
+def split_by_a_tensor(m, x):
+    first, second = torch.tensor_split(m.a(x), torch.tensor([2]))
+    return m.b(torch.cat([second, first]))
+
+
+def test_a_function_that_reads_numbers_unseen(x):
+    """In C++, which dispatches nothing: the message names what it is and where it works."""
+    captured = assert_faithful(Model(around, Model(split_by_a_tensor)), (x,))
+    assert names(captured) == ["inner"]
+    with pytest.raises(dtrp.CaptureError, match=r"(?s)tensor_split by a tensor.* a submodule of its own"):
+        capture(Model(split_by_a_tensor), (x,))

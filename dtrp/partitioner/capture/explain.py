@@ -110,6 +110,12 @@ _KNOWN = (
         "Write it for the whole batch, or {whole}.",
     ),
     (
+        ("data is not allocated yet",),
+        "a function of torch's reads the numbers in a tensor where it cannot be followed "
+        "(pad_packed_sequence, tensor_split by a tensor)",
+        "Give it plain numbers, or {whole} (together with what makes and uses such values).",
+    ),
+    (
         ("CannotRecord",),
         "the model does something that a graph cannot hold",
         "Rewrite this line without it, or {whole}.",
