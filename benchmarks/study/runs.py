@@ -25,7 +25,7 @@ class Run:
         Arguments of `Pipeline.trainer`.
     stages, seed : int
     model : str
-        ``"resnet-8"``, ``"resnet-14"``, ``"resnet-8-gn"`` (GroupNorm), ``"gpt-6"``.
+        ``"resnet-8"``, ``"resnet-14"``, ``"resnet-20"``, ``"resnet-8-gn"`` (GroupNorm), ``"gpt-6"``.
     optimizer : str
         A name of optimizers.py.
     epochs, batches, batch_size : int
@@ -112,6 +112,7 @@ RUNS: list[Run] = [
     feedback(R8),
     *group(R14, ("bp", "bp, 3 parts", "bp, 4 parts", "default", "lean, 4 parts"), seeds=3),
     *group(R14, EARLIER),
+    *group(replace(images("resnet-20", 4), epochs=10), ("bp", "bp, 2 parts", "default")),
     *group(images("resnet-8-gn", 4), ("bp", "default", "lean")),
     *group(GPT, ("bp", "default"), seeds=3),
     *group(GPT, ("lean", "lean, 2 parts", "lean, 4 parts", "fig1")),
