@@ -1,8 +1,8 @@
 """Memory of each stage, measured tensor by tensor, for back-propagation, FDG and DTRP at several K.
 
     python benchmarks/memory.py [--models resnet56,transformer] [--stages 1,2,4,8] [--markdown docs/memory.md]
-    python benchmarks/memory.py --models resnet1202 --stages 8 --steps 50        # very deep
-    python benchmarks/memory.py --models wrn-28-10 --stages 4 --steps 50          # very wide
+    python benchmarks/memory.py --models resnet1202 --stages 8 --steps 50 --lr 0.001   # very deep
+    python benchmarks/memory.py --models wrn-28-10 --stages 4 --steps 50               # very wide
 
 The stages run inline, one after the other. Counted are the storages that are alive, each once:
 
@@ -38,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests say how to look 
 
 from tests.runtime.inside import stages
 
-SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 METHODS = ("bp", "fdg", "dtrp")
 MB = 1e6
 
@@ -226,12 +225,12 @@ def compiled(subject: Subject, n_stages: int) -> dtrp.Pipeline:
     return dtrp.compile(subject.make(), n_gpus=n_stages, example_inputs=subject.batch()[0], recompute=True)
 
 
-def measure(subject: Subject, pipe: dtrp.Pipeline, method: str, steps: int) -> list[Row]:
+def measure(subject: Subject, pipe: dtrp.Pipeline, method: str, steps: int, optimizer: Any) -> list[Row]:
     """Of so many batches; before the pipeline is full nothing is at its peak."""
     torch.manual_seed(0)
     batches = [subject.batch() for _ in range(4)]
     with pipe.trainer(
-        subject.loss_fn, SGD, method=method, micro_batches=1, executor="inline", seed=0, threads=1
+        subject.loss_fn, optimizer, method=method, micro_batches=1, executor="inline", seed=0, threads=1
     ) as trainer:
         ledgers: list[Ledger] = []
         for step in range(max(steps, 2 * pipe.n_stages + 2)):
@@ -280,9 +279,11 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(USUAL), help=f"of {', '.join(SUBJECTS)}")
     parser.add_argument("--stages", default="1,2,4,8")
     parser.add_argument("--steps", type=int, default=0, help="batches; at least 2 K + 2")
+    parser.add_argument("--lr", type=float, default=0.01, help="of SGD with momentum 0.9")
     parser.add_argument("--markdown", type=Path, help="write the tables there")
     args = parser.parse_args()
     counts = [int(k) for k in args.stages.split(",")]
+    optimizer = partial(torch.optim.SGD, lr=args.lr, momentum=0.9)
     parts, fine = [], True
     for name in args.models.split(","):
         found = {}
@@ -291,7 +292,7 @@ def main() -> int:
             start = {name: value.clone() for name, value in pipe.state_dict().items()}
             for method in METHODS:
                 pipe.load_state_dict(start)
-                found[method, k] = measure(SUBJECTS[name], pipe, method, args.steps)
+                found[method, k] = measure(SUBJECTS[name], pipe, method, args.steps, optimizer)
                 total = sum(r.total for r in found[method, k]) / MB
                 print(f"{name:<12} K={k}  {method:<5} {total:8.1f} MB", flush=True)
             if k == 4:
