@@ -151,16 +151,16 @@ def test_dtrp(formula: tuple[str, str], n_stages: int, horizon: str) -> None:
     [
         ("momentum", "auto"),
         ("sgd", "auto"),
-        ("sgd", "difference"),
+        pytest.param("sgd", "difference", marks=slow),
         ("dampened", "geometric"),
-        ("nesterov", "linear"),
+        pytest.param("nesterov", "linear", marks=slow),
         ("nesterov", "geometric"),
         ("adam", "adam"),
-        ("adam", "difference"),
+        pytest.param("adam", "difference", marks=slow),
         ("adam", "auto"),
         ("adamw", "auto"),
         ("rmsprop", "difference"),
-        ("rmsprop", "auto"),
+        pytest.param("rmsprop", "auto", marks=slow),
     ],
 )
 @pytest.mark.parametrize("n_stages", [pytest.param(2, marks=slow), 3, pytest.param(4, marks=slow)])

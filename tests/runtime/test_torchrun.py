@@ -301,6 +301,7 @@ def told(said: str, start: str = "TOLD") -> list[tuple[float, str]]:
     return [(float(line[0]), "".join(line[1:])) for line in lines]
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
     """An exception of a stage, one of the script, batches that differ, calls or settings that differ, a
     process that dies: each in turn, in the same processes. Without word from others a rank would wait for

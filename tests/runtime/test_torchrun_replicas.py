@@ -47,6 +47,7 @@ JOINED = """
 """
 
 
+@pytest.mark.slow
 def test_replicas_train_as_one_pipeline_does(tmp_path: Path) -> None:
     """Two pipelines of two stages, parts of unequal size, momentum, a clipped norm over tied weights."""
     assert run(tmp_path, 4, JOINED + "\n    compare(max_grad_norm=0.3)\n").count("SAME") == 4

@@ -27,6 +27,7 @@ SAVED = """
 """
 
 
+@pytest.mark.slow
 def test_what_ranks_save_loads_anywhere(tmp_path: Path) -> None:
     """A folder written by two ranks, each its own part, has what a file has; two ranks, three stages in one
     process and the plain model take it over, with gradients that wait and optimizer state."""
@@ -139,6 +140,7 @@ def test_a_restarted_run_trains_what_it_would_have_trained(tmp_path: Path) -> No
     assert {p.name for p in tmp_path.glob("*.[01]")} == {"14.1", "27.0"}
 
 
+@pytest.mark.slow
 def test_a_model_on_meta_is_made_real_stage_by_stage(tmp_path: Path) -> None:
     """From safetensors files, by a function and from a run that ranks saved: each rank's own parameters
     alone, and of the run nothing else is read; they train to the bits of a model that was real from the
