@@ -577,7 +577,7 @@ def test_an_unchanged_model_is_not_captured_again(monkeypatch):
     assert torch.equal(pipe(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_refused_transform_leaves_nothing_behind():
     class Jvp(nn.Module):
         def __init__(self):
