@@ -38,12 +38,22 @@ class Sketch(FlopCount):  # type: ignore[no-untyped-call]
 
 
 def _random_like(shape: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Random numbers with the sizes and strides of a meta tensor; they repeat, as drawing all takes long."""
+    """Random numbers with the sizes and strides of a meta tensor."""
     made = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=device)
-    drawn = torch.randn(min(_DRAWN, made.numel()), dtype=made.dtype, device=device)
-    for part in torch.split(made.as_strided((made.numel(),), (1,)), _DRAWN):
-        part.copy_(drawn[: len(part)])
+    fill_normal(made.as_strided((made.numel(),), (1,)))
     return made
+
+
+def fill_normal(flat: torch.Tensor) -> None:
+    """Normal random numbers; many of them repeat, as drawing all takes long."""
+    dtype = torch.complex64 if flat.is_complex() else torch.float32  # not every type of flat's can be drawn
+    drawn = torch.randn(min(_DRAWN, len(flat)), dtype=dtype, device=flat.device)
+    flat[: len(drawn)] = drawn
+    done = len(drawn)
+    while done < len(flat):
+        more = min(done, len(flat) - done)
+        flat[done : done + more] = flat[:more]
+        done += more
 
 
 def _is_real_number(leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """Modules that a graph holds whole: what they keep, change and give must be as in the plain model."""
 
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,25 @@ def test_what_it_puts_into_an_ordered_dict(x):
     captured = capture(model, (x,), run=False)
     assert_faithful(model, (x,), captured=captured)
     assert names(captured) == ["inner"]
+
+
+def test_an_ordered_dict_and_an_object_with_a_list_reach_it_as_such(x):
+    """The graph handed it a plain dict, which has no order to be asked for."""
+
+    def first(m, found, held):
+        name, y = found.popitem(last=False)
+        assert name == "a"
+        assert type(held.sizes) is list
+        return m.b(y) if y.sum() > 0 else m.a(held.x)
+
+    def use(m, x):
+        y = m.a(x)
+        return m.inner(OrderedDict(a=y, b=2 * y), SimpleNamespace(x=y, sizes=[3, 4]))
+
+    model = Model(use, first)
+    assert names(assert_faithful(model, (x,))) == ["inner"]
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert torch.equal(pipe(x), model(x))
 
 
 def test_a_factorization_of_a_heavy_product():

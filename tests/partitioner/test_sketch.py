@@ -1,11 +1,13 @@
 """Real runs without the price of their heavy products."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtrp.partitioner.capture import capture, second_look
+from dtrp.partitioner.capture import capture, real, second_look
 from dtrp.partitioner.capture.real import RealRuns
 from dtrp.partitioner.sketch import Sketch
 
@@ -74,6 +76,40 @@ def test_modules_that_really_run_are_sketched():
     assert run.flops == counted(Picked(), x) == 2 * 2 * 256 * 64 * 4096
     assert run.result.shape[1] == 64
     assert 0 < len(run.result) < 256
+
+
+class Chooser(nn.Module):
+    """Decides by values, and gives a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.far = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, found, labels):
+        x = found["x"]
+        return (self.near if x.sum() > 0 else self.far)(x).sub(labels).square().mean()
+
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.back, self.head = nn.Linear(8, 8), Chooser()
+
+    def forward(self, x, labels):
+        return self.head(OrderedDict(x=self.back(x)), labels)
+
+
+def test_few_runs_of_what_really_runs(monkeypatch):
+    """Each takes long in a detector: a loss has no size to be looked for, and the graph asks for no other."""
+    tries, run_once = [], real._run_once
+
+    def counting(*args):
+        tries.append(args)
+        return run_once(*args)
+
+    monkeypatch.setattr(real, "_run_once", counting)
+    capture(Detector(), (torch.randn(4, 8), torch.randint(0, 2, (4, 1))), run=False)
+    assert len(tries) == 4, "two in each mode"
 
 
 def test_their_flops_count_when_a_comparison_is_weighed(monkeypatch):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from .structure import Classes, flatten_output, rebuilt
+from .structure import Classes, flatten_output, mutable, rebuilt
 
 
 @has_side_effect
@@ -114,7 +114,7 @@ class Rebuild:
 
     def __call__(self, *values: Any) -> Any:
         """The object with these attributes."""
-        return rebuilt(self.kind, self.names, values, self.classes)
+        return rebuilt(self.kind, self.names, mutable(values), self.classes)
 
 
 @dataclass(frozen=True)

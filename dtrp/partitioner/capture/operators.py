@@ -233,9 +233,9 @@ def join(
 ) -> list[torch.Tensor]:
     """An event for a module that really ran, and its outputs as functions of its inputs."""
     own = {id(t) for t in inputs}
-    fresh = [t for t in outputs if id(t) not in own]
+    fresh = [t for t in outputs if id(t) not in own and t.requires_grad]
     made: dict[int, torch.Tensor] = {}
-    if fresh and torch.is_grad_enabled() and any(t.requires_grad for t in fresh):
+    if fresh and torch.is_grad_enabled():
         flows = [t for t in inputs if t.requires_grad]
         joined: Any = _Unseen.apply(log, len(fresh), *fresh, *flows)
         made = {id(t): j for t, j in zip(fresh, joined, strict=True)}

@@ -17,10 +17,10 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from dtrp.partitioner.op_cost import FlopCount
-from dtrp.partitioner.sketch import Sketch
+from dtrp.partitioner.sketch import Sketch, fill_normal
 
 from .leaves import trained_by
-from .snapshot import untouched
+from .snapshot import Found
 from .state import REGISTRIES
 from .structure import flatten_output, map_tensors, mutable, tensors_in
 
@@ -96,12 +96,14 @@ class RealRuns:
         run = self._made.get(key)
         again = need == "both" or run is not None or key is None
         known = met, self._before(module, args, kwargs)
+        go = partial(_run, Found(module), module, args, kwargs)
         if run is None:
-            run = RealRun(_first(module, args, kwargs, known))
+            run = RealRun(_first(go, known))
             inputs = tuple(t.detach() for t in run.first.inputs)
             self._served.setdefault(id(module), (module, inputs))  # the example's own come first
         if run.second is None and need != "first" and again:
-            run = replace(run, second=_another(module, args, kwargs, run.first, known, others))
+            counts = any(_counts(t) for _, t in tensors_in((args, kwargs)))
+            run = replace(run, second=_another(go, counts, run.first, known, others))
         if key is not None:
             self._made[key] = run
         return run
@@ -136,19 +138,21 @@ Make = Callable[[torch.Tensor], torch.Tensor]
 """A real tensor in place of a fake one."""
 
 
-def _first(module: nn.Module, args: Any, kwargs: Any, known: Sequence[Known]) -> Run:
+Go = Callable[[int, Make], Run]
+"""A run with a seed, on what is made."""
+
+
+def _first(go: Go, known: Sequence[Known]) -> Run:
     """A run with what is known, and zeros for other integers; or ones, where these may be lengths."""
     try:
-        return _run(module, args, kwargs, 0, lambda t: _met(t, *known))
+        return go(0, lambda t: _met(t, *known))
     except Exception as error:
         with contextlib.suppress(Exception):
-            return _run(module, args, kwargs, 0, lambda t: _ones_like(t) if _counts(t) else _met(t, *known))
+            return go(0, lambda t: _ones_like(t) if _counts(t) else _met(t, *known))
         raise error from None
 
 
-def _another(
-    module: nn.Module, args: Any, kwargs: Any, first: Run, known: Sequence[Known], others: Sequence[Known]
-) -> Run:
+def _another(go: Go, counts: bool, first: Run, known: Sequence[Known], others: Sequence[Known]) -> Run:
     """A run with other numbers, as different as the module can take without giving another form of result."""
     form = flatten_output(first.result)[1]
 
@@ -159,21 +163,21 @@ def _another(
 
     # Sizes may be equal in two runs by chance: what shows that they depend on values is looked for. Other
     # samples of the example are dear to compute; they matter where numbers count or choose something.
-    counts = any(_counts(t) for _, t in tensors_in((args, kwargs)))
     given: list[Make] = [partial(_given, met) for met in others if met]
     makers: list[Make] = [_varied_like, *(given if counts else ()), _random_like, *(() if counts else given)]
     if counts:
         makers.append(lambda t: _met(t, *known) if _counts(t) else _random_like(t))
         makers.append(lambda t: _ones_like(t) if _counts(t) else _random_like(t))
     best: Run | None = None
+    sized = any(t.dim() for _, t in tensors_in(first.result))
     for seed, make in enumerate(makers, 1):
-        if best is not None and (news(best) or (make in given and not counts)):
+        if best is not None and (not sized or news(best) or (make in given and not counts)):
             break
         with contextlib.suppress(Exception):
-            second = _run(module, args, kwargs, seed, make)
+            second = go(seed, make)
             if flatten_output(second.result)[1] == form and (best is None or news(second)):
                 best = second
-    best = best or _run(module, args, kwargs, 1, lambda t: _met(t, *known, scale=0.5))
+    best = best or go(1, lambda t: _met(t, *known, scale=0.5))
     return replace(best, inputs=())  # nobody asks for these, and they may be large
 
 
@@ -199,15 +203,17 @@ def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ha
     return id(module), modes, torch.is_grad_enabled(), repr(spec), tuple(described)
 
 
-def _run(module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make) -> Run:
+def _run(found: Found, module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make) -> Run:
     """Run with the inputs that ``make`` makes: without heavy products, or with them if it fails without."""
     try:
-        return _run_once(module, args, kwargs, seed, make, Sketch())
+        return _run_once(found, module, args, kwargs, seed, make, Sketch())
     except Exception:  # such as a factorization of what should be a product
-        return _run_once(module, args, kwargs, seed, make, FlopCount())
+        return _run_once(found, module, args, kwargs, seed, make, FlopCount())
 
 
-def _run_once(module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make, under: FlopCount) -> Run:
+def _run_once(
+    found: Found, module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make, under: FlopCount
+) -> Run:
     given: list[torch.Tensor] = []
     cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: a tensor, and the same without history
 
@@ -228,7 +234,7 @@ def _run_once(module: nn.Module, args: Any, kwargs: Any, seed: int, make: Make, 
         pairs = ((m, name) for m in module.modules() for name in m.__dict__ if name not in REGISTRIES)
         return {(m, name): value for m, name in pairs if list(tensors_in(value := m.__dict__[name]))}
 
-    with untouched(module, tensors=True):
+    with found.again(tensors=True):
         known = {key: [t for _, t in tensors_in(value)] for key, value in attributes().items()}
         torch.manual_seed(seed)
         inputs = map_tensors(real, (args, kwargs))
@@ -264,8 +270,9 @@ def _met(fake: torch.Tensor, *known: Known, scale: float = 1.0, any_shape: bool 
     real = next((t for t in found if t is not None and (any_shape or t.shape == fake.shape)), None)
     if real is None:
         return _random_like(fake)
-    real = real.detach().clone()
-    return (real if _counts(real) else real * scale).requires_grad_(fake.requires_grad)
+    real = real.detach()
+    scaled = real.clone() if _counts(real) or scale == 1 else real * scale
+    return scaled.requires_grad_(fake.requires_grad)
 
 
 def _given(met: Known, fake: torch.Tensor) -> torch.Tensor:
@@ -296,4 +303,6 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
         return torch.ones(shape, dtype=dtype, device=device)
     if not (dtype.is_floating_point or dtype.is_complex):
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.randn(shape, device=device).to(dtype)
+    made = torch.empty(shape, dtype=dtype, device=device)
+    fill_normal(made.view(-1))
+    return made

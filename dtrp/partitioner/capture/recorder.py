@@ -383,6 +383,7 @@ class Recorder(TorchFunctionMode, Observer):
     def _run(self, module: nn.Module, proceed: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         registries: Iterator[Any] = (t for m in module.modules() for t in (m._parameters, m._buffers))
         tables = [(table, dict(table)) for table in registries if isinstance(table, dict)]  # not torch.jit's
+        found = mutable((args, kwargs))
         try:
             try:
                 return proceed(module, *args, **kwargs)
@@ -390,6 +391,7 @@ class Recorder(TorchFunctionMode, Observer):
                 for table, before in tables:
                     table.update(before)
         except Exception as error:
+            mirror((args, kwargs), found)  # what it has taken out so far
             try:
                 return self._really_run(module, args, kwargs)
             except Exception as real:

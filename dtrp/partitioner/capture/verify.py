@@ -29,7 +29,7 @@ from .methods import VALUE_DEPENDENT, KeptCall, KeptCalls, held_name, own_method
 from .operators import Access, Event, OperatorLog, Walk, join, storages_in
 from .patches import Observer, observed
 from .propagate import Runner
-from .structure import flatten_output, map_tensors, mirror, tensors_in
+from .structure import flatten_output, map_tensors, mirror, mutable, tensors_in
 from .targets import node_form
 from .task import Task
 from .traced import Traced
@@ -351,11 +351,12 @@ def whole(
     kwargs: Any,
 ) -> Any:
     """A module that stands in the graph as one node: on fake tensors if it can, else it really runs."""
-    mark = log.mark()
+    mark, found = log.mark(), mutable((args, kwargs))
     try:
         return run(*args, **kwargs)
     except Exception as error:
         log.back_to(mark)
+        mirror((args, kwargs), found)
         try:
             with log.silent():
                 inputs = [t for _, t in tensors_in((args, kwargs))]

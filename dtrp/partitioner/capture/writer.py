@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -211,7 +212,9 @@ class GraphWriter:
         if isinstance(value, list):
             return [self.argument(x, cut) for x in value]
         if isinstance(value, dict):
-            return {k: self.argument(v, cut) for k, v in value.items()}
+            plain = {k: self.argument(v, cut) for k, v in value.items()}
+            ordered = type(value) is OrderedDict  # code may ask for its methods
+            return self.node("call_function", OrderedDict, (plain,), {}, value) if ordered else plain
         if isinstance(value, slice):
             return slice(*(self.argument(x, cut) for x in (value.start, value.stop, value.step)))
         if isinstance(value, np.generic):
