@@ -1,6 +1,7 @@
 """Modules that a graph holds whole: what they keep, change and give must be as in the plain model."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +118,93 @@ def test_an_ordered_dict_and_an_object_with_a_list_reach_it_as_such(x):
     assert names(assert_faithful(model, (x,))) == ["inner"]
     pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
     assert torch.equal(pipe(x), model(x))
+
+
+class Dot(dict):
+    __getattr__ = dict.get
+    __setattr__ = dict.__setitem__
+
+
+class Strict(dict):
+    __getattr__ = dict.__getitem__  # answers with a KeyError to whoever asks whether it has a name
+
+
+class Itself(dict):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class Easy(dict):
+    def __init__(self, items=(), **kwargs):
+        for name, value in {**dict(items), **kwargs}.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        super().__setitem__(name, value)
+
+    __setitem__ = __setattr__
+
+
+class Sized(list):
+    def total(self):
+        return sum(self)
+
+
+OPTIONS = Strict(depth=2)  # among the names that a recording looks through
+OWN_DICTS = [Dot, Strict, Itself, Easy, partial(defaultdict, list)]
+
+
+@pytest.mark.parametrize("kind", OWN_DICTS)
+def test_a_dict_of_a_class_of_its_own_is_one_for_what_is_kept_whole(kind, x):
+    """Every other project has one for its batches; the graph handed on a plain dict."""
+
+    def add(m, found):
+        y = found["a"] + (found["new"] or 0 if isinstance(found, defaultdict) else found.b)
+        return m.b(y) if y.sum() > 0 else m.a(y)
+
+    def use(m, x):
+        found = kind()
+        found["a"], found["b"] = m.a(x), m.b(x)
+        return m.inner(found)
+
+    model = Model(use, add)
+    assert names(assert_faithful(model, (x,))) == ["inner"]
+
+
+def test_what_a_defaultdict_makes_its_items_of(x):
+    def add(m, found):
+        return m.b(found["a"]) if found["a"].sum() > 0 else m.a(found["a"])
+
+    captured = capture(Model(lambda m, x: m.inner(defaultdict(list, a=x)), add), (x,))
+    assert names(captured) == ["inner"]
+    made = next(n for n in captured.train.module.graph.nodes if n.name == "defaultdict")
+    assert made.target(x).default_factory is list
+
+
+def test_a_list_of_a_class_of_its_own(x):
+    def add(m, found):
+        return m.b(found.total()) if found[0].sum() > 0 else found.total()
+
+    model = Model(lambda m, x: m.inner(Sized([m.a(x), m.b(x)])), add)
+    assert names(assert_faithful(model, (x,))) == ["inner"]
+
+
+@pytest.mark.parametrize("kind", OWN_DICTS)
+def test_a_dict_of_a_class_of_its_own_as_input_and_output(kind, x):
+    def forward(m, batch):
+        found = kind()
+        found["y"], found["z"] = m.b(m.a(batch["x"]).relu()), len(batch)
+        return found
+
+    model, batch = Model(forward), kind()
+    batch["x"] = x
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=(batch,))
+    out = pipe(batch)
+    assert type(out) is type(batch)
+    assert torch.equal(out["y"], model(batch)["y"])
+    assert out["z"] == 1
 
 
 def test_a_factorization_of_a_heavy_product():

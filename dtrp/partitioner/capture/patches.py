@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
@@ -199,7 +200,8 @@ def _bound_early(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     ]
     for scope in (*scopes, *(vars(m) for m in model.modules())):
         for name, value in list(scope.items()):
-            owner = getattr(value, "__self__", None) if getattr(value, "__name__", "") == "apply" else None
+            # Not by asking any object for a name: those of some classes answer with an error.
+            owner = value.__self__ if isinstance(value, MethodType) and value.__name__ == "apply" else None
             if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
                 yield scope, name, value
 

@@ -8,7 +8,7 @@ import enum
 import gc
 import operator
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 # One step into a value, as the fx function that makes it: (operator.getitem, key) or (getattr, name).
 Step = tuple[Callable[..., Any], Any]
-Classes = tuple[tuple[str, type], ...]
+Classes = tuple[tuple[str, Any], ...]
 
 _CODE = (type, FunctionType, MethodType, ModuleType, partial, nn.Module, torch.SymInt, torch.SymFloat)
 PLAIN = (*base_types, enum.Enum, range, type(None), type(...))  # values that a graph holds as they are
@@ -41,8 +41,11 @@ class Rebuilt:
         self.kind, self.names, self.parts, self.classes = kind, names, parts, classes
 
 
-def rebuilt(kind: Any, names: tuple[str, ...], parts: Iterable[Any], classes: Classes) -> Any:
-    """An object of a class with these attributes, made without calling it."""
+def rebuilt(kind: Any, names: tuple[Any, ...], parts: Iterable[Any], classes: Classes) -> Any:
+    """An object of a class with these attributes, made without calling it; or a dict or list with these
+    items, made as its class makes an empty one."""
+    if issubclass(kind, (dict, list)):
+        return _refilled(kind, names, parts, classes)
     try:
         value = object.__new__(kind)
     except TypeError:  # it is made in C
@@ -52,6 +55,21 @@ def rebuilt(kind: Any, names: tuple[str, ...], parts: Iterable[Any], classes: Cl
         for key, held in vars(part).items() if hasattr(part, "__dict__") else ():
             if isinstance(held, weakref.ref) and isinstance(held(), (kind, type(None))):
                 object.__setattr__(part, key, weakref.ref(value))  # a part that knows its owner
+    return value
+
+
+def _refilled(kind: Any, keys: tuple[Any, ...], parts: Iterable[Any], classes: Classes) -> Any:
+    try:
+        value = kind()
+    except TypeError:  # it asks for more
+        value = kind.__new__(kind)
+    for name, held in classes:
+        setattr(value, name, held)
+    for key, part in zip(keys, parts, strict=True):
+        if issubclass(kind, dict):
+            value[key] = part
+        else:
+            value.append(part)
     return value
 
 
@@ -120,9 +138,12 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[tuple[tuple[Step, ..
                 yield (step, *path), tensor
 
 
-def opened_object(value: Any) -> tuple[tuple[str, ...], list[Any]] | None:
-    """Names and values of the attributes of an object that holds tensors, None if it is another value."""
-    if isinstance(value, (torch.Tensor, dict, tuple, list)) or not _holds_tensors(value, _DEPTH):
+def opened_object(value: Any) -> tuple[tuple[Any, ...], list[Any]] | None:
+    """Names and values of the attributes of an object that holds tensors (or its keys and items, if it is a
+    dict or list of a class of its own); None if it is another value."""
+    if isinstance(value, (torch.Tensor, tuple)):
+        return None
+    if not isinstance(value, (dict, list)) and not _holds_tensors(value, _DEPTH):
         return None
     pairs = list(_parts(value))
     return tuple(name for (_, name), _ in pairs), [part for _, part in pairs]
@@ -136,6 +157,10 @@ def map_tensors(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH)
             return function(x)
         if depth == 0 or not _holds_tensors(x, depth):
             return x
+        if isinstance(x, (dict, list)):  # of a class of its own
+            steps = list(_parts(x))
+            parts = [map_tensors(function, part, depth - 1) for _, part in steps]
+            return rebuilt(type(x), tuple(key for (_, key), _ in steps), parts, classes_in(x))
         copied = copy.copy(x)
         for (_, name), part in list(_parts(x)):
             object.__setattr__(copied, name, map_tensors(function, part, depth - 1))
@@ -201,7 +226,10 @@ def _attributes(value: Any, names: list[str]) -> Iterator[tuple[Step, Any]]:
 
 
 def classes_in(value: Any) -> Classes:
-    """An object's attributes that are classes (what a cache makes its layers of): they stay as they are."""
+    """An object's attributes that are classes (what a cache makes its layers of), or what a defaultdict makes
+    its items of: they stay as they are."""
+    if isinstance(value, defaultdict):
+        return (("default_factory", value.default_factory),)
     found = [(k, getattr(value, k)) for k in attributes_of(value)]
     return tuple((k, part) for k, part in found if isinstance(part, type))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from .custom import Rebuild
 from .fakes import FakeWorld, light
@@ -209,12 +209,10 @@ class GraphWriter:
         if isinstance(value, tuple):
             items = [self.argument(x, cut) for x in value]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, list):
+        if type(value) in (list, immutable_list):
             return [self.argument(x, cut) for x in value]
-        if isinstance(value, dict):
-            plain = {k: self.argument(v, cut) for k, v in value.items()}
-            ordered = type(value) is OrderedDict  # code may ask for its methods
-            return self.node("call_function", OrderedDict, (plain,), {}, value) if ordered else plain
+        if type(value) in (dict, immutable_dict):
+            return {k: self.argument(v, cut) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(*(self.argument(x, cut) for x in (value.start, value.stop, value.step)))
         if isinstance(value, np.generic):
