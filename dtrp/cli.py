@@ -14,13 +14,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrp import cli_doctor, cli_export, cli_simulate
 from dtrp.errors import DtrpError
 from dtrp.files import write_text
+from dtrp.names import nearest
 from dtrp.version import __version__
 
 if TYPE_CHECKING:
@@ -289,9 +289,7 @@ def _resolve(name: str) -> Any:
         ) from e
     for part in path.split("."):
         if not hasattr(found, part):
-            close = get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UsageError(f"{module_name!r} has no {path!r}{hint}")
+            raise UsageError(f"{module_name!r} has no {path!r}{nearest(part, dir(found))}")
         found = getattr(found, part)
     return found
 

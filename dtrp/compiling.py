@@ -13,6 +13,7 @@ from torch import nn
 
 from . import accelerators, loop_cost
 from .errors import CaptureError
+from .names import known_arguments, one_of
 from .partitioner.compiler import Request, device_specs, threads_per_stage
 from .partitioner.devices import LoopCost
 from .partitioner.example import call_arguments
@@ -30,6 +31,7 @@ RECOMPUTE = (True, False, "auto")
 COSTS = ("auto", "analytic", "measured")
 
 
+@known_arguments
 def compile(
     model: nn.Module,
     n_gpus: int | None = None,
@@ -104,8 +106,7 @@ def compile(
     places = _places(n_gpus, devices)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
-    if costs not in COSTS:
-        raise ValueError(f"costs={costs!r}: expected one of {', '.join(map(repr, COSTS))}")
+    one_of("costs", costs, COSTS)
     ranked = launched.world_size() > 1
     if ranked and isinstance(bandwidth, Mapping) and not {"nodes", "per_node"} & bandwidth.keys():
         bandwidth = {**bandwidth, "per_node": min(launched.local_size(), len(places))}

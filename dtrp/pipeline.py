@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .as_model import AsModel
+from .names import known_arguments
 from .partitioner.compiler import Request, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
@@ -95,6 +96,7 @@ class Pipeline(AsModel):
 
     # ---- training --------------------------------------------------------------------------------------
 
+    @known_arguments
     def trainer(
         self,
         loss_fn: Callable[..., Tensor] | None,

@@ -445,6 +445,11 @@ def test_models(mistake: str) -> None:
         dtrp.compile(model, n_gpus=2)
 
 
+def test_an_argument_misspelt() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ngpus'; did you mean 'n_gpus'"):
+        dtrp.compile(net(), ngpus=2)  # type: ignore[call-arg]
+
+
 def test_a_model_compiled_twice(pipe: dtrp.Pipeline) -> None:
     with pytest.raises(TypeError, match="model is a Pipeline, and so compiled already"):
         dtrp.compile(pipe, n_gpus=2)  # type: ignore[arg-type]
@@ -646,6 +651,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no step size": ({"lr_scheduler": STEP}, "missing 1 required .*'step_size'; expected .*step_size=30"),
     "method": ({"method": "fgd"}, "method='fgd': expected one of 'dtrp', .*; did you mean 'fdg'"),
+    "turned": ({"method": "dtpr"}, "; did you mean 'dtrp'"),
+    "predictor": ({"predictor": "adamm"}, "predictor='adamm': .*; did you mean 'adam'"),
+    "argument": ({"shedule": "lean"}, "unexpected keyword argument 'shedule'; did you mean 'schedule'"),
     "executor": ({"executor": "worker"}, "did you mean 'workers'"),
     "schedule": ({"schedule": "leen"}, "expected one of 'fig1', 'lean', 'auto'; did you mean 'lean'"),
     "timeline": ({"timeline": True}, "timeline=True: expected the path of a file"),

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from dtrp.errors import PlanMismatchError
 from dtrp.files import write_text
+from dtrp.names import nearest
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.profile import Profile
 from dtrp.version import __version__
@@ -106,7 +107,7 @@ class Plan:
             uses; the message names the two nodes.
         """
         if node not in self.stage_of:
-            raise ValueError(f"the plan has no node {node!r}{_nearest(node, self.stage_of)}")
+            raise ValueError(f"the plan has no node {node!r}{nearest(node, self.stage_of)}")
         self._check_stage(stage)
         return self._edit(dict.fromkeys(self._with_groups({node}), stage))
 
@@ -123,7 +124,7 @@ class Plan:
         if not chosen:
             raise ValueError(
                 f"no node of the plan comes from a module {module!r}"
-                f"{_nearest(module, set(self.modules.values()))}"
+                f"{nearest(module, set(self.modules.values()))}"
             )
         assigned = dict(self.stage_of)
         before: dict[str, list[str]] = {}
@@ -322,10 +323,3 @@ def _shape(leaf: Any) -> str:
 def _qualified(function: Any) -> str:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{getattr(function, '__module__', '')}.{name}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

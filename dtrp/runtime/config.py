@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
+from ..names import one_of
 from .groups import Group
 from .predictors import Predictor, check_predictor
 from .schedule import EXACT, Horizon, Schedule
@@ -57,11 +57,11 @@ class TrainConfig:
     groups: tuple[Group, ...] | None = None  # of the whole model's optimizer, for the stages
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("horizon", self.horizon, ("common", "stage"))
-        _one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
-        _one_of("scheduler_step", self.scheduler_step, ("update", "epoch"))
-        _one_of("schedule", self.order, ("fig1", "lean", "auto"))
+        one_of("method", self.method, METHODS)
+        one_of("horizon", self.horizon, ("common", "stage"))
+        one_of("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        one_of("scheduler_step", self.scheduler_step, ("update", "epoch"))
+        one_of("schedule", self.order, ("fig1", "lean", "auto"))
         check_predictor(self.predictor)
         flag("max_grad_norm_lag", self.max_grad_norm_lag)
         flag("compile_stages", self.compile_stages)
@@ -229,7 +229,7 @@ class Launch:
             )
         if self.timeline is not None and not isinstance(self.timeline, (str, os.PathLike)):
             raise TypeError(f"timeline={self.timeline!r}: expected the path of a file to write")
-        _one_of("executor", self.executor, EXECUTORS)
+        one_of("executor", self.executor, EXECUTORS)
         watchdog, autosave = self.watchdog, self.autosave
         if isinstance(watchdog, bool) or not isinstance(watchdog, (int, float)) or not watchdog > 0:
             raise ValueError(f"watchdog={watchdog!r}: expected a number of seconds > 0")
@@ -261,14 +261,6 @@ def _count(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}: expected an int >= 1")
     if value < 1:
         raise ValueError(f"{name}={value!r}: expected an int >= 1")
-
-
-def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
-    allowed = tuple(allowed)
-    if value not in allowed:
-        close = get_close_matches(str(value), allowed, n=1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}{meant}")
 
 
 def _number(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:

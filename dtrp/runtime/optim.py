@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..names import nearest
 from .config import EXPECTED, TrainConfig, short
 from .groups import arrange, groups_of, shown
 from .predictors import Predictor, asks_for, check_fits, make_predictor, predict_all
@@ -207,6 +208,18 @@ JOINT = (
     "a parameter's step by %s depends on the gradients of the others (a norm of all of them), of which "
     "each stage sees its own: one optimizer over all does otherwise. max_grad_norm= clips over all stages"
 )
+
+
+UNREAD = "a group of parameters has what is no option of %s, which does not read it: %s"
+
+
+def unread_options(optimizer: Optimizer) -> list[str]:
+    """What its groups have, and it does not read: known of torch's own optimizers."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return []
+    given = sorted({option for group in optimizer.param_groups for option in group})
+    read = {*optimizer.defaults, "params", "param_names", "name", "initial_lr"}
+    return [repr(option) + nearest(option, optimizer.defaults) for option in given if option not in read]
 
 
 class OptimizerKind(NamedTuple):

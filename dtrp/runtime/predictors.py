@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import accelerators
+from ..names import one_of
 
 Tensors = Sequence[Tensor]
 CACHED = 2**16  # elements
@@ -275,8 +276,7 @@ def check_predictor(predictor: object) -> None:
         Unknown name; an object of the wrong kind.
     """
     if isinstance(predictor, str):
-        if predictor not in BY_NAME:
-            raise ValueError(f"predictor {predictor!r}: expected one of {', '.join(map(repr, BY_NAME))}")
+        one_of("predictor", predictor, BY_NAME)
     elif not isinstance(predictor, Predictor):
         raise TypeError(
             f"predictor {predictor!r}: expected a name or an object with "

@@ -38,7 +38,7 @@ from .history import History
 from .inline import Inline
 from .loggers import Loggers
 from .loss import held_loss, ignored_target
-from .optim import JOINT, OptimizerKind
+from .optim import JOINT, UNREAD, OptimizerKind, unread_options
 from .program import StageProgram, trained
 from .rebalance import Move
 from .run_state import RunState, check_builds, model_groups
@@ -83,6 +83,8 @@ class Run:
         self._kind = OptimizerKind.of(optimizer)
         if self._kind.joint and compiled.n_stages > 1:
             log.warning(JOINT, type(optimizer).__name__)
+        if unread := unread_options(optimizer):
+            log.warning(UNREAD, type(optimizer).__name__, ", ".join(unread))
         self.expected = compiled.expect(config, self._kind)
         self.world = join(launch.executor, compiled.n_stages, float(launch.watchdog))
         first = self.world.rank == 0  # who shows and writes

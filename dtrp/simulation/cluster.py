@@ -8,11 +8,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dtrp.names import nearest
 from dtrp.partitioner.devices import parse_bytes
 
 
@@ -176,9 +176,8 @@ def _fields(kind: type) -> list[str]:
 def _names(what: str, data: Mapping[str, Any], kind: type) -> None:
     for name in data:
         if name not in _fields(kind):
-            close = get_close_matches(str(name), _fields(kind), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{what} has no {name!r}, only {', '.join(_fields(kind))}{hint}")
+            known = _fields(kind)
+            raise ValueError(f"{what} has no {name!r}, only {', '.join(known)}{nearest(name, known)}")
 
 
 def count_of(name: str, value: Any) -> int:

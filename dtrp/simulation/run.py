@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dtrp.names import one_of
 from dtrp.partitioner.plan import Plan
 from dtrp.partitioner.planner import solve
 from dtrp.partitioner.profile import Profile, make_profile
@@ -350,10 +351,8 @@ def _check_speed(cluster: Cluster, n_stages: int) -> None:
 
 
 def _order(training: Training, n_stages: int) -> Schedule:
-    if training.order not in ORDERS:
-        raise ValueError(f"schedule={training.order!r}: expected one of {', '.join(map(repr, ORDERS))}")
-    if training.horizon not in ("common", "stage"):
-        raise ValueError(f"horizon={training.horizon!r}: expected 'common' or 'stage'")
+    one_of("schedule", training.order, ORDERS)
+    one_of("horizon", training.horizon, ("common", "stage"))
     if not isinstance(training.predicts, bool):
         raise TypeError(f"predicts={training.predicts!r}: expected True or False")
     number_of("optimizer_bytes", training.optimizer_bytes, low=0.0)

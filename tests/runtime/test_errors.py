@@ -30,7 +30,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WRONG = {
     "method": ("sgd", ValueError, r"method='sgd': expected one of 'dtrp', 'dtr'"),
-    "predictor": ("oracle", ValueError, r"predictor 'oracle': expected one of 'none'"),
+    "predictor": ("oracle", ValueError, r"predictor='oracle': expected one of 'none'"),
     "horizon": ("far", ValueError, r"horizon='far': expected one of 'common', 'stage'"),
     "horizon_scale": (-1.0, ValueError, r"horizon_scale=-1.0: expected a finite number >= 0"),
     "lr_shrink": (0, ValueError, r"lr_shrink=0: expected a finite number > 0"),

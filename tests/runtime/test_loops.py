@@ -415,3 +415,16 @@ def test_an_optimizer_that_looks_at_all_parameters_is_told(
     for n_stages in (1, 2):
         trainer(compiled(calm(), n_stages), optimizer=partial(kind, lr=0.1)).close()
     assert sum("depends on the gradients of the others" in r.message for r in caplog.records) == told
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"weight_decya": 1, "name": "a"}, ["'weight_decya'; did you mean 'weight_decay'?"]), ({"lr": 1.0}, [])],
+)
+def test_an_option_that_the_optimizer_does_not_read_is_told(
+    options: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    adam = partial(torch.optim.AdamW, lr=0.1)
+    trainer(compiled(calm(), 2), optimizer=adam, param_groups=lambda name, p: options).close()
+    text = "a group of parameters has what is no option of AdamW, which does not read it: "
+    assert [r.message for r in caplog.records if "option" in r.message] == [text + t for t in told]

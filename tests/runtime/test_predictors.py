@@ -153,7 +153,7 @@ def test_auto_predicts_nothing_for_plain_sgd() -> None:
 
 
 def test_unknown_predictors_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"predictor 'quadratic': expected one of 'none', 'linear'"):
+    with pytest.raises(ValueError, match=r"predictor='quadratic': expected one of 'none', 'linear'"):
         check_predictor("quadratic")
     with pytest.raises(TypeError, match=r"a name or an object with predict\(weight, group, state, s\)"):
         check_predictor(object())

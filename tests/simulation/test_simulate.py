@@ -140,7 +140,7 @@ def test_what_it_prints_and_gives_as_data(pipe: dtrp.Pipeline, tmp_path: Path) -
         ({"schedule": "auto"}, "schedule='auto': expected one of 'fig1', 'lean', '1f1b', 'gpipe', 'bp'"),
         ({"micro_batches": 0}, "micro_batches=0: expected an int >= 1"),
         ({"batches": 0}, "batches=0: expected an int >= 1"),
-        ({"horizon": "own"}, "horizon='own': expected 'common' or 'stage'"),
+        ({"horizon": "own"}, "horizon='own': expected one of 'common', 'stage'"),
         ({"predicts": "x"}, "predicts='x': expected True or False"),
         ({"optimizer_bytes": -1}, "optimizer_bytes=-1: expected a finite number >= 0"),
         ({"recompute": [True]}, "recompute has 1 entries for 4 stages"),
