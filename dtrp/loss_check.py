@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -29,7 +29,7 @@ from .partitioner.capture.example_values import batch_of
 from .partitioner.capture.state import Held
 from .runtime.batch import WithExtra
 from .runtime.config import TrainConfig
-from .runtime.loss import as_scalar, call_loss, own_loss, told
+from .runtime.loss import as_scalar, call_loss, ignored_target, own_loss, told
 from .runtime.random import preserved
 from .runtime.twins import private_copy
 from .torch_losses import TargetMistake, Watch, described, part_of
@@ -40,10 +40,11 @@ _CERTAIN = (TypeError, AttributeError, NameError, ImportError)  # that no values
 
 def check_loss(
     captured: Captured, config: TrainConfig, inputs: Sequence[Tensor], target: Any, *, cut: bool = True
-) -> None:
+) -> int:
     """Refuse a loss that surely cannot be trained with, as a batch like the example's shows.
 
-    ``cut``: the model is, into several stages.
+    ``cut``: the model is, into several stages. The result is the class target that the loss leaves out of its
+    mean, as it tells torch's losses (-100 where it names none, or several).
 
     Raises
     ------
@@ -56,13 +57,15 @@ def check_loss(
     if loss_fn is not None:
         _check_call(loss_fn, target.extra if isinstance(target, WithExtra) else {})
     stand_in = _StandIn.of(captured, config, inputs, target, cut)
+    ignored = ignored_target(loss_fn)
     if stand_in is None:
-        return
+        return ignored
     if loss_fn is None:
         as_scalar(None, own_loss(stand_in.output()))
-        return
+        return ignored
     with as_found(loss_fn):
         _judge(stand_in, loss_fn)
+    return next(iter(stand_in.ignored)) if len(stand_in.ignored) == 1 else ignored
 
 
 def _judge(stand_in: _StandIn, loss_fn: Callable[..., Any]) -> None:
@@ -74,9 +77,9 @@ def _judge(stand_in: _StandIn, loss_fn: Callable[..., Any]) -> None:
     except TargetMistake as mistake:
         if not stand_in.works_swapped(loss_fn):
             raise ValueError(stand_in.in_real_sizes(str(mistake))) from None
-    except Exception:
+    except Exception as error:
         if not stand_in.works_swapped(loss_fn):
-            stand_in.judge_random(loss_fn)
+            stand_in.judge_random(loss_fn, error)
             return
     raise TypeError(
         f"{told(loss_fn)} fails as loss_fn(output, target) and works as loss_fn(target, output): swap its "
@@ -150,6 +153,7 @@ class _StandIn:
     target: Any
     batch: int  # samples of the batch
     example: int  # and of the example
+    ignored: set[int] = field(default_factory=set)  # class targets that it tells torch's losses to leave out
 
     @classmethod
     def of(
@@ -188,7 +192,8 @@ class _StandIn:
         """Try it on fake tensors. Raises `_Refused` where it runs and is wrong, or whatever it raises."""
         if isinstance(loss_fn, nn.Module):  # the user's own must not keep fakes, nor count this call
             loss_fn = private_copy(loss_fn, [(p, p) for p in loss_fn.parameters()])
-        with _faking(self.mode):
+        with _faking(self.mode), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # training will warn
             place = next(leaf.device for leaf in self.leaves if isinstance(leaf, FakeTensor))
             pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -202,8 +207,8 @@ class _StandIn:
             target = pytree.tree_map_only(Tensor, fake, self._cut(self.target))
             self._judge(loss_fn, Tensor.detach, target, pairs, swapped)
 
-    def judge_random(self, loss_fn: Callable[..., Any]) -> None:
-        """It cannot run on fakes: refuse it where it does the same wrong with whatever numbers."""
+    def judge_random(self, loss_fn: Callable[..., Any], on_fakes: Exception) -> None:
+        """It fails on fakes: refuse it where it does the same wrong with whatever numbers."""
         if sum(leaf.numel() for leaf in self.leaves if isinstance(leaf, Tensor)) > _FEW:
             return
         found: list[Exception] = []
@@ -219,10 +224,10 @@ class _StandIn:
                 return
             except _Refused as e:
                 found.append(e.error)
-            except _CERTAIN as e:
+            except Exception as e:
+                if not isinstance(e, _CERTAIN) and type(e) is not type(on_fakes):
+                    return
                 found.append(self._failure(loss_fn, e))
-            except Exception:
-                return
         if len({str(e) for e in found}) == 1:
             raise found[0]
 
@@ -269,7 +274,8 @@ class _StandIn:
             given_by = list(zip(leaves, self.nodes, strict=True))
             asks = AsksGradients(given_by, dict(self.model.named_parameters()), asking)
         try:
-            with self._left_behind(stand_in) as left, torch.enable_grad(), Watch(pairs), asks, formats:
+            watch = Watch(pairs, self.ignored)
+            with self._left_behind(stand_in) as left, torch.enable_grad(), watch, asks, formats:
                 given = call_loss(turned if swapped else loss_fn, output, target)
         except ThroughTheModel as e:
             raise _Refused(
@@ -337,7 +343,10 @@ class _StandIn:
 
     def _failure(self, loss_fn: Callable[..., Any], error: Exception) -> TypeError:
         output, use = self.output(), ""
-        if not isinstance(output, Tensor):
+        if isinstance(output, Tensor) and isinstance(self.target, Tensor):
+            sizes = f"; the output is {described(output)}, the target {described(self.target)}"
+            use = self.in_real_sizes(sizes)
+        elif not isinstance(output, Tensor):
             use = f"; the model gives {described(output)}: the loss may be meant for {part_of(output)}"
         refusal = TypeError(f"{told(loss_fn)} fails on the first batch: {type(error).__name__}: {error}{use}")
         refusal.__cause__ = error

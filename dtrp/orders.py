@@ -17,7 +17,7 @@ from .partitioner.compiler import Compiled
 from .partitioner.devices import DeviceSpec
 from .partitioner.report_parts import StageReport
 from .partitioner.training import Training
-from .parts_check import differs_in_parts
+from .parts_check import check_parts, differs_in_parts
 from .runtime.arguments import n_samples
 from .runtime.config import TrainConfig
 
@@ -54,7 +54,12 @@ def choose_order(
     if why and chosen == "auto":
         parts = 1
     elif why:
-        log.warning("micro_batches=%d changes what is trained: %s; micro_batches=1 does not", parts, why)
+        check_parts(compiled, replace(config, micro_batches=parts, least_part=least), inputs, target)
+        log.warning("micro_batches=%d may change what is trained, unlike micro_batches=1: %s", parts, why)
+    elif min(parts, samples) > 1 and chosen != "auto" and config.exact and _takes_statistics(model):
+        log.warning(
+            "micro_batches=%d: BatchNorm takes its statistics from each part, not from the whole batch", parts
+        )
     order = config.order
     if order == "auto":
         sent = max(stage.output_bytes for stage in stages) / parts if spec.overlaps else 0
@@ -62,7 +67,7 @@ def choose_order(
         order = "lean" if hop <= HOP * max(stage.tick_time for stage in stages) / parts else "fig1"
     chosen_config = replace(config, order=order, micro_batches=parts, least_part=least)
     log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")
-    _warn(_known(training, chosen_config, len(stages)), len(stages))
+    _warn(_known(training, chosen_config, len(stages)), len(stages), samples, why)
     return chosen_config
 
 
@@ -103,16 +108,19 @@ def _known(training: Training, config: TrainConfig, n_stages: int) -> Training:
     return replace(training, order=schedule.order, micro_batches=schedule.parts * config.accumulate)
 
 
-def _warn(training: Training, n_stages: int) -> None:
-    """Of delay that is known to cost more epochs than devices can win."""
+def _warn(training: Training, n_stages: int, samples: int, why: str) -> None:
+    """Of delay that is known to cost more epochs than devices can win; ``why`` a batch is not cut."""
     price = training.price(n_stages)
     if price > DEAR:
+        parts = 2 * (n_stages - 1)
+        cut = "" if why or parts > samples else f"micro_batches={parts} or more, "
         log.warning(
             "weights are %d updates old in stage 0: with this optimizer expect %.1f times the epochs; "
-            "micro_batches=%d or more, fewer stages, or method='1f1b' avoid that (docs/recipe.md)",
+            "%sfewer stages, or method='1f1b' avoid that (docs/recipe.md)%s",
             training.staleness(0, n_stages),
             price,
-            2 * (n_stages - 1),
+            cut,
+            f"; batches are not cut into parts: {why}" if why else "",
         )
 
 

@@ -22,7 +22,7 @@ from .partitioner.compiler import Compiled
 from .runtime.arguments import n_samples, split_batch
 from .runtime.batch import WithExtra
 from .runtime.config import TrainConfig
-from .runtime.loss import ignored_target, scalar_loss
+from .runtime.loss import scalar_loss
 from .runtime.twins import Snapshot, private_copy
 
 log = logging.getLogger("dtrp")
@@ -54,7 +54,7 @@ def differs_in_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[T
             cut = [_run(compiled, part) for part, _, _ in split_batch(some, aim, 2)]
             if not _same_rows(whole, cut):
                 return "the model does not treat samples one by one"
-            for output, wanted in _trials(whole, aim, target, samples, ignored_target(loss_fn)):
+            for output, wanted in _trials(whole, aim, target, samples, config.ignored):
                 if not _is_mean(config, output, wanted):
                     return "the loss is not the mean over the samples"
             if not _is_mean_without_a_row(config, whole, aim):
@@ -64,6 +64,32 @@ def differs_in_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[T
     finally:
         state.restore()
     return ""
+
+
+def check_parts(compiled: Compiled, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
+    """Refuse parts that the model cannot take, as the first one of this batch shows.
+
+    Raises
+    ------
+    ValueError
+        It fails with a part.
+    """
+    model = compiled.captured.model
+    if any(t.is_meta for t in (*model.parameters(), *inputs)):
+        return
+    state = Snapshot(model)
+    try:
+        with in_mode(model, None), torch.no_grad():
+            _run(compiled, next(split_batch(list(inputs), target, config.parts, least=config.least_part))[0])
+    except Exception as error:
+        sizes = ", ".join(str(t.shape[0]) if t.dim() else "none" for t in inputs)
+        raise ValueError(
+            f"micro_batches={config.parts} cuts inputs along their first dimension, and the model fails with "
+            f"the first part: {type(error).__name__}: {error}; they are {sizes} long there (what is not as "
+            f"long as the first goes with every part); use micro_batches=1"
+        ) from None
+    finally:
+        state.restore()
 
 
 def _run(compiled: Compiled, inputs: Sequence[Tensor]) -> Any:
@@ -148,7 +174,7 @@ def _is_mean(config: TrainConfig, output: Any, target: Any) -> bool:
     with torch.enable_grad():
         whole = scalar_loss(config.loss_fn, pytree.tree_unflatten(copies(), spec), target)
         in_parts = torch.zeros_like(whole)
-        for part, wanted, share in split_batch(copies(), target, 2, ignored=ignored_target(config.loss_fn)):
+        for part, wanted, share in split_batch(copies(), target, 2, ignored=config.ignored):
             in_parts = in_parts + share * scalar_loss(
                 config.loss_fn, pytree.tree_unflatten(part, spec), wanted
             )

@@ -323,8 +323,9 @@ class Planning:
                 self._compiled, self._variants, self.request = before
                 raise
 
-    def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> None:
-        """Refuse a loss that surely cannot be trained with, before any worker starts."""
+    def check_loss(self, config: TrainConfig, inputs: Sequence[Tensor], target: Any) -> int:
+        """Refuse a loss that surely cannot be trained with, before any worker starts; the class target that
+        it leaves out of its mean."""
         with EXCLUSIVE:
             written = self.made.captured.train.walk.written if self.n_stages > 1 else frozenset()
             for name, p in self.model.named_parameters():
@@ -334,7 +335,7 @@ class Planning:
                         f"decoupled pass would write to weights of another batch; train with method='bp', "
                         f"'1f1b' or 'gpipe', or write to it between batches"
                     )
-            check_loss(self.made.captured, config, inputs, target, cut=self.n_stages > 1)
+            return check_loss(self.made.captured, config, inputs, target, cut=self.n_stages > 1)
 
     def loss_reads(self, loss_fn: Any, *, trained: bool) -> LossReads:
         """What the loss reads of the script, to be looked at during a run."""

@@ -30,10 +30,13 @@ class Watch(TorchFunctionMode):
     ----------
     real : sequence of (fake, real) tensors
         The values of targets, where the loss is called with tensors that have none.
+    ignored : set of int
+        Gets the class targets that these losses are told to leave out of their means.
     """
 
-    def __init__(self, real: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, real: list[tuple[Tensor, Tensor]], ignored: set[int]) -> None:
         super().__init__()
+        self._ignored = ignored
         self._fakes = [fake for fake, _ in real]  # kept, as are their ids
         self._real = {id(fake): values for fake, values in real}
 
@@ -65,9 +68,10 @@ class Watch(TorchFunctionMode):
             )
         if func in _CLASSES:
             _check_classes(name, given, target, func is F.cross_entropy)
-            values = self._real.get(id(target))
+            ignored, values = arguments.get("ignore_index", -100), self._real.get(id(target))
+            if not target.is_floating_point():
+                self._ignored.add(ignored)
             if values is not None and not target.is_floating_point():
-                ignored = arguments.get("ignore_index", -100)
                 with unset_fake_temporarily():
                     _check_range(name, given.shape[min(1, given.dim() - 1)], values, ignored)
         elif func in _LIKE_OUTPUT:

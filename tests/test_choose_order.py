@@ -1,6 +1,7 @@
 """Which order and how many parts are chosen, and that parts never change what is trained without a word."""
 
 import logging
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -93,6 +94,33 @@ class TestWhereTheyAreFree:
     def test_a_loss_that_is_no_mean_keeps_the_batch_whole(self, loss_fn, why):
         """Parts would train something else, silently."""
         assert chosen(Words(), text(), loss_fn)[1] == 1, why
+
+    @pytest.mark.parametrize("executor", ["inline", "workers"])
+    def test_targets_that_a_function_of_the_users_leaves_out(self, executor):
+        """What its call of torch's loss ignores is found as where the loss itself is torch's; the parts'
+        shares were counted by -100, which trained something else."""
+
+        def padded(output, target):
+            return per_word(output, target, ignore_index=0)
+
+        x, y = text()
+        y = y.clamp(min=1)
+        y[torch.arange(9) >= torch.arange(BATCH)[:, None] % 8 + 2] = 0
+        torch.manual_seed(0)
+        model = Words()
+        plain = deepcopy(model)
+        optimizer = SGD(plain.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            padded(plain(x), y).backward()
+            optimizer.step()
+        pipe = dtrp.compile(model, n_gpus=2, example_inputs=x)
+        with pipe.trainer(padded, SGD, method="1f1b", micro_batches=4, executor=executor) as trainer:
+            for _ in range(3):
+                trainer.step(x, y)
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert chosen(Words(), (x, y), padded) == ("lean", 12)
 
     @pytest.mark.parametrize("way", ["tuple", "extra", "padding", "none"])
     def test_a_mask_that_is_full_in_the_first_batch(self, way):
@@ -362,3 +390,57 @@ def test_delay_that_was_asked_for_is_warned_of_too(caplog):
     with pipe.trainer(F.mse_loss, torch.optim.AdamW, executor="inline", **settings) as trainer:
         trainer.step(x, x)
     assert "weights are 3 updates old" in caplog.text
+
+
+class Graph(nn.Module):
+    """Edges name rows of the nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, nodes, edges):
+        h = self.one(nodes)
+        return self.two(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])).mean()[None]
+
+
+def test_parts_that_the_model_cannot_take_are_refused(capfd):
+    """They went to the stages, one of which failed, behind a page of torch.fx's."""
+    nodes, edges = torch.randn(12, 4), torch.randint(8, 12, (2, 30))
+    pipe = dtrp.compile(Graph(), n_gpus=2, example_inputs=(nodes, edges))
+    with (
+        pipe.trainer(F.mse_loss, SGD, executor="inline", micro_batches=4) as trainer,
+        pytest.raises(ValueError, match="fails with the first part: IndexError") as caught,
+    ):
+        trainer.step(nodes, edges, torch.zeros(1))
+    assert "they are 12, 2 long there" in str(caught.value)
+    assert "use micro_batches=1" in str(caught.value)
+    assert "FX-traced" not in capfd.readouterr().err
+
+
+def test_what_is_advised_can_be_done(caplog):
+    """Six parts or more were advised where a batch has four samples, or is not cut at all."""
+    caplog.set_level(logging.WARNING, "dtrp")
+    adam = partial(torch.optim.AdamW, lr=1e-3)
+
+    def trained(samples, loss_fn):
+        caplog.clear()
+        x = torch.randn(samples, 32)
+        pipe = dtrp.compile(dense(), n_gpus=4, example_inputs=x)
+        with pipe.trainer(loss_fn, adam, executor="inline", schedule="fig1") as trainer:
+            trainer.step(x, x)
+        return caplog.text
+
+    assert "micro_batches=6 or more, fewer stages" in trained(12, F.mse_loss)
+    assert "micro_batches" not in trained(4, F.mse_loss)
+
+
+def test_batch_statistics_of_parts_are_told(caplog):
+    """The orders are exact, and BatchNorm sees the parts all the same."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)), torch.randn(8, 4)
+    pipe = dtrp.compile(model, n_gpus=2, example_inputs=x)
+    for parts, told in ((1, False), (2, True)):
+        caplog.clear()
+        with pipe.trainer(F.mse_loss, SGD, method="gpipe", micro_batches=parts, executor="inline") as trainer:
+            trainer.step(x, x)
+        assert ("BatchNorm takes its statistics from each part" in caplog.text) == told

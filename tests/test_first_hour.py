@@ -539,6 +539,47 @@ def of_the_input(model: Any, output: Any, target: Any) -> Any:
 
 
 @pytest.mark.parametrize(
+    ("loss_fn", "what"),
+    [
+        (F.mse_loss, "must match the size"),
+        (lambda out, y: (out - y).square().mean(), "must match the size"),
+        (lambda out, y: (out @ y).mean(), "cannot be multiplied"),
+        (lambda out, y: F.smooth_l1_loss(out, y[:, 9]), "out of bounds"),
+    ],
+)
+def test_a_target_of_another_size(no_workers: None, loss_fn: Any, what: str) -> None:
+    """Whatever torch says of sizes alone is said before workers start, with both sizes."""
+    with pytest.raises(TypeError, match=what) as caught:
+        train(loss_fn, torch.randn(16, 3))
+    assert "the output is float32 of shape (16, 4), the target float32 of shape (16, 3)" in str(caught.value)
+
+
+def test_a_loss_that_dislikes_values_is_left_alone() -> None:
+    """It raises what it raises for sizes, but for none of those that stand in for the model's output."""
+
+    def picky(out: Tensor, y: Tensor) -> Tensor:
+        if bool((out.abs() > 1e4).any()) or out.shape != y.shape:
+            raise RuntimeError("too large")
+        return (out - y).square().mean()
+
+    assert len(train(picky, torch.randn(16, 4), executor="inline")) == 3
+
+
+@pytest.mark.parametrize("executor", ["inline", "workers"])
+def test_a_metric_that_fails_leaves_the_trainer_usable(pipe: dtrp.Pipeline, executor: str) -> None:
+    """And nothing that is found again, and complained of, when the trainer is long closed."""
+    with pipe.trainer(F.cross_entropy, SGD, executor=executor) as t:
+        t.step(X, Y)
+        with pytest.raises(dtrp.WorkerError, match="metric 'acc' failed: ValueError"):
+            t.evaluate([(X, Y)] * 9, metric={"acc": lambda out, y: out.argmax(1) == y})
+        assert 0 <= t.evaluate([(X, Y)] * 3, metric={"acc": lambda out, y: 0.5})["acc"] <= 1
+        answers = t.predict([X] * 9)
+        next(answers)
+    del answers
+    gc.collect()
+
+
+@pytest.mark.parametrize(
     ("slope", "what"),
     [
         (of_a_part, "a part of the output from which the model makes another"),

@@ -53,6 +53,7 @@ class TrainConfig:
     order: str = "fig1"  # of the methods that are decoupled; "auto": to be chosen for the first batch
     micro_batches: int | Literal["auto"] = 1
     least_part: int = 1  # samples that a micro-batch has at least
+    ignored: int = -100  # the class target that the loss leaves out of its mean; found on the first batch
     exact_start: int | float = 0
     groups: tuple[Group, ...] | None = None  # of the whole model's optimizer, for the stages
 

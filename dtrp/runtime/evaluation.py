@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -204,7 +204,8 @@ def evaluate(run: Run, loader: Iterable[Any], metric: Any) -> dict[str, Any]:
     measure = Measure.of(run.loss_fn, metric)
     check_loader(loader, run.config.loss_fn is not None)
     run.drain()
-    found = combine(_answers(run, loader, measure))
+    with closing(_answers(run, loader, measure)) as answers:
+        found = combine(answers)
     if found:
         run.loggers.evaluation(len(run.history.losses), found)
     return found
@@ -218,7 +219,7 @@ def predict(run: Run, loader: Iterable[Any]) -> Iterator[Any]:
     yield from _answers(run, loader, None)
 
 
-def _answers(run: Run, loader: Iterable[Any], measure: Measure | None) -> Iterator[Any]:
+def _answers(run: Run, loader: Iterable[Any], measure: Measure | None) -> Generator[Any, None, None]:
     """What the last stage gives for each batch, which has a target where there is a ``measure``. Batches of
     another form than those before go through stages for these."""
     targets = measure is not None

@@ -37,7 +37,7 @@ from .handback import Owner, loss_with_tensors
 from .history import History
 from .inline import Inline
 from .loggers import Loggers
-from .loss import held_loss, ignored_target
+from .loss import held_loss
 from .optim import JOINT, UNREAD, OptimizerKind, unread_options
 from .program import StageProgram, trained
 from .rebalance import Move
@@ -206,7 +206,7 @@ class Run:
             mini.target,
             config.parts,
             least=config.least_part,
-            ignored=ignored_target(config.loss_fn),
+            ignored=config.ignored,
             along=self.along,
         )
 
@@ -279,7 +279,8 @@ class Run:
         """Start the stages, for batches like this first one."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("nothing can be trained inside torch.inference_mode(): leave it first")
-        self.compiled.check_loss(self.config, tensors, target)
+        ignored = self.compiled.check_loss(self.config, tensors, target)
+        self.config = replace(self.config, ignored=ignored)
         self._choose_order(tensors, target)
         self.world.same_weights(self.owner)
         programs = self.compiled.programs(self.owner.loss)
@@ -322,7 +323,7 @@ class Run:
         saved = {} if self.resume is None else self.resume.counters.get("order", {})
         config = self.config.decided(**saved) if saved else self.config
         config = self.compiled.choose_order(config, tensors, target)
-        mine = {name: getattr(config, name) for name in _ORDER}
+        mine = {name: getattr(config, name) for name in (*_ORDER, "ignored")}
         decided = self.world.first("choosing the order", lambda: mine)
         if decided != mine:
             config = replace(config, **decided)

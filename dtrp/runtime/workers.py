@@ -155,7 +155,7 @@ class Workers:
             if measure is not None:
                 yield self.call("totals")[-1]
         finally:
-            if self.failure is None:
+            if self.failure is None and self._kill.alive:  # a caller may leave it open, and close the trainer
                 self.call("end_evaluation")
 
     def call(self, method: str, *arguments: Any) -> list[Any]:

@@ -28,7 +28,6 @@ from .folder import existing
 from .handback import Owner, only
 from .inline import Inline
 from .joint_norm import alone, synchronises
-from .loss import ignored_target
 from .materialise import materialise
 from .program import StageProgram
 from .random import random_state, set_random_state
@@ -222,7 +221,7 @@ class Together(Alone):
         assert self.stages is not None
         if self.mesh.replicas == 1 or self.mesh.stage < self.mesh.n_stages - 1:
             return 1.0
-        return self.stages.weight(n_counted(mini.tensors, mini.target, ignored_target(config.loss_fn)))
+        return self.stages.weight(n_counted(mini.tensors, mini.target, config.ignored))
 
     def same_weights(self, owner: Owner) -> None:
         """Those of rank 0, as DistributedDataParallel has it."""
