@@ -114,7 +114,9 @@ class Watch:
     def _compare(self) -> None:
         """The oldest watched batch, once all stages have come far enough; what is older is forgotten."""
         n = len(self.stages)
-        if not self.batches or min(self.done) < (batch := min(self.batches)) + n + 1:
+        if (
+            not self.batches or min(self.done) < (batch := min(self.batches)) + 2 * n + 1
+        ):  # looked at farthest
             return
         config = self.trainer.config
         schedule = config.schedule(n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_what_else_changes_empties_no_pipeline(caplog: pytest.LogCaptureFixture)
         for x, y in batches(4):
             script.history.append(1.0)
             t.step(x, y)
+            copy.copy(script)  # which leaves an attribute of its class
     assert not caplog.records
 
 

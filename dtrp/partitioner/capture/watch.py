@@ -217,7 +217,11 @@ def named_by(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Callable[[], A
                 waiting.append(inside[own])
                 yield f"{own!r} of {name}", functools.partial(inside.get, own)
     for kind in kinds:  # what is defined anew may stand before what was read
-        yield f"class {kind.__qualname__}", functools.partial(len, vars(kind))
+        yield f"class {kind.__qualname__}", functools.partial(_n_defined, kind)
+
+
+def _n_defined(kind: type) -> int:
+    return len(vars(kind).keys() - {"__slotnames__"})  # which copying an object leaves there
 
 
 def _variable(function: types.FunctionType, name: str) -> Any:
