@@ -111,7 +111,7 @@ def _cut_from_history(model: nn.Module) -> None:
 
 
 def _code(module: fx.GraphModule, device: torch.device) -> Code:
-    """A graph's generated code, with device constants set to ``device``."""
+    """A graph's generated code, with device constants set to ``device``; behind each line the user's."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.nodes:
@@ -119,7 +119,11 @@ def _code(module: fx.GraphModule, device: torch.device) -> Code:
             node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
             node.kwargs = {k: device if isinstance(a, torch.device) else a for k, a in node.kwargs.items()}
     code = graph.python_code("self")
-    return Code(code.src, code.globals)
+    at = {node.name: f"  # {place}" for node in graph.nodes if (place := node.meta.get("location"))}
+    lines = [
+        line + at.get(line.split(maxsplit=1)[0], "") if line.strip() else "" for line in code.src.splitlines()
+    ]
+    return Code("\n".join(lines) + "\n", code.globals)
 
 
 def _as_trained(wiring: Wiring, modules: Sequence[nn.Module]) -> Wiring:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import linecache
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +25,9 @@ class Code:
 
     def compile(self) -> Callable[..., tuple[Any, ...]]:
         """The function ``forward(self, *inputs) -> tuple of outputs``."""
-        scope = dict(self.globals)
-        exec(compile(self.source, "<dtrp stage>", "exec"), scope)
+        scope, name = dict(self.globals), f"<dtrp stage {zlib.crc32(self.source.encode()):x}>"
+        linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)  # for tracebacks
+        exec(compile(self.source, name, "exec"), scope)
         function: Callable[..., tuple[Any, ...]] = scope["forward"]
         return function
 

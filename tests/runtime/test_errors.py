@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -440,3 +442,27 @@ class Scaled(nn.Module):
 def test_more_stages_than_nodes() -> None:
     with pytest.raises((ValueError, dtrp.DtrpError), match="stage"):
         dtrp.compile(Scaled(), n_gpus=9, example_inputs=torch.randn(4, 8))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)  # where the words end
+        return self.head(torch.relu(h.mean(1)))
+
+
+@pytest.mark.parametrize("executor", ["inline", "workers"])
+def test_a_stage_that_fails_shows_the_line(executor: str) -> None:
+    """The generated one, by its name in the model, and the user's: torch says "out of range in self"."""
+    x, y = torch.arange(30).view(6, 5) % 10, torch.arange(6) % 3
+    pipe = dtrp.compile(Words(), n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    with (
+        pytest.raises(dtrp.WorkerError) as caught,
+        pipe.trainer(F.cross_entropy, SGD, executor=executor) as t,
+    ):
+        t.fit([(x + 5, y)])
+    line = inspect.getsourcelines(Words.forward)[1] + 1
+    assert re.search(rf"self\.embed\(input_0\);.*# .*test_errors\.py:{line}\n", str(caught.value))
