@@ -78,6 +78,32 @@ def test_batch_and_length_of_a_transformer(tmp_path, caplog):
         chain(ids.numpy(), mask[:, :3].numpy())
 
 
+class Messages(nn.Module):
+    """Nodes take the sum of what edges bring."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x, edges):
+        h = self.inp(x)
+        return self.out(h.index_add(0, edges[1], h[edges[0]]))
+
+
+def graph(nodes, edges):
+    return torch.randn(nodes, 4), torch.randint(0, nodes, (2, edges))
+
+
+def test_a_graph_may_have_fewer_nodes_than_the_example(tmp_path, caplog, capsys):
+    """Its edges lead to nodes that a graph of one node lacks: that is the example's, not the model's."""
+    torch.manual_seed(1)
+    pipe, chain = exported(Messages(), graph(9, 7), tmp_path)
+    assert chain.manifest.batch.smallest == 1
+    assert_right(pipe, chain, graph(3, 12), graph(1, 2), graph(20, 5))
+    assert "not meant for" not in caplog.text
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_where_code_decides_by_a_size_the_chain_takes_what_was_tried(tmp_path):
     """A file has no guards: beyond the sizes that were tried it could be silently wrong."""
     pipe, chain = exported(Transformer(limit=40), sentence(2, 6), tmp_path)

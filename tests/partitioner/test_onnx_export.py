@@ -292,7 +292,9 @@ class TestBatch:
         assert chain.manifest.batch.smallest == 3
         with pytest.raises(ValueError, match=r"'x' has 2 sample\(s\); .* from 3 on: pad the batch"):
             chain(np.zeros((2, 4), np.float32))
-        assert "a single sample takes another course" in caplog.text
+        assert (
+            "a single sample takes another course through the model than larger sizes do: 3 is" in caplog.text
+        )
 
 
 class TestVerification:

@@ -107,7 +107,8 @@ def compare(
         chained = [
             _array(fetch(s, found)) for s, v in zip(wires.inputs, arrived, strict=True) if _is_tensor(v)
         ]
-        made.append(list(module(*(v.clone() if _is_tensor(v) else v for v in arrived))))
+        # Not module(...), which prints what fails, also where that is only tried.
+        made.append(list(module.forward(*(v.clone() if _is_tensor(v) else v for v in arrived))))
         tensors = [i for i, v in enumerate(made[k]) if _is_tensor(v)]
         single = chain.run_stage(k, ours)
         linked = single if all(map(_same, ours, chained)) else chain.run_stage(k, chained)
