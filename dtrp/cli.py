@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -143,8 +144,11 @@ def _plan(args: argparse.Namespace) -> int:
     if args.n_gpus < 1:
         raise UsageError(f"--n-gpus must be at least 1; got {args.n_gpus}")
     for path in (args.html, args.json, args.plan, args.figure):
-        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"there is no directory to write {path!r} into")
+        if path in (None, "-"):
+            continue
+        there = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UsageError(f"cannot write {path!r}: {there} is no directory that can be written into")
     ks = _numbers(args.compare_k)
     cluster = cli_simulate.cluster(args)
     limits = (
@@ -155,14 +159,14 @@ def _plan(args: argparse.Namespace) -> int:
             f"--memory-limit has {len(limits)} sizes for {args.n_gpus} stages; give 1 or {args.n_gpus}"
         )
     limit = limits[0] if limits is not None and len(limits) == 1 else limits
+    model = _build(args.model, args.kwargs, on_meta=args.costs != "measured")
+    positional, named = _inputs(args.input, model)
     here = str(next(iter(accelerators.here()), "cpu"))
     spec = device_spec(args.device or here, threads=threads_per_stage(args.n_gpus))
     if args.n_gpus > 1 and spec.kind == "cpu":
         spec = spec.with_loop(loop_cost.loop_cost())
     if args.device is None and here == "cpu":
         print("dtrp: planning for this machine's CPU; for a GPU name it: --device A100-80GB", file=sys.stderr)
-    model = _build(args.model, args.kwargs, on_meta=args.costs != "measured")
-    positional, named = _inputs(args.input, model)
     captured = capture(model, positional, named)
     graph = cost_graph(
         captured,

@@ -26,7 +26,8 @@ def run() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "found", "", title=f"dtrp {__version__}", title_justify="left")
+    table = Table("part", "found", title=f"dtrp {__version__}", title_justify="left")
+    table.add_column("remark", overflow="fold")
     for row in (*_machine(), *_extras()):
         table.add_row(*row)
     console = Console(soft_wrap=True)

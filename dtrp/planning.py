@@ -193,7 +193,10 @@ class Planning:
             args, kwargs = self._planned_for or self._call
             for value in (*args, *kwargs.values()):
                 if type(value).__module__ == "numpy" or isinstance(value, DataLoader):
-                    raise TypeError(f"the model is to be called with a {type(value).__name__}: give tensors")
+                    raise TypeError(
+                        f"the model is to be called with a {type(value).__name__}: give tensors, "
+                        "as by torch.as_tensor"
+                    )
             found = training_flags(self.model)  # it may leave others behind
             with alone():
                 base = compile_model(self.model, self.request, args, kwargs)

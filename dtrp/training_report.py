@@ -14,6 +14,9 @@ from .runtime.rebalance import Move
 from .runtime.stats import WORK, StageStats
 
 _PARTS = ("forward", "recompute", "backward", "step", "transfer", "loop")
+_PROCESS = (
+    "Memory measured on the CPU is all that the process took, what libraries keep for themselves included."
+)
 _SHORT = 0.25  # of a tick that the loop takes: from there on ticks are short
 _IDLE = 0.15  # of the time of the busiest stage: from there on something else than stages limits
 _OFF = 0.15  # by which a stage may miss its prediction before that is worth a word
@@ -128,8 +131,8 @@ class TrainingReport:
         from .partitioner.report_text import open_table, printed
 
         table = open_table()
-        heads = ("stage", "device", "tick: predicted", "measured", "busy", "waits", "memory: predicted")
-        for name in (*heads, "measured", "stale by"):
+        times = ("tick: predicted", "measured", "busy", "waits", "caller")
+        for name in ("stage", "device", *times, "memory: predicted", "measured", "stale by"):
             long = ":" in name
             table.add_column(
                 name,
@@ -145,6 +148,7 @@ class TrainingReport:
                 duration(s.measured_tick),
                 f"{s.busy:.0%}",
                 f"{s.waiting:.0%}",
+                f"{max(0.0, s.idle - s.waiting):.0%}",
                 size(s.predicted_bytes),
                 "shared" if s.peak_bytes is None else size(s.peak_bytes),
                 str(s.staleness),
@@ -154,6 +158,7 @@ class TrainingReport:
             f"{duration(self.measured_time)}, predicted {duration(self.predicted_time)}",
             table,
             f"balance {self.balance:.3f}   {self.limit}",
+            *([_PROCESS] if any(s.device == "cpu" and s.peak_bytes for s in self.stages) else []),
             *(f"Try: {line}" for line in self.advice),
             *(f"Moved {move}" for move in self.moves),
         )

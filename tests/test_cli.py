@@ -1,6 +1,7 @@
 """The command line: what it prints and writes, its exit status, its errors."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -117,16 +118,26 @@ def test_a_model_that_cannot_be_built_on_meta(capsys):
         (["plan", MODEL, "--input", "4x8", "--memory-limit", "1,2,3"], "3 sizes for 2 stages"),
         (["plan", MODEL, "--input", "4x8", "--compare-k", "1,two"], "--compare-k must be numbers of stages"),
         (["plan", MODEL, "--input", "4x8", "--device", "abacus"], "unknown device 'abacus'"),
-        (["plan", MODEL, "--input", "4x8", "--html", "/no/such/directory/a.html"], "no directory to write"),
+        (
+            ["plan", MODEL, "--input", "4x8", "--html", f"{__file__}/a.html"],
+            "no directory that can be written",
+        ),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
-    device = [] if "--device" in arguments else ["--device", "T4"]
+    device = ["--device", "T4"] if "--memory-limit" in arguments else []
     assert main([*arguments, "--n-gpus", "2", *device]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("dtrp: error: ")
+    assert captured.err.startswith("dtrp: error: ")  # of what is planned for not a word yet
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dtrp", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("dtrp", run_name="__main__")
+    assert capsys.readouterr().out == f"dtrp {__version__}\n"
 
 
 @pytest.mark.parametrize("n_gpus", ["0", "-1", "100"])

@@ -460,6 +460,12 @@ def test_models_without_shapes() -> None:
         dtrp.compile(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), n_gpus=2)
 
 
+def test_a_model_of_one_layer() -> None:
+    text = r"stay together \(one layer's operations, .*; use at most 1 stage, since nothing here can be cut"
+    with pytest.raises(ValueError, match=text):
+        dtrp.compile(nn.Linear(8, 3), n_gpus=2, example_inputs=X)
+
+
 def test_models_with_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="has no parameters: there is nothing to train"):
         dtrp.compile(nn.Sequential(nn.ReLU()), n_gpus=2)
@@ -735,8 +741,9 @@ def test_steps(no_workers: None, mistake: str, planned: bool) -> None:
     if not planned and mistake in ("numbers", "inputs in a list"):
         pytest.skip("only the model can tell")
     pipe = dtrp.compile(net(), n_gpus=2, example_inputs=X if planned else None)
-    with pipe.trainer(F.cross_entropy, SGD) as t, pytest.raises(TypeError, match=text):
+    with pipe.trainer(F.cross_entropy, SGD) as t, pytest.raises(TypeError, match=text) as error:
         t.step(*args, **kwargs)
+    assert str(error.value).count("give tensors") <= 1
 
 
 LOADERS: dict[str, tuple[tuple[Any, ...], str]] = {

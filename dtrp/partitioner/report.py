@@ -240,6 +240,9 @@ class PartitionReport:
         before_last = self._plan.recompute[:-1]
         recompute: bool | str = True if before_last and all(before_last) else "auto"
         for k in ks:
+            if k == 1 < self.n_stages:  # plain training: no loop over stages takes its time
+                points.append(Scaling(1, self.single_time, 1.0, 1.0))
+                continue
             if k == self.n_stages:
                 prices = self._prices(self._plan.stage_of, self._plan.recompute) if orders else ()
                 points.append(Scaling(k, self.tick_time, self.speedup, self.balance, prices))
@@ -342,6 +345,7 @@ class PartitionReport:
 
         drawn = figure(self)
         if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             drawn.savefig(path)
         return drawn
 

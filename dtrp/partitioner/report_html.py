@@ -96,7 +96,7 @@ def _head(report: PartitionReport) -> str:
         "over one device": f"{report.speedup:.2f} times",
         "balance": f"{report.balance:.3f}",
         "lower bound": duration(report.lower_bound),
-        "gap": gap(report.gap),
+        "gap": gap(report),
         "over cuts, per batch": size(report.cut_bytes),
         "parameters": count(sum(stage.params for stage in report.stages)),
     }

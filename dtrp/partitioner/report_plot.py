@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from dtrp.partitioner.report import PartitionReport
 
+_UNITS = (("GB", 1e-9), ("MB", 1e-6), ("kB", 1e-3), ("B", 0.0), ("B", 1.0))
+_LEGEND: Mapping[str, Any] = {"fontsize": "small", "frameon": False, "ncols": 4}
+
 
 def figure(report: PartitionReport) -> Figure:
     """Stacked bars per stage, with the lower bound and the memory limits; tied to no display.
@@ -29,25 +32,28 @@ def figure(report: PartitionReport) -> Figure:
         raise ImportError(
             "the report's figure needs matplotlib: pip install 'dtrp[plot]' (to_html needs nothing)"
         ) from e
-    drawn = Figure(figsize=(11, 1.8 + 0.35 * report.n_stages), layout="constrained")
+    drawn = Figure(figsize=(11, 2.2 + 0.35 * report.n_stages), layout="constrained")
     skip = "transfer" if report.overlaps else ""  # hidden behind computing: no part of the sum
     left, right = drawn.subplots(1, 2, sharey=True)
     _bars(left, [(s.index, s.time) for s in report.stages], TIME_COLOURS, 1e3, skip)
     if not shares_cores(report):  # else it is of the sum over them
         bound = report.lower_bound * 1e3
         left.axvline(bound, color="black", linestyle="--", linewidth=1, label="lower bound")
-    left.set(xlabel="ms per tick", ylabel="stage", title=f"{report.model}: balance {report.balance:.3f}")
+    title = f"{report.model}: balance {report.balance:.3f}, predicted speed-up {report.speedup:.2f}"
+    left.set(xlabel="ms per tick", ylabel="stage", title=title)
     left.set_yticks(range(report.n_stages))
     left.invert_yaxis()
-    _bars(right, [(s.index, s.memory) for s in report.stages], MEMORY_COLOURS, 1e-9)
     most = max(s.peak_bytes for s in report.stages)
+    unit, scale = next(pair for pair in _UNITS if most * pair[1] >= 1)
+    _bars(right, [(s.index, s.memory) for s in report.stages], MEMORY_COLOURS, scale)
     for stage in report.stages:
         if stage.memory_limit is not None and stage.memory_limit <= 2.5 * most:
-            at = stage.memory_limit * 1e-9
+            at = stage.memory_limit * scale
             right.plot([at, at], [stage.index - 0.45, stage.index + 0.45], color="firebrick")
-    right.set(xlabel="GB", title=f"predicted speed-up {report.speedup:.2f}")
-    for axis in (left, right):
-        axis.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=4)
+    right.set(xlabel=f"{unit} at the fullest moment", title="memory")
+    for axis, side in ((left, "left"), (right, "right")):
+        place: dict[str, Any] = {**_LEGEND, "loc": f"outside lower {side}"}
+        drawn.legend(*axis.get_legend_handles_labels(), **place)
     return drawn
 
 

@@ -26,8 +26,8 @@ def _width() -> int:
 
 def open_table() -> Table:
     """A table, without lines between its columns where the terminal is narrow."""
-    narrow: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)} if _width() < _WIDTH else {}
-    return Table(pad_edge=False, **narrow)
+    narrow: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0), "pad_edge": False}
+    return Table(**narrow if _width() < _WIDTH else {})
 
 
 def printed(*parts: RenderableType) -> str:
@@ -79,7 +79,7 @@ def renderable(report: PartitionReport) -> RenderableType:
     lines.append(
         Text(
             f"balance {report.balance:.3f}   lower bound {duration(report.lower_bound)}   "
-            f"gap {gap(report.gap)}   over cuts {size(report.cut_bytes)} per batch"
+            f"gap {gap(report)}   over cuts {size(report.cut_bytes)} per batch"
         )
     )
     if len(report.stages) > 1:
@@ -114,8 +114,11 @@ def shares_cores(report: PartitionReport) -> bool:
     return report.tick_time > 1.001 * max(stage.tick_time for stage in report.stages)
 
 
-def gap(value: float) -> str:
-    """A gap in percent; certified optimal plans say so."""
+def gap(report: PartitionReport) -> str:
+    """The gap in percent; certified optimal plans say so. What sharing cores costs no other cut can save."""
+    value = report.gap
+    if shares_cores(report):
+        return "- (cores are shared)"
     if value <= 1e-6:
         return "0 % (optimal)"
     percent = f"{100 * value:.2g}" if value < 1 else f"{100 * value:.0f}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 log = logging.getLogger("dtrp")
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 PACE = 0.5  # seconds between looks at the stages, while a bar is shown
 _EMPTY = (
     "gave no batch in epoch {}; give fit a loader that can be gone through once per epoch and is not empty "
@@ -228,7 +229,7 @@ class Bar:
         if trainer.progress:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=length(loader), desc=title, unit="batch")
+            self.bar = tqdm(total=length(loader), desc=title, bar_format=_BAR)
         self.looked = time.monotonic()
         self.samples = trainer.samples
 
@@ -249,16 +250,20 @@ class Bar:
         now = time.monotonic()
         if self.bar is None or now - self.looked < PACE:
             return
+        if loss is None:
+            self.bar.set_postfix_str("the pipeline fills")
+            return
         rate = (self.trainer.samples - self.samples) / (now - self.looked)
         self.looked, self.samples = now, self.trainer.samples
-        shown = {"loss": "-" if loss is None else f"{loss:.4f}", "samples/s": f"{rate:.0f}"}
+        shown = {"train_loss": f"{loss:.4f}", "samples/s": f"{rate:.0f}"}
         if stats := self.trainer.glance():
             shown["balance"] = f"{balance(stats):.2f}"
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(shown)
 
     def end(self, row: Mapping[str, Any]) -> None:
         """What the epoch came to; it stays on the screen."""
         if self.bar is not None:
+            self.bar.bar_format = "{desc}: {n_fmt} batches, {elapsed}{postfix}"  # with room for the numbers
             self.bar.set_postfix({k: f"{v:.4f}" for k, v in row.items() if isinstance(v, (int, float))})
 
     def __exit__(self, *exc: object) -> None:

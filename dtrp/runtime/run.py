@@ -151,7 +151,8 @@ class Run:
                 self.world.prepare(compiled, inputs, named)
             tensors = self.changes.bind(inputs, named, follow=follow)
         except TypeError as e:
-            raise TypeError(f"{e}; {what_step_takes(args, has_target, targets)}") from None
+            hint = what_step_takes(args, has_target, targets)
+            raise TypeError(str(e) if hint in str(e) else f"{e}; {hint}") from None
         return self.executor or self._start(tensors, target), tensors, target
 
     def add(self, executor: Executor, tensors: Sequence[Tensor], target: Any) -> None:

@@ -189,7 +189,8 @@ class Trainer:
         Returns
         -------
         list of dict
-            Per epoch: ``train_loss`` (mean over its batches that were not skipped) and what `evaluate` gives.
+            Per epoch: ``train_loss`` (mean over its batches that were not skipped); with a ``val_loader``
+            what `evaluate` gives, too: ``loss``, and ``accuracy`` or the metrics by their names.
 
         Raises
         ------

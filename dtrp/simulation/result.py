@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -166,6 +167,7 @@ class Simulation:
 
         drawn = figure(self, ks)
         if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             drawn.savefig(path)
         return drawn
 

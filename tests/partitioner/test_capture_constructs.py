@@ -442,7 +442,15 @@ def test_an_encoder_with_a_padding_mask():
 def test_unsuitable_inputs_are_an_error_with_the_line(x):
     with pytest.raises(CaptureError, match="running it on tensors of the example's shapes failed") as error:
         capture(Part(lambda m, x: m.a(x)), (torch.randn(3, 5),))
-    assert "must have same reduction dim" in str(error.value)
+    text = str(error.value)
+    assert text.count("must have same reduction dim") == 1
+    assert "test_capture_constructs.py:" in text
+    assert "Call model(*args, **kwargs) on the example inputs" in text
+
+
+def test_numbers_given_to_an_embedding_are_told():
+    with pytest.raises(CaptureError, match=r"to do: Give it int64: x.long\(\), or .* --input 2x128:int64"):
+        capture(nn.Embedding(5, 4), (torch.zeros(2, 3),))
 
 
 def test_deep_copies_are_independent_of_the_graph(x):

@@ -160,7 +160,7 @@ def test_on_the_cpu_transfers_are_part_of_the_bars(device):
         assert stage.time["transfer"] > 0
     assert "Sending and receiving take CPU time from computing" in host._repr_html_()
     assert "computes while it communicates" in reported(3, device)._repr_html_()
-    assert "transfer" in [label.get_text() for label in host.plot().axes[0].get_legend().get_texts()]
+    assert "transfer" in [label.get_text() for label in host.plot().legends[0].get_texts()]
 
 
 def test_the_bottleneck_is_told_once():
@@ -219,6 +219,14 @@ def test_compare(report):
     assert points[0].speedup == pytest.approx(1)
     assert points[2].tick_time == report.tick_time
     assert points[1].tick_time <= points[0].tick_time
+
+
+def test_one_stage_has_no_loop(device):
+    """It is plain training on one device, whatever the loop of several stages costs."""
+    slow = reported(3, replace(device, tick_overhead=1.0))
+    assert slow.stages[0].time["loop"] >= 1
+    (alone,) = slow.compare([1])
+    assert (alone.tick_time, alone.speedup) == (slow.single_time, 1.0)
 
 
 def test_compare_prices_orders_too(report):
@@ -335,7 +343,7 @@ def test_figure(report, tmp_path):
     pytest.importorskip("matplotlib")
     figure = report.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert [axis.get_xlabel() for axis in figure.axes] == ["ms per tick", "GB"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["ms per tick", "kB at the fullest moment"]
 
 
 def test_figure_without_matplotlib_says_what_to_install(report, monkeypatch):

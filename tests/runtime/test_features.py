@@ -538,9 +538,12 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(tqdm, "set_postfix", lambda bar, row, **kw: (said.update(row), true(bar, row, **kw)))
     with trainer(compiled(), progress=True) as t:
         t.fit(batches(6), 1)
-    assert {"loss", "samples/s", "balance", "train_loss"} <= said.keys()
+        assert said.keys() == {"train_loss", "samples/s", "balance"}  # "loss" is the val_loader's
+        t.fit(batches(6), 1, val_loader=batches(2))
+    assert {"loss", "accuracy"} <= said.keys()
     shown = capsys.readouterr().err
-    assert "epoch 1/1" in shown
+    assert "epoch 1/1: 6 batches, 00:0" in shown
+    assert "the pipeline fills" in shown
     assert "train_loss=" in shown
 
 

@@ -62,9 +62,9 @@ def test_report_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, columns: i
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= columns
-    heads = "stage device predicted measured busy waits predicted measured stale by"
+    heads = "stage device predicted measured busy waits caller predicted measured stale by"
     assert heads in " ".join(" ".join(lines).replace("tick:", "").replace("memory:", "").split())
-    assert [len(line.split()) for line in lines if line.split()[1:2] == ["cpu"]] == [12, 12]  # with units
+    assert [len(line.split()) for line in lines if line.split()[1:2] == ["cpu"]] == [13, 13]  # with units
 
 
 def test_a_wait_is_never_shorter_than_nothing() -> None:
@@ -82,6 +82,7 @@ def test_report_of_workers() -> None:
     assert report.executor == "workers"
     assert all(s.peak_bytes is not None and s.peak_bytes < 2**30 for s in report.stages)
     assert report.measured_time >= max(s.measured_tick for s in report.stages) * 0.5
+    assert "Memory measured on the CPU is all that the process took" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,7 @@ def test_more_stages_than_cores_are_priced_by_their_sum(monkeypatch: pytest.Monk
     assert report.speedup <= 2
     assert report.lower_bound <= report.tick_time
     assert "runs 2 at a time" in report.reason
+    assert "gap - (cores are shared)" in str(report)
     assert compiled(mlp(8), 2).report.tick_time == pytest.approx(
         max(s.tick_time for s in compiled(mlp(8), 2).report.stages)
     )

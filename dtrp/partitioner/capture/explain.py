@@ -94,6 +94,11 @@ _KNOWN = (
         "inputs of the model's dtype. Mixed precision is pipe.trainer(autocast=torch.bfloat16).",
     ),
     (
+        ("scalar types: Long, Int",),
+        "an embedding is given numbers that are not whole",
+        "Give it int64: x.long(), or on the command line --input 2x128:int64.",
+    ),
+    (
         ("makes the layer",),
         "forward makes a layer of the model when it first runs",
         "Call the model once on an example, model(*args, **kwargs), then compile it.",
@@ -139,9 +144,12 @@ def capture_error(model: nn.Module, failures: Sequence[Failure]) -> CaptureError
         f"  where: {where}{', ' + place if place else ''}",
         f"  what:  {construct}",
         f"  to do: {remedy.replace('{whole}', whole)}",
-        "  tried:",
     ]
-    lines += [f"    {f.way}: {f.text}{' (' + f.place + ')' if f.place else ''}" for f in failures]
+    tried: dict[str, list[str]] = {}
+    for f in failures:
+        tried.setdefault(f"{f.text}{' (' + f.place + ')' if f.place else ''}", []).append(f.way)
+    if len(tried) > 1 or chief.text not in construct:
+        lines += ["  tried:", *(f"    {', '.join(ways)}: {text}" for text, ways in tried.items())]
     return CaptureError("\n".join(lines))
 
 
@@ -152,6 +160,6 @@ def _construct(failures: Sequence[Failure], chief: Failure) -> tuple[str, str]:
                 return construct, remedy
     return (
         f"running it on tensors of the example's shapes failed: {chief.text}",
-        "Check that model(*args, **kwargs) itself runs with the example inputs, in train mode and in eval "
-        "mode; if it does, {whole}.",
+        "Call model(*args, **kwargs) on the example inputs, in train and in eval mode. Where it fails in "
+        "the same way, mend this line or the inputs; where it runs, {whole}.",
     )

@@ -124,12 +124,12 @@ def check_enough(problem: Problem, n_nodes: int) -> None:
     groups = ""
     if problem.n < n_nodes:
         groups = (
-            f", which form {problem.n} group{'s' if problem.n > 1 else ''} that stay together (gradients "
-            f"inside forward, writes in place, colocation, cycles between groups)"
+            f", which form {problem.n} group{'s' if problem.n > 1 else ''} that stay together (one "
+            f"layer's operations, gradients inside forward, writes in place, colocation, cycles of groups)"
         )
     raise ValueError(
         f"cannot make {problem.n_stages} non-empty stages of {n_nodes} nodes{groups}; "
-        f"use at most {problem.n} stage{'s' if problem.n > 1 else ''}"
+        f"use at most {problem.n} stage{'s' if problem.n > 1 else ', since nothing here can be cut'}"
     )
 
 
