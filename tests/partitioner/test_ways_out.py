@@ -56,6 +56,24 @@ def test_packed_sequences(kind, clamp, total):
     torch.testing.assert_close(pipe(ids, lengths), pipe.model(ids, lengths))
 
 
+class PackedInTheRoot(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][0][-1])
+
+
+def test_packed_sequences_of_the_root_are_named():
+    """What torch says there is of an item() that the user's code does not call."""
+    args = torch.randn(4, 6, 4), torch.tensor([6, 5, 3, 2])
+    with pytest.raises(dtrp.CaptureError, match="how long a packed sequence is") as caught:
+        dtrp.compile(PackedInTheRoot(), n_gpus=2, devices=["cpu"] * 2, example_inputs=args)
+    assert "Pack, run the layer and unpack in a submodule of its own" in str(caught.value)
+
+
 class Split(nn.Module):
     def forward(self, x, sizes):
         return torch.stack([part.mean(0) for part in x.split(sizes.tolist())])

@@ -463,6 +463,6 @@ def test_a_stage_that_fails_shows_the_line(executor: str) -> None:
         pytest.raises(dtrp.WorkerError) as caught,
         pipe.trainer(F.cross_entropy, SGD, executor=executor) as t,
     ):
-        t.fit([(x + 5, y)])
+        t.fit([(x + 5, y)], 1)
     line = inspect.getsourcelines(Words.forward)[1] + 1
     assert re.search(rf"self\.embed\(input_0\);.*# .*test_errors\.py:{line}\n", str(caught.value))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from dtrp.errors import CaptureError
 
@@ -26,6 +28,16 @@ class Failure:
         error = self.error
         line = next((x.strip() for x in str(error).splitlines() if x.strip()), "")
         return line if isinstance(error, Unfaithful) else f"{type(error).__name__}: {line}"
+
+    @property
+    def packs(self) -> bool:
+        """Whether a function that the error passed through makes or has a packed sequence."""
+        frames = [frame for frame, _ in traceback.walk_tb(self.error.__traceback__)]
+        held = (value for frame in frames for value in frame.f_locals.values())
+        makes = {"pack_padded_sequence", "pack_sequence", "pad_packed_sequence"}
+        return not makes.isdisjoint(f.f_code.co_name for f in frames) or any(
+            type(value) is PackedSequence for value in held
+        )
 
     @property
     def place(self) -> str:
@@ -128,6 +140,13 @@ _KNOWN = (
 )
 
 
+_PACKED = (
+    "how long a packed sequence is depends on the values of the lengths, which no graph knows",
+    "Pack, run the layer and unpack in a submodule of its own that takes padded values and lengths: it is "
+    "then kept whole, as one node (examples/lstm_packed.py).",
+)
+
+
 def capture_error(model: nn.Module, failures: Sequence[Failure]) -> CaptureError:
     """The error for a model for which all ways failed."""
     # What ran the model's own code says most: it stops at the user's line that matters.
@@ -154,6 +173,8 @@ def capture_error(model: nn.Module, failures: Sequence[Failure]) -> CaptureError
 
 
 def _construct(failures: Sequence[Failure], chief: Failure) -> tuple[str, str]:
+    if chief.packs:
+        return _PACKED
     for failure in (chief, *failures):
         for marks, construct, remedy in _KNOWN:
             if any(mark in failure.text for mark in marks):
