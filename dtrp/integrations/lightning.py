@@ -127,9 +127,10 @@ class PipelineStrategy(SingleDeviceStrategy):
         self._run: Trainer | None = None
         self._step: TrainingStep | None = None
         self._told, self._newest = 0, math.nan  # losses that have been logged, and the last of them
-        self._scales: deque[float] = deque()  # of batches whose loss has not come
+        self._sizes: deque[int | None] = deque()  # of batches whose loss has not come
         self._open: tuple[int, int] | None = None  # an epoch that has not been ended, and its latest batch
         self._checkpoint: Mapping[str, Any] | None = None  # loaded, to be handed to the stages
+        self._rest: dict[str, Any] | None = None  # what else was to be saved, last time
 
     # ---- starting and ending -------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class PipelineStrategy(SingleDeviceStrategy):
         if trainer.state.fn == "fit":
             module = self._module
             _check(trainer, module, self)
-            self._step = TrainingStep(module)
+            self._step, self._rest = TrainingStep(module), None
             keep_still(self.optimizers[0])
             module.on_validation_model_zero_grad = int  # type: ignore[assignment,method-assign]
 
@@ -160,7 +161,7 @@ class PipelineStrategy(SingleDeviceStrategy):
         formats = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
         clip = trainer.gradient_clip_val
         run = compile(self._step, **self._pipeline).trainer(
-            scaled_loss,
+            None,
             SameOptimizer(optimizer, self._step),
             lr_scheduler=None if config is None else SameScheduler(config.scheduler),
             scheduler_step="update" if config is None or config.interval == "step" else "epoch",
@@ -178,8 +179,10 @@ class PipelineStrategy(SingleDeviceStrategy):
         return run
 
     def on_train_end(self) -> None:
-        """The weights come back into the module, and the stages end."""
+        """Weights and the optimizer's state come back here, and the stages end."""
         if self._run is not None:
+            self._run.flush()
+            self._rest = export_state(self._run, self.optimizers[0])
             self._run.close()
 
     def on_exception(self, exception: BaseException) -> None:
@@ -216,15 +219,14 @@ class PipelineStrategy(SingleDeviceStrategy):
         if self._open is not None and self._open[0] != epoch:
             self._cut_short(run)
         self._open = epoch, place
-        scale = _share(trainer, place)
-        self._scales.append(scale)
+        self._sizes.append(step.size(batch))
         with step.tracing():
-            run.step(batch, *counts, target=None, **({} if scale == 1.0 else {"extra": {"scale": scale}}))
+            run.step(batch, *counts)
         if trainer.is_last_batch:
             self._end_epoch(run)
         for loss in run.losses[self._told :]:
-            self._newest = loss / self._scales.popleft()
-            step.log(self._newest)
+            self._newest = loss
+            step.log(loss, self._sizes.popleft())
         self._told = len(run.losses)
         return torch.tensor(self._newest)
 
@@ -241,7 +243,8 @@ class PipelineStrategy(SingleDeviceStrategy):
         self._end_epoch(run)
 
     def _end_epoch(self, run: Trainer) -> None:
-        run._run.drain(close_group=True)
+        # The library divides by accumulate_grad_batches also where the last group has fewer batches.
+        run._run.drain(close_group="share")
         run.end_epoch()
         self._open = None
 
@@ -284,7 +287,7 @@ class PipelineStrategy(SingleDeviceStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """As of the library, with what else a run is."""
-        if self._running and "optimizer_states" in checkpoint:
+        if self._rest is not None and "optimizer_states" in checkpoint:
             checkpoint = {**checkpoint, REST: self._rest}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -296,20 +299,6 @@ class PipelineStrategy(SingleDeviceStrategy):
     @property
     def _running(self) -> bool:
         return self._run is not None and not self._run._run.closed
-
-
-def scaled_loss(output: Any, target: Any, scale: float = 1.0) -> Any:
-    """What `training_step` gave, in the share that it has of an incomplete group of batches."""
-    return output if scale == 1.0 else output * scale
-
-
-def _share(trainer: LightningTrainer, index: int) -> float:
-    """The library divides by ``accumulate_grad_batches`` also where an epoch's last group has fewer batches;
-    stages take the mean over those that there are."""
-    size, total = trainer.accumulate_grad_batches, trainer.num_training_batches
-    if size == 1 or index < total - total % size:
-        return 1.0
-    return float(total % size) / size
 
 
 def _check(trainer: LightningTrainer, module: LightningModule, strategy: PipelineStrategy) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.nn.modules import module as every
 from torchmetrics import Metric
@@ -75,6 +78,9 @@ class TrainingStep(nn.Module):
                 changed = self._left_behind(batch, *counts)
         except RuntimeError:  # it takes gradients itself, or fails for a reason that is its own
             changed = self._left_behind(batch, *counts)
+        for how in self._notes.of_loss.values():
+            if "batch_size" in how and how["batch_size"] == _size(batch):
+                del how["batch_size"]  # it was written for any batch
         paths = {id(m): path for path, m in module.named_modules()}
         logged = [paths[id(value)] for value in self._notes.modules if id(value) in paths]
         for path, text in changed.items():
@@ -100,10 +106,16 @@ class TrainingStep(nn.Module):
         """A context in which ``log`` only notes."""
         return self._notes
 
-    def log(self, loss: float) -> None:
-        """Log a loss that has come, as `training_step` would have."""
+    def size(self, batch: Any) -> int | None:
+        """Of a batch, for means over an epoch; ``None``: nobody takes them, or `log` was told another."""
+        means = any(how.get("on_epoch") and "batch_size" not in how for how in self._notes.of_loss.values())
+        return extract_batch_size(batch) if means else None
+
+    def log(self, loss: float, size: int | None) -> None:
+        """Log a loss that has come, as `training_step` would have: it may be of an earlier batch."""
         for name, how in self._notes.of_loss.items():
-            self._notes.true_log(name, loss, **how)
+            own = {"batch_size": size} if size is not None and how.get("on_epoch") else {}
+            self._notes.true_log(name, loss, **{**own, **how})
 
     def put_back(self) -> None:
         """The module's own ``log``."""
@@ -121,11 +133,12 @@ class _Notes:
         self._called: list[tuple[str, Any, dict[str, Any]]] = []
         self._tracing = False
 
-    def __call__(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+    def __call__(self, *args: Any, **options: Any) -> None:
         if self._tracing:
-            self._called.append((name, value, options))
+            how = signature(self.true_log).bind(*args, **options).arguments
+            self._called.append((how.pop("name"), how.pop("value"), how))
         else:
-            self.true_log(name, value, *args, **options)
+            self.true_log(*args, **options)
 
     def __enter__(self) -> None:
         self._tracing = True
@@ -139,8 +152,8 @@ class _Notes:
     def end(self, loss: Any) -> None:
         """What was the loss, of what was logged."""
         for name, value, how in self._called:
-            if value is loss:
-                self.of_loss[name] = how
+            if value is loss or _same(value, loss):
+                self.of_loss.setdefault(name, how)
             elif name not in self.warned:
                 self.warned.add(name)
                 rank_zero_warn(
@@ -149,6 +162,20 @@ class _Notes:
                 )
         self.modules = [value for _, value, _ in self._called if isinstance(value, nn.Module)]
         self._called = []
+
+
+def _size(batch: Any) -> int | None:
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return None
+
+
+def _same(value: Any, loss: Any) -> bool:
+    """Whether it is the loss, detached."""
+    if not isinstance(value, Tensor) or not isinstance(loss, Tensor) or value.shape != loss.shape:
+        return False
+    return bool(value.untyped_storage()._cdata == loss.untyped_storage()._cdata)
 
 
 class _Asked:

@@ -75,6 +75,14 @@ _REFUSED = {
     "use_liger_kernel": "its kernels are put into the model behind the back of what cuts it",
 }
 
+_NOT_CALLED = {
+    "compute_loss": "give it as compute_loss_func=(outputs, labels, num_items_in_batch), or let the model "
+    "return that loss",
+    "compute_loss_context_manager": "let the model's forward enter it; bf16 or fp16 set the autocast",
+    "autocast_smart_context_manager": "bf16 or fp16 set the autocast",
+}
+"""Methods of a subclass that stages would not call, and what does instead."""
+
 
 class PipelineTrainer(_Trainer):
     """`transformers.Trainer`, training through a pipeline.
@@ -117,11 +125,11 @@ class PipelineTrainer(_Trainer):
             given._n_gpu = min(given.n_gpu, 1)  # the devices are the stages': no copies of the model
         self._pipeline, self._training = options(pipeline, training, _FROM, "TrainingArguments")
         self._run: Trainer | None = None
-        if type(self).compute_loss is not _Trainer.compute_loss:
-            raise ValueError(
-                f"{type(self).__name__} overrides compute_loss, which stages would not call: give it as "
-                f"compute_loss_func=(outputs, labels, num_items_in_batch), or let the model return that loss"
-            )
+        for name, instead in _NOT_CALLED.items():
+            if getattr(type(self), name) is not getattr(_Trainer, name):
+                raise ValueError(
+                    f"{type(self).__name__} overrides {name}, which stages would not call: {instead}"
+                )
         super().__init__(*args, **kwargs)
 
     # ---- what the stages train -----------------------------------------------------------------------------
@@ -139,6 +147,7 @@ class PipelineTrainer(_Trainer):
         keep_still(self.optimizer)
         self._parts: deque[int] = deque()  # of each batch in flight: how many batches its update has
         self._told = 0  # losses that have been logged or added up
+        self._open = 0  # batches of the update that has begun
         if resume is not None:
             self._resume(self._run, resume)
         elif self.optimizer.state:  # of an earlier call of train, or the user's own
@@ -187,7 +196,7 @@ class PipelineTrainer(_Trainer):
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         check_rates(self.optimizer, self.lr_scheduler.get_last_lr())
-        named, parts = dict(inputs), self.current_gradient_accumulation_steps
+        named, parts = dict(self._prepare_inputs(inputs)), self.current_gradient_accumulation_steps  # type: ignore[arg-type]
         extra: dict[str, Any] = {}
         labels = named.get("labels")
         if (self.compute_loss_func or self.label_smoother) and labels is not None:
@@ -204,9 +213,23 @@ class PipelineTrainer(_Trainer):
         if scaled:
             extra |= {"scale": float(parts), "rows": len(labels) if isinstance(labels, Tensor) else 0}
         self._parts.append(parts)
+        self._open += 1
         self._rate = self._run.lr
         self._run.step(**named, target=labels, **({"extra": extra} if extra else {}))
         return torch.tensor(self._new_losses(), device=self.args.device)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the library: the batches of the next update."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches and self._open:
+            size = self.args.gradient_accumulation_steps
+            raise ValueError(
+                f"an epoch ended after {self._open} of the {size} batches of "
+                f"an update (gradient_accumulation_steps), with an IterableDataset of unknown length or by a "
+                f"callback: the library would add their gradients to the next update, which stages cannot; "
+                f"let the dataset repeat or give whole updates, or stop epochs in on_step_end"
+            )
+        return batches, items
 
     def _new_losses(self) -> float:
         """The sum of the losses that have come, each as a share of its update's."""
@@ -227,6 +250,12 @@ class PipelineTrainer(_Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Called once per update, before it."""
         assert self._run is not None
+        if self._open == 0:
+            raise ValueError(
+                f"{type(self).__name__}.training_step trains by itself: the stages got no batch; change the "
+                f"inputs there and call super().training_step, or leave it"
+            )
+        self._open = 0
         if self.current_gradient_accumulation_steps < self.args.gradient_accumulation_steps:
             self._run._run.drain(close_group=True)  # the epoch's last update has fewer batches
 
@@ -360,6 +389,13 @@ class _Fed(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.module = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for others."""
+        raise ValueError(
+            "training_step of a subclass calls the model, whose gradients are the stages': change the inputs "
+            "there and call super().training_step; a loss of your own goes in as compute_loss_func"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The stages drop their gradients."""

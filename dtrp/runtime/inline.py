@@ -72,7 +72,7 @@ class Inline:
         with self._as_in_workers():
             self._sweep()
 
-    def drain(self, *, close_group: bool = False) -> None:
+    def drain(self, *, close_group: bool | str = False) -> None:
         """Until nothing is in flight (`Workers` does not wait for it)."""
         for k, stage in enumerate(self.stages):
             self._running[k] = _then(self._running[k], stage.drain(close_group=close_group))

@@ -113,7 +113,7 @@ class Ranks:
         with self._told("a round", draws=True):
             finish(self.stage.feed(feed))
 
-    def drain(self, *, close_group: bool = False) -> None:
+    def drain(self, *, close_group: bool | str = False) -> None:
         """Until nothing is in flight in this stage."""
         with self._told("draining", draws=True):
             finish(self.stage.drain(close_group=close_group))

@@ -165,7 +165,7 @@ class Run:
         self._collect(executor)
         self.changes.in_step()
 
-    def drain(self, *, close_group: bool = False) -> None:
+    def drain(self, *, close_group: bool | str = False) -> None:
         """Until nothing is in flight; the model has the newest weights then."""
         if self.executor is None:
             return
@@ -174,7 +174,7 @@ class Run:
             mini = self.joiner.rest()
             if mini is not None:
                 self._enter(self.executor, mini)
-            closes = close_group and self.history.gathered > 0
+            closes = self.history.gathered > 0 and close_group
             if self.in_flight or closes:
                 self.executor.drain(close_group=closes)
                 self.in_flight = False

@@ -164,10 +164,11 @@ class Stage:
         self.pace.end_round()
         self.meter.end_round()
 
-    def drain(self, *, close_group: bool = False) -> Steps:
+    def drain(self, *, close_group: bool | str = False) -> Steps:
         """After the last slot of a segment: until nothing is in flight here, nor on its way here.
 
-        ``close_group``: an incomplete group of accumulated mini-batches is stepped with, as its own mean.
+        ``close_group``: an incomplete group of accumulated mini-batches is stepped with, as its own mean;
+        ``"share"``: as its share of a whole group's.
         """
         while self.held:
             yield from self.run(self.held.popleft())
@@ -176,14 +177,14 @@ class Stage:
         if self.config.max_grad_norm is not None and self.takes_part:
             yield from self.norms.settle(self.updates.come)
         if close_group:
-            yield from self._close_group()
+            yield from self._close_group(close_group)
         for owner in self.tied.due:
             yield from self.tied.collect(owner, None)
         self._begin_segment()
 
-    def _close_group(self) -> Steps:
+    def _close_group(self, how: bool | str) -> Steps:
         """Step with an incomplete group of accumulated mini-batches."""
-        steps = (yield from self.updates.close_group()) if self.takes_part else False
+        steps = (yield from self.updates.close_group(how)) if self.takes_part else False
         slot = self._slot + self._fed
         self._fed += 1  # the sums' slot
         self.tied.share(slot, stepped=steps)

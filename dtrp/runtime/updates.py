@@ -139,15 +139,16 @@ class Updates:
             for _ in range(update.batches):
                 own.schedule()
 
-    def close_group(self) -> Generator[None, None, bool]:
+    def close_group(self, how: bool | str) -> Generator[None, None, bool]:
         """Whether an incomplete group of accumulated mini-batches brings an update, with a mean of its own
-        (ours)."""
+        (ours); ``how="share"``: with its share of a whole group's."""
         own = self.weights.own
         steps = own is not None and own.waiting > 0
         found: Sequence[Tensor] = ()
         if own is not None and steps:
             gradients = [p.grad for p in own.names.values() if p.grad is not None]
-            torch._foreach_mul_(gradients, self.config.accumulate / own.waiting)
+            if how != "share":
+                torch._foreach_mul_(gradients, self.config.accumulate / own.waiting)
             if self.replicas is not None:
                 self.replicas.add_gradients(own.names.values())
             found = norms(own.names.values())

@@ -154,7 +154,7 @@ class Worker:
         self.stage = Stage(setup.program, setup.config, self.links, seed=setup.seed, record=setup.record)
         self.links.allow(partial(self.stage.schedule.places, self.stage.stage))
 
-    def do_drain(self, close_group: bool) -> None:
+    def do_drain(self, close_group: bool | str) -> None:
         assert self.stage is not None
         finish(self.stage.drain(close_group=close_group))
         self._tell_news()

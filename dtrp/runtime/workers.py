@@ -115,7 +115,7 @@ class Workers:
         self._send_feeds(feeds, evaluates=False)
         self._fed += feeds[-1].closes
 
-    def drain(self, *, close_group: bool = False) -> None:
+    def drain(self, *, close_group: bool | str = False) -> None:
         """Until nothing is in flight; does not wait for it."""
         self._check()
         self._command_all("drain", close_group)

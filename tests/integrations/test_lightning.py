@@ -90,14 +90,14 @@ def data(n: int = 27) -> DataLoader[Any]:
 
 
 def fit(folder: Path, module: Any, strategy: Any = "auto", *, resume: Any = None, **options: Any) -> Any:
-    losses = Losses()
+    losses, loader = Losses(), options.pop("loader", None)
     usual = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(
         default_root_dir=folder, strategy=strategy, enable_model_summary=False,
-        callbacks=[losses, *options.pop("callbacks", [])],
+        callbacks=[*([losses] * options.pop("epochs", True)), *options.pop("callbacks", [])],
         **{**usual, **options},
     )  # fmt: skip
-    trainer.fit(module, data(), data(8), ckpt_path=resume)
+    trainer.fit(module, data() if loader is None else loader, data(8), ckpt_path=resume)
     trainer.losses = losses
     return trainer
 
@@ -185,6 +185,64 @@ def test_what_else_is_logged_is_named(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="training_step logs 'twice', which is not the loss"):
         fit(tmp_path, Talkative(), stages(), max_epochs=1)
+
+
+def test_how_a_loss_is_logged_is_followed(tmp_path: Path) -> None:
+    """By position, detached, and with the size of the batch that the loss is of, which is no longer here."""
+
+    class Logs(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.log("train", loss.detach(), False, False, False, True)
+            self.log("sized", loss, on_epoch=True, batch_size=len(batch[0]))
+            self.log("inferred", loss, on_epoch=True)
+            self.log("weightless", loss, on_step=False, on_epoch=True, batch_size=1)
+            return loss
+
+    class Notes(PipelineStrategy):
+        def on_train_end(self) -> None:
+            super().on_train_end()
+            assert self._run is not None
+            self.seen = list(self._run.losses)
+
+    notes = Notes(3, {"executor": "inline"})
+    found = fit(tmp_path, Logs(schedule="fifty"), notes, max_epochs=1, epochs=False).callback_metrics
+    sizes = [4] * 6 + [3]
+    weighted = sum(loss * n for loss, n in zip(notes.seen, sizes, strict=True)) / sum(sizes)
+    for name in ("train", "sized_epoch", "inferred_epoch"):
+        assert float(found[name]) == pytest.approx(weighted, rel=1e-6), name
+    assert float(found["weightless"]) == pytest.approx(sum(notes.seen) / 7, rel=1e-6)
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(data().dataset))
+
+
+def test_a_stream_that_ends_within_an_update(tmp_path: Path) -> None:
+    """Nobody knows before that its last group is incomplete: losses were multiplied by NaN."""
+    mine, theirs = Module(schedule="fifty"), Module(schedule="fifty")
+    options: dict[str, Any] = {"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}
+    options["loader"] = DataLoader(Stream(), batch_size=4)
+    a = fit(tmp_path, mine, stages(method="bp"), **options)
+    b = fit(tmp_path, theirs, **options)
+    assert a.losses.steps == pytest.approx(b.losses.steps, rel=1e-4)
+    assert a.global_step == b.global_step
+    for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_saved_after_the_run(tmp_path: Path) -> None:
+    """It has the optimizer's state, too: it was resumed from without momentum, without a word."""
+    weights = []
+    for strategy in (lambda: stages(method="bp"), lambda: "auto"):
+        first = fit(tmp_path, Module(schedule="fifty"), strategy(), max_epochs=1)
+        first.save_checkpoint(tmp_path / "after.ckpt")
+        module = Module(schedule="fifty")
+        fit(tmp_path, module, strategy(), resume=tmp_path / "after.ckpt")
+        weights.append(module.state_dict().values())
+    for x, y in zip(*weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 class Counting(Module):

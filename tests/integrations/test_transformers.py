@@ -337,15 +337,86 @@ def test_what_cannot_be_honoured_is_refused(
         trained(tmp_path, PipelineTrainer, pipeline={"n_gpus": 2}, eval_dataset=texts(2), **given, **options)
 
 
-def test_a_loss_of_a_subclass_is_refused(tmp_path: Path) -> None:
-    """Otherwise the model's own would be trained, without a word."""
+class Weighted(PipelineTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return 2 * model(**inputs).loss
 
-    class Weighted(PipelineTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return 2 * model(**inputs).loss
 
-    with pytest.raises(ValueError, match=r"Weighted overrides compute_loss, .*compute_loss_func="):
-        Weighted(gpt2(), arguments(tmp_path), train_dataset=texts())
+class Cast(PipelineTrainer):
+    def compute_loss_context_manager(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+class Calls(PipelineTrainer):
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+        return model(**inputs).loss
+
+
+class Alone(PipelineTrainer):
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+        loss: Tensor = self.model(**inputs).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Weighted, r"Weighted overrides compute_loss, .*compute_loss_func="),
+        (Cast, "Cast overrides compute_loss_context_manager, .*: let the model's forward enter it"),
+        (Calls, r"training_step of a subclass calls the model, .* super\(\)\.training_step"),
+        (Alone, r"Alone\.training_step trains by itself: the stages got no batch"),
+    ],
+)
+def test_what_a_subclass_does_instead_is_refused(kind: Any, message: str, tmp_path: Path) -> None:
+    """Otherwise something else would be trained, or nothing, without a word."""
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, kind, pipeline=2, training=EXACT)
+
+
+@pytest.mark.slow
+def test_inputs_that_a_subclass_prepares(tmp_path: Path) -> None:
+    """The stages got the loader's own, without a word."""
+
+    def shifted(self: Any, inputs: Any) -> Any:
+        inputs = transformers.Trainer._prepare_inputs(self, inputs)
+        return {**inputs, "input_ids": (inputs["input_ids"] + 1) % 31}
+
+    options: dict[str, Any] = {"max_steps": 3, "optim": "sgd"}
+    kinds = [
+        type("Shifted", (k,), {"_prepare_inputs": shifted}) for k in (PipelineTrainer, transformers.Trainer)
+    ]
+    mine = trained(tmp_path / "a", kinds[0], pipeline=2, training=EXACT, **options)
+    theirs = trained(tmp_path / "b", kinds[1], **options)
+    assert logged(mine) == pytest.approx(logged(theirs), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_epoch_that_ends_within_an_update(tmp_path: Path) -> None:
+    """Of unknown length: the library adds what is left over to the next update; stages paired it with the
+    next batch, and all later ones with the wrong ones."""
+
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(texts())
+
+    def train(folder: Path, **options: Any) -> Any:
+        options = {"max_steps": 8, "optim": "sgd", "gradient_accumulation_steps": 2, **options}
+        kind, own = options.pop("kind", PipelineTrainer), {"pipeline": 2, "training": EXACT}
+        own = own if kind is PipelineTrainer else {}
+        trainer = kind(
+            gpt2(), arguments(folder, **options), train_dataset=Stream(), data_collator=padded, **own
+        )
+        trainer.train()
+        return trainer
+
+    with pytest.raises(ValueError, match="an epoch ended after 1 of the 2 batches of an update"):
+        train(tmp_path)
+    ways = [
+        train(tmp_path / k.__name__, kind=k, max_steps=3) for k in (PipelineTrainer, transformers.Trainer)
+    ]
+    for a, b in zip(*(t.model.parameters() for t in ways), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loader_that_accelerate_made(tmp_path: Path) -> None:
