@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dtrp.partitioner.report import PartitionReport
 
-_UNITS = (("GB", 1e-9), ("MB", 1e-6), ("kB", 1e-3), ("B", 0.0), ("B", 1.0))
+_UNITS = (("GB", 1e-9), ("MB", 1e-6), ("kB", 1e-3), ("B", 1.0))
 _LEGEND: Mapping[str, Any] = {"fontsize": "small", "frameon": False, "ncols": 4}
 
 
@@ -44,7 +44,7 @@ def figure(report: PartitionReport) -> Figure:
     left.set_yticks(range(report.n_stages))
     left.invert_yaxis()
     most = max(s.peak_bytes for s in report.stages)
-    unit, scale = next(pair for pair in _UNITS if most * pair[1] >= 1)
+    unit, scale = next((pair for pair in _UNITS if most * pair[1] >= 1), _UNITS[-1])
     _bars(right, [(s.index, s.memory) for s in report.stages], MEMORY_COLOURS, scale)
     for stage in report.stages:
         if stage.memory_limit is not None and stage.memory_limit <= 2.5 * most:
