@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compiling import compile
@@ -32,8 +32,8 @@ REST = ("counters", "previous")
 class SameOptimizer:
     """Builds an optimizer like another one, for `Pipeline.trainer`.
 
-    Over all trainable parameters of the model, in their order, it has the same groups; a stage's are
-    arranged by these (runtime/groups.py).
+    Over all parameters of the model that are trainable then, in their order, it has the same groups; a
+    stage's are arranged by these (runtime/groups.py).
 
     Raises
     ------
@@ -46,17 +46,17 @@ class SameOptimizer:
         takes = inspect.signature(self.kind.__init__).parameters
         any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         self.defaults = {k: v for k, v in optimizer.defaults.items() if any_name or k in takes}
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        place = {id(p): i for i, p in enumerate(trainable)}
-        self.total = len(trainable)
-        self.groups: list[tuple[dict[str, Any], list[int]]] = []
+        self.model: nn.Module | None = model
+        trainable = self._trainable()
+        known = {id(p) for p in trainable}
+        self.groups: list[tuple[dict[str, Any], list[Tensor]]] = []
         for group in optimizer.param_groups:
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             members = [p for p in group["params"] if p.requires_grad]
-            foreign = sum(id(p) not in place for p in members)
+            foreign = sum(id(p) not in known for p in members)
             if foreign:
                 raise TypeError(f"{self.kind.__name__} holds {foreign} parameter(s) that are not the model's")
-            self.groups.append((options, [place[id(p)] for p in members]))
+            self.groups.append((options, members))
         try:
             self(trainable)
         except TypeError as e:
@@ -66,11 +66,21 @@ class SameOptimizer:
             ) from e
 
     def __call__(self, parameters: Iterable[Any]) -> Optimizer:
-        given = list(parameters)
-        if len(given) != self.total:
+        given, trainable = list(parameters), self._trainable()
+        if len(given) != len(trainable):
             return self.kind(given, **self.defaults)
-        groups = [{**options, "params": [given[i] for i in members]} for options, members in self.groups]
+        at = {id(p): new for p, new in zip(trainable, given, strict=True)}
+        groups = [
+            {**options, "params": [at[id(p)] for p in members if id(p) in at]}
+            for options, members in self.groups
+        ]
         return self.kind(groups, **self.defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None, "groups": []}  # a stage is told its groups
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [] if self.model is None else [p for p in self.model.parameters() if p.requires_grad]
 
 
 class SameScheduler:

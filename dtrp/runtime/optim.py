@@ -213,12 +213,16 @@ JOINT = (
 UNREAD = "a group of parameters has what is no option of %s, which does not read it: %s"
 
 
+OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+"""What torch's schedulers write into the groups for themselves."""
+
+
 def unread_options(optimizer: Optimizer) -> list[str]:
     """What its groups have, and it does not read: known of torch's own optimizers."""
     if not type(optimizer).__module__.startswith("torch."):
         return []
     given = sorted({option for group in optimizer.param_groups for option in group})
-    read = {*optimizer.defaults, "params", "param_names", "name", "initial_lr"}
+    read = {*optimizer.defaults, "params", "param_names", "name", *OF_SCHEDULERS}
     return [repr(option) + nearest(option, optimizer.defaults) for option in given if option not in read]
 
 

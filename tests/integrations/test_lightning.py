@@ -245,6 +245,24 @@ def test_a_checkpoint_saved_after_the_run(tmp_path: Path) -> None:
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+class Freezes(Module):
+    def on_train_epoch_start(self) -> None:
+        self.net[4].requires_grad_(self.current_epoch != 1)
+
+
+@pytest.mark.parametrize("schedule", ["fifty", "step"])
+def test_what_is_frozen_in_the_middle(schedule: str, tmp_path: Path) -> None:
+    """Groups stay those of the optimizer: all had the options of its defaults from then on, or a scheduler
+    failed."""
+    mine, theirs = Freezes(schedule=schedule, momentum=0.0), Freezes(schedule=schedule, momentum=0.0)
+    options: dict[str, Any] = {"max_steps": 20, "max_epochs": 3, "limit_val_batches": 0}
+    a = fit(tmp_path, mine, stages(method="bp"), **options)
+    b = fit(tmp_path, theirs, **options)
+    assert a.losses.steps == pytest.approx(b.losses.steps, rel=1e-4)
+    for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
 class Counting(Module):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch

@@ -428,3 +428,12 @@ def test_an_option_that_the_optimizer_does_not_read_is_told(
     trainer(compiled(calm(), 2), optimizer=adam, param_groups=lambda name, p: options).close()
     text = "a group of parameters has what is no option of AdamW, which does not read it: "
     assert [r.message for r in caplog.records if "option" in r.message] == [text + t for t in told]
+
+
+def test_what_schedulers_write_into_groups_is_no_misspelt_option(caplog: pytest.LogCaptureFixture) -> None:
+    """Every run under OneCycleLR was told of ``max_lr``."""
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=9)
+    average = partial(torch.optim.swa_utils.SWALR, swa_lr=0.1)
+    for scheduler in (cycle, average):
+        trainer(compiled(calm(), 2), lr_scheduler=scheduler).close()
+    assert not [r.message for r in caplog.records if "option" in r.message]
