@@ -224,6 +224,8 @@ class PipelineStrategy(SingleDeviceStrategy):
             run.step(batch, *counts)
         if trainer.is_last_batch:
             self._end_epoch(run)
+        elif (place + 1) % size == 0 and trainer.global_step + 1 == trainer.max_steps:
+            run.flush()  # the run ends here: an epoch's mean is of all its losses
         for loss in run.losses[self._told :]:
             self._newest = loss
             step.log(loss, self._sizes.popleft())
@@ -313,6 +315,8 @@ def _check(trainer: LightningTrainer, module: LightningModule, strategy: Pipelin
             f"{kind}.configure_optimizers gives {len(strategy.optimizers)} optimizers: stages need exactly "
             f"one, which may have several groups of parameters"
         )
+    if not strategy.optimizers[0].param_groups:  # the library's stand-in
+        raise ValueError(f"{kind}.configure_optimizers gives no optimizer, so there is nothing to train with")
     hooks = [name for name in _HOOKS if is_overridden(name, module)]
     if hooks:
         raise ValueError(

@@ -6,7 +6,7 @@ what counts batches comes as tensors with each batch, and the rest is refused be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -54,7 +54,8 @@ class TrainingStep(nn.Module):
         trainer = self.module.trainer
         try:
             self.module.trainer = _Asked(trainer, epoch, step)  # type: ignore[assignment]
-            loss = own_loss(self.module.training_step(batch, *index))
+            given = self.module.training_step(batch, *index)
+            loss = own_loss(given)
         finally:
             self.module.trainer = trainer
         if not isinstance(loss, Tensor):
@@ -62,6 +63,13 @@ class TrainingStep(nn.Module):
                 f"training_step gave a {type(loss).__name__}: stages train on every batch; return the loss"
             )
         notes.end(loss)
+        others = sorted(k for k in given if k != "loss") if isinstance(given, Mapping) else []
+        if others and "loss" not in notes.warned:
+            notes.warned.add("loss")
+            rank_zero_warn(
+                f"training_step returns {', '.join(map(repr, others))} beside the loss: the stages do not "
+                f"give it back, so on_train_batch_end gets the loss alone; compute it in validation_step"
+            )
         return loss
 
     def check(self, batch: Any, *counts: Tensor) -> None:

@@ -245,6 +245,34 @@ def test_a_checkpoint_saved_after_the_run(tmp_path: Path) -> None:
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_returned_beside_the_loss_is_named(tmp_path: Path) -> None:
+    class More(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": loss, "twice": 2 * loss}
+
+    with pytest.warns(UserWarning, match="training_step returns 'twice' beside the loss: the stages do not"):
+        fit(tmp_path, More(), stages(), max_epochs=1)
+
+
+def test_a_run_that_ends_within_an_epoch_logs_all_losses(tmp_path: Path) -> None:
+    """Those of the batches in flight were left out of the epoch's mean."""
+
+    class Counts(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.log("sum", loss, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
+            self.log("train", loss, on_step=True, on_epoch=True)
+            return loss
+
+    notes = PipelineStrategy(3, {"executor": "inline"})
+    noted: list[float] = []
+    notes.on_train_end = lambda: noted.extend(notes._run.losses) or PipelineStrategy.on_train_end(notes)  # type: ignore[method-assign,union-attr,func-returns-value]
+    trainer = fit(tmp_path, Counts(schedule="fifty"), notes, max_epochs=1, max_steps=5)
+    assert len(noted) == 5
+    assert float(trainer.callback_metrics["sum"]) == pytest.approx(sum(noted), rel=1e-6)
+
+
 class Freezes(Module):
     def on_train_epoch_start(self) -> None:
         self.net[4].requires_grad_(self.current_epoch != 1)
@@ -413,12 +441,18 @@ class Manual(Module):
         self.automatic_optimization = False
 
 
+class Idle(Module):
+    def configure_optimizers(self) -> None:
+        pass
+
+
 class Hooked(Module):
     def on_before_optimizer_step(self, optimizer: Any) -> None: ...
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (Manual, {}, "automatic_optimization=False: the stages step"),
+    (Idle, {}, "Idle.configure_optimizers gives no optimizer"),
     (Hooked, {}, "Hooked overrides on_before_optimizer_step"),
     (Module, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "clip by the norm"),
     (Iterating, {}, "takes dataloader_iter: stages need the batch"),
