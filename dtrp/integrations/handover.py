@@ -12,7 +12,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compiling import compile
+from ..names import nearest
 from ..pipeline import Pipeline
 from ..runtime.run_state import RunState
 from ..runtime.trainer import Trainer
@@ -223,9 +223,8 @@ def options(
         known = set(inspect.signature(function).parameters) - {"self", "model"}
         for option in given or {}:
             if option not in known:
-                close = get_close_matches(str(option), known, n=1)
                 choice = ", ".join(sorted(known - set(told)))
-                hint = f"; did you mean {close[0]!r}?" if close else f": expected one of {choice}"
+                hint = nearest(option, known) or f": expected one of {choice}"
                 raise TypeError(f"{name}={{{option!r}: ...}} is no option of {function.__qualname__}{hint}")
         checked.append(dict(given or {}))
     if twice := [option for option in checked[1] if option in told]:
