@@ -112,7 +112,7 @@ RUNS: list[Run] = [
     feedback(R8),
     *group(R14, ("bp", "bp, 3 parts", "bp, 4 parts", "default", "lean, 4 parts"), seeds=3),
     *group(R14, EARLIER),
-    *group(replace(images("resnet-20", 4), epochs=10), ("bp", "bp, 2 parts", "default")),
+    *group(replace(images("resnet-20", 4), epochs=10), ("bp", "bp, 2 parts", "bp, 3 parts", "default")),
     *group(images("resnet-8-gn", 4), ("bp", "default"), seeds=3),
     *group(images("resnet-8-gn", 4), ("lean",)),
     *group(GPT, ("bp", "default"), seeds=3),

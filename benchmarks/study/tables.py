@@ -65,7 +65,7 @@ class Result:
     @property
     def key(self) -> tuple[Any, ...]:
         """Of back-propagation that this is compared with: in as many parts, where there is BatchNorm."""
-        statistics = self.run["model"] in ("resnet-8", "resnet-14")
+        statistics = self.run["model"].startswith("resnet-") and not self.run["model"].endswith("-gn")
         parts = int(self.rows[-1]["parts"]) if statistics else 1
         optimizer = self.run["optimizer"].removesuffix(" with error feedback")
         return self.run["model"], optimizer, self.run["epochs"], self.run["seed"], parts
@@ -149,6 +149,36 @@ def why(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+CLOCK = """\
+## By the clock
+
+ResNet-8 with GroupNorm in two stages on two cores, every way in one run, an epoch each in turn (`python
+benchmarks/study/clock.py --images FOLDER`, file in [results/clock](results/clock)); one seed. *to plain's
+loss*: the seconds of all epochs times the price, as above.
+"""
+
+
+def clock(result: Result) -> list[str]:
+    """Of one run of clock.py: what each way's epochs took, and what plain training's loss takes."""
+    ways: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in result.rows:
+        ways[row["way"]].append(row)
+    curves = {way: [float(row["loss"]) for row in rows] for way, rows in ways.items()}
+    took = {way: float(rows[-1]["seconds"]) for way, rows in ways.items()}
+    lines = [
+        "| | seconds | train loss | price | to plain's loss, s | faster by |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for way, curve in curves.items():
+        cost = price(curve, curves["plain"])
+        until = took[way] * cost
+        cells = [way, f"{took[way]:.0f}", f"{curve[-1]:.3f}", f"{cost:.2f}", f"{until:.0f}"]
+        cells.append(f"{took['plain'] / until:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    made = "{machine}, torch {torch}, Python {python}; commit {commit}".format(**result.where)
+    return [*lines, "", f"{result.run['epochs']} epochs of {result.run['batches']} batches; {made}."]
+
+
 def curves(results: Sequence[Result], path: Path) -> None:
     """A figure of one group: training loss over epochs, first seed."""
     import matplotlib.pyplot as plt
@@ -195,6 +225,8 @@ def page() -> str:
     for results in watched.values():
         run = results[0].run
         parts.append(f"{run['model']}, {run['stages']} stages:\n\n" + "\n".join(why(results)) + "\n")
+    for path in sorted((CSVS / "clock").glob("*.csv")):
+        parts += [CLOCK, "\n".join(clock(Result.read(path))) + "\n"]
     return "\n".join(parts)
 
 

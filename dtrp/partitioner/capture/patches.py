@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import torch
@@ -201,7 +201,9 @@ def _bound_early(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     for scope in (*scopes, *(vars(m) for m in model.modules())):
         for name, value in list(scope.items()):
             # Not by asking any object for a name: those of some classes answer with an error.
-            owner = value.__self__ if isinstance(value, MethodType) and value.__name__ == "apply" else None
+            if not isinstance(value, (BuiltinMethodType, MethodType)) or value.__name__ != "apply":
+                continue
+            owner = value.__self__
             if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
                 yield scope, name, value
 
