@@ -154,7 +154,8 @@ CLOCK = """\
 
 ResNet-8 with GroupNorm in two stages on two cores, every way in one run, an epoch each in turn (`python
 benchmarks/study/clock.py --images FOLDER`, file in [results/clock](results/clock)); one seed. *to plain's
-loss*: the seconds of all epochs times the price, as above.
+loss*: the seconds of all epochs times the price, as above. Back-propagation whose parts' gradients are added
+up is the plain loop's to rounding; that grows over hundreds of updates, to what the losses show.
 """
 
 
