@@ -31,7 +31,7 @@ class Watch(TorchFunctionMode):
     real : sequence of (fake, real) tensors
         The values of targets, where the loss is called with tensors that have none.
     ignored : set of int
-        Gets the class targets that these losses are told to leave out of their means.
+        Gets the class targets that these losses are told to leave out, where they take the mean.
     """
 
     def __init__(self, real: list[tuple[Tensor, Tensor]], ignored: set[int]) -> None:
@@ -69,7 +69,7 @@ class Watch(TorchFunctionMode):
         if func in _CLASSES:
             _check_classes(name, given, target, func is F.cross_entropy)
             ignored, values = arguments.get("ignore_index", -100), self._real.get(id(target))
-            if not target.is_floating_point():
+            if not target.is_floating_point() and arguments.get("reduction", "mean") == "mean":
                 self._ignored.add(ignored)
             if values is not None and not target.is_floating_point():
                 with unset_fake_temporarily():

@@ -95,13 +95,15 @@ class TestWhereTheyAreFree:
         """Parts would train something else, silently."""
         assert chosen(Words(), text(), loss_fn)[1] == 1, why
 
-    @pytest.mark.parametrize("executor", ["inline", "workers"])
-    def test_targets_that_a_function_of_the_users_leaves_out(self, executor):
+    @pytest.mark.parametrize(
+        ("executor", "reduction"), [("inline", "mean"), ("workers", "mean"), ("inline", "none")]
+    )
+    def test_targets_that_a_function_of_the_users_leaves_out(self, executor, reduction):
         """What its call of torch's loss ignores is found as where the loss itself is torch's; the parts'
-        shares were counted by -100, which trained something else."""
+        shares were counted by -100, which trained something else. A mean of its own over all counts all."""
 
         def padded(output, target):
-            return per_word(output, target, ignore_index=0)
+            return per_word(output, target, ignore_index=0, reduction=reduction).mean()
 
         x, y = text()
         y = y.clamp(min=1)
@@ -120,7 +122,8 @@ class TestWhereTheyAreFree:
                 trainer.step(x, y)
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-        assert chosen(Words(), (x, y), padded) == ("lean", 12)
+        # By itself a batch stays whole where the loss takes no target of -100, with which it is tried.
+        assert chosen(Words(), (x, y), padded) == ("lean", 12 if reduction == "mean" else 1)
 
     @pytest.mark.parametrize("way", ["tuple", "extra", "padding", "none"])
     def test_a_mask_that_is_full_in_the_first_batch(self, way):

@@ -35,7 +35,7 @@ from typing import Any
 
 import optimizers
 import torch
-from run import ROOT, WARM_UP, cifar10, data_of, model_of, where
+from run import ROOT, data_of, model_of, rate_of, where
 from runs import Run, images
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -51,11 +51,11 @@ Epoch = Callable[[int], list[float]]
 """Trains one, and gives its losses."""
 
 
-def plain(run: Run, batches_of: Any, loss_fn: Any, factor: Callable[[int], float]) -> Epoch:
+def plain(run: Run, batches_of: Any, loss_fn: Any) -> Epoch:
     """The loop that everybody writes."""
     model = model_of(run)
     optimizer = optimizers.BY_NAME[run.optimizer](model.parameters())
-    scheduler = LambdaLR(optimizer, factor)
+    scheduler = LambdaLR(optimizer, rate_of(run))
 
     def epoch_of(epoch: int) -> list[float]:
         losses = []
@@ -93,14 +93,9 @@ def main() -> None:
     torch.set_num_threads(1)
     run = replace(images("resnet-8-gn", 2), label="clock", epochs=args.epochs)
     batches_of, _, loss_fn = data_of(run, args.images)
-    total = run.epochs * run.batches
-
-    def factor(update: int) -> float:
-        return float(cifar10.rate(update, schedule="cosine", warm_up=int(WARM_UP * total), total=total))
-
     rows = []
     with ExitStack() as stack:
-        ways = {"plain": plain(run, batches_of, loss_fn, factor)}
+        ways = {"plain": plain(run, batches_of, loss_fn)}
         for way, options in WAYS.items():
             pipe = dtrp.compile(
                 model_of(run), devices=["cpu"] * run.stages, example_inputs=next(iter(batches_of(0)))[0]
@@ -108,7 +103,7 @@ def main() -> None:
             trainer = pipe.trainer(
                 loss_fn,
                 optimizers.BY_NAME[run.optimizer],
-                lr_scheduler=partial(LambdaLR, lr_lambda=factor),
+                lr_scheduler=partial(LambdaLR, lr_lambda=rate_of(run)),
                 executor="workers",
                 threads=1,
                 seed=run.seed,

@@ -123,14 +123,17 @@ def data_of(run: Run, folder: str | None) -> tuple[Callable[[int], Iterable[Batc
     return epoch_of, tests, F.cross_entropy
 
 
+def rate_of(run: Run) -> Callable[[int], float]:
+    """The learning rate's factor by update: a warm-up, then a cosine."""
+    total = run.epochs * run.batches
+    return lambda update: float(
+        cifar10.rate(update, schedule="cosine", warm_up=int(WARM_UP * total), total=total)
+    )
+
+
 def train(run: Run, folder: str | None, watch: Watch | None = None) -> Iterator[dict[str, float]]:
     """A row per epoch."""
     batches_of, tests, loss_fn = data_of(run, folder)
-    total = run.epochs * run.batches
-
-    def factor(update: int) -> float:
-        return float(cifar10.rate(update, schedule="cosine", warm_up=int(WARM_UP * total), total=total))
-
     model = model_of(run)
     example = next(iter(batches_of(0)))[0]
     pipe = dtrp.compile(
@@ -142,7 +145,7 @@ def train(run: Run, folder: str | None, watch: Watch | None = None) -> Iterator[
     with pipe.trainer(
         loss_fn,
         optimizers.BY_NAME[run.optimizer],
-        lr_scheduler=partial(LambdaLR, lr_lambda=factor),
+        lr_scheduler=partial(LambdaLR, lr_lambda=rate_of(run)),
         executor="inline",
         threads=1,
         seed=run.seed,

@@ -29,7 +29,7 @@ Need = Literal["both", "first", "second"]
 Known = Mapping[int, Callable[[], torch.Tensor | None]]
 """By a fake tensor's id, what gives the real one that it stands for (None if that cannot be told)."""
 
-_ALIKE = 4  # runs on different numbers that give the same sizes: these do not depend on values
+_ALIKE = 4  # runs on different numbers with the same sizes, after which no others are expected
 _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
