@@ -10,7 +10,8 @@ import gc
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
 
 import torch
 
@@ -104,6 +105,30 @@ def used_here(tensor: torch.Tensor) -> None:
     """A tensor made `beside` is read outside: its memory is not to be used again before that is done."""
     if is_one(tensor.device):
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))
+
+
+def lends(device: torch.device) -> bool:
+    """Whether processes of a host can have memory there together: of torch's devices, CUDA's (and ROCm's)."""
+    return device.type == "cuda"
+
+
+class Lent(NamedTuple):
+    """Memory of a device that two processes have, and when it was filled and emptied there. What waits for
+    these marks is the device, in the stream in use; a mark that was never made is not waited for."""
+
+    memory: torch.Tensor  # bytes
+    filled: Any
+    emptied: Any
+
+    @classmethod
+    def make(cls, device: torch.device, size: int) -> Lent:
+        mark = torch.get_device_module(device).Event
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        return cls(memory, mark(interprocess=True), mark(interprocess=True))
+
+    def handle(self) -> bytes:
+        """What the other process unpickles. As long as it has the memory, this process keeps it."""
+        return bytes(ForkingPickler.dumps(tuple(self)))
 
 
 class Pace:

@@ -19,6 +19,9 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
+from .. import accelerators
 from ..errors import WorkerError
 from .config import TrainConfig
 from .program import StageProgram
@@ -49,7 +52,7 @@ class Processes:
         environment = workers_environment(config.threads)
         self.pairs = talking(programs[0], config)
         pairs = [(CALLER, k) for k in range(n)] + sorted(self.pairs)
-        lines = [open_line(i, j) for i, j in pairs]
+        lines = [open_line(i, j, _together(programs, i, j)) for i, j in pairs]
         board = open_line(CALLER, CALLER)  # of which only the memory is used
         self.page = Page(board.memory, n)
         self.processes: list[Process] = []
@@ -172,6 +175,13 @@ class Processes:
             sock.close()
         if hasattr(self, "links"):
             self.links.close()
+
+
+def _together(programs: Sequence[StageProgram], i: int, j: int) -> torch.device | None:
+    """The device that both have, where they can have its memory together."""
+    device = programs[j].device
+    shared = i != CALLER and programs[i].device == device and accelerators.lends(device)
+    return device if shared else None
 
 
 def workers_environment(threads: int) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Links between processes of one host: notes over a socket pair, payloads through a ring in shared memory.
+"""Links between processes of one host: notes over a socket pair, payloads through a ring of memory that both
+have (places.py).
 
     sender                                                          receiver
     [1] a free place in the ring; wait for an acknowledgement
@@ -7,9 +8,10 @@
     [3] note (slot, form, place)  ------ socket pair ------------>  [4] copy the bytes out
     [6] the place is free again   <----- one byte ----------------  [5] acknowledge
 
-Both the sockets and the memory are inherited as descriptors and have no names: no other process can open
-them, and they are gone with the last process that holds them, however that one ends. A process that dies
-closes its ends, which wakes whoever waits for it.
+Both the sockets and the host's memory are inherited as descriptors and have no names: no other process can
+open them, and they are gone with the last process that holds them, however that one ends. A process that dies
+closes its ends, which wakes whoever waits for it. On a device [2] and [4] are queued, and wait for each other
+there.
 
 A line has as many places as the schedule says (`Schedule.places`): with fewer, a stage could not run
 as far ahead of another as the order has it, over a skip, or both would wait for each other.
@@ -38,11 +40,10 @@ from .forms import (
     Writer,
     blanks,
     copy_behind,
-    copy_rows,
-    places,
     put_together,
 )
 from .links import Channel, Kind, LostStage, Message
+from .places import DevicePlaces, HostPlaces
 
 KINDS: tuple[str, ...] = get_args(Kind)
 MOST_BEHIND = 4096  # bytes of a payload that travel with the note; shared memory is no faster for so few
@@ -51,16 +52,18 @@ CHUNK = 1 << 16  # bytes read at once
 
 
 class Line(NamedTuple):
-    """One direction between two processes: descriptors of both socket ends and of the memory."""
+    """One direction between two processes: descriptors of both socket ends and of the host's memory; a device
+    that both have and whose memory they can share."""
 
     source: int
     target: int
     sends: int
     receives: int
     memory: int
+    device: torch.device | None = None
 
 
-def open_line(source: int, target: int) -> Line:
+def open_line(source: int, target: int, device: torch.device | None = None) -> Line:
     """A new line; its descriptors are to be inherited, and then closed here."""
     a, b = socket.socketpair()
     sends, receives = _high(a.detach()), _high(b.detach())
@@ -69,7 +72,7 @@ def open_line(source: int, target: int) -> Line:
     else:
         with tempfile.TemporaryFile(prefix="dtrp-") as file:
             memory = os.dup(file.fileno())
-    return Line(source, target, sends, receives, _high(memory))
+    return Line(source, target, sends, receives, _high(memory), device)
 
 
 def _high(descriptor: int) -> int:
@@ -87,22 +90,14 @@ Wait = Callable[[socket.socket, int], None]
 class _End:
     """One end of a line. Without ``wait`` its socket blocks; with it, ``wait`` is called instead."""
 
-    def __init__(self, peer: int, descriptor: int, memory: int, wait: Wait | None) -> None:
-        self.peer, self.memory, self.wait = peer, memory, wait
+    def __init__(
+        self, peer: int, descriptor: int, memory: int, device: torch.device | None, wait: Wait | None
+    ) -> None:
+        self.peer, self.wait = peer, wait
+        self.places = HostPlaces(memory) if device is None else DevicePlaces(device, memory)
         self.socket = socket.socket(fileno=descriptor)
         self.socket.setblocking(wait is None)
-        self.mapped = torch.empty(0, dtype=torch.uint8)
         self.read = bytearray()  # and not used yet
-
-    def map(self, size: int) -> torch.Tensor:
-        """The memory, at least so many bytes of it."""
-        if self.mapped.numel() < size:
-            now = os.fstat(self.memory).st_size
-            if now < size:
-                now = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-                os.ftruncate(self.memory, now)
-            self.mapped = torch.frombuffer(mmap.mmap(self.memory, now), dtype=torch.uint8)
-        return self.mapped
 
     def write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -135,8 +130,7 @@ class _End:
 
     def close(self) -> None:
         self.socket.close()
-        os.close(self.memory)
-        self.mapped = torch.empty(0, dtype=torch.uint8)  # a traceback may hold this end much longer
+        self.places.close()
 
 
 class _Sender(_End):
@@ -147,42 +141,35 @@ class _Sender(_End):
         self.most = most
         self.writer = Writer()
         self.free: list[int] = []  # places, by number
-        self.places: list[tuple[int, int]] = []  # start and capacity
-        self.end = 0
+        self.capacities: list[int] = []  # of all, in bytes
 
     def send(self, kind: int, message: Message) -> None:
-        written = self.writer.write(message, MOST_BEHIND)
-        where = BEHIND
+        device = self.places.device
+        written = self.writer.write(message, MOST_BEHIND, device, apart=self.places.apart)
+        where, behind = BEHIND, written.behind
         if written.payload:
             place = self._place(written.size)
-            start = self.places[place][0]
-            memory = self.map(start + written.size)
-            *offsets, _ = places(written.payload)
-            for offset, row in zip(offsets, written.payload, strict=True):
-                memory[start + offset : start + offset + row.numel()].copy_(row)
-            del memory  # an error below must not keep it
-            where = start << 8 | place
-        note = (kind, written.flags, written.form, message.slot, where, written.size, len(written.behind))
-        self.write(NOTE.pack(*note, message.scale) + written.behind)
+            at, told = self.places.fill(place, self.capacities[place], written.payload)
+            where, behind = at << 8 | place, behind + told
+        note = (kind, written.flags, written.form, message.slot, where, written.size, len(behind))
+        self.write(NOTE.pack(*note, message.scale) + behind)
 
     def _place(self, size: int) -> int:
         """A place of at least so many bytes, which nobody reads any more."""
-        while self.fetch(at_once=bool(self.free) or len(self.places) < self.most):
+        while self.fetch(at_once=bool(self.free) or len(self.capacities) < self.most):
             self.free += self.read
             self.read.clear()
-        fitting = [p for p in self.free if self.places[p][1] >= size]
+        fitting = [p for p in self.free if self.capacities[p] >= size]
         if fitting:
-            place = min(fitting, key=lambda p: self.places[p][1])
+            place = min(fitting, key=self.capacities.__getitem__)
             self.free.remove(place)
             return place
-        if len(self.places) < self.most:
-            place = len(self.places)
-            self.places.append((0, 0))
+        if len(self.capacities) < self.most:
+            place = len(self.capacities)
+            self.capacities.append(0)
         else:
             place = self.free.pop()
-        capacity = -(-size * 5 // 4 // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.places[place] = self.end, capacity
-        self.end += capacity
+        self.capacities[place] = (size * 5 // 4 // mmap.PAGESIZE + 1) * mmap.PAGESIZE
         return place
 
 
@@ -206,12 +193,11 @@ class _Receiver(_End):
         note = Note._make(NOTE.unpack(self._next(NOTE.size)))
         behind = memoryview(self._next(note.behind))
         form, behind = self.reader.form(note, behind)
-        tensors, rows = blanks(form)
+        tensors, rows = blanks(form, self.places.device)
         if note.place == BEHIND:
             copy_behind(rows, behind, note.size)
         else:
-            start = note.place >> 8
-            copy_rows(rows, self.map(start + note.size)[start : start + note.size])
+            self.places.empty(note.place & 0xFF, note.place >> 8, rows, behind)
         values = put_together(form, behind, tensors)
         if note.place != BEHIND:
             self.write(bytes([note.place & 0xFF]))
@@ -247,9 +233,11 @@ class SharedLinks:
         for line in lines:
             if line.source == me:
                 places = min(most or abs(line.target - line.source) + 2, 255)
-                self._senders[line.target] = _Sender(line.target, line.sends, line.memory, wait, most=places)
+                end = (line.target, line.sends, line.memory, line.device, wait)
+                self._senders[line.target] = _Sender(*end, most=places)
             else:
-                self._receivers[line.source] = _Receiver(line.source, line.receives, line.memory, wait)
+                end = (line.source, line.receives, line.memory, line.device, wait)
+                self._receivers[line.source] = _Receiver(*end)
         self._inboxes: dict[Channel, deque[Message]] = defaultdict(deque)
         self._readable = select.poll()
         for source, receiver in self._receivers.items():

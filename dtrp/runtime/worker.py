@@ -216,7 +216,10 @@ def main(
     voice.take_over()
     code = 1
     try:
-        ends = [Line(line.source, line.target, *(here.get(d, -1) for d in line[2:])) for line in lines]
+        ends = [
+            Line(i, j, here.get(sends, -1), here.get(receives, -1), here.get(memory, -1), device)
+            for i, j, sends, receives, memory, device in lines
+        ]
         Worker(stage, ends, voice, Page(here[page], n_stages), caller).run()
         voice.finish()
         code = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dtrp.runtime import workers
 from dtrp.runtime.inline import Inline
 from dtrp.runtime.shared import SharedLinks, Wait, open_line
@@ -48,10 +50,13 @@ def refuse_workers(patch: pytest.MonkeyPatch) -> None:
 
 
 def both_ends(
-    most: int | None = None, wait: Wait | None = None, first: int = 0
+    most: int | None = None,
+    wait: Wait | None = None,
+    first: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[SharedLinks, SharedLinks]:
     """Stages 0 (or the caller) and 1 with a line in each direction, as two processes have them: descriptors
     of their own."""
-    there, back = open_line(first, 1), open_line(1, first)
+    there, back = open_line(first, 1, device), open_line(1, first, device)
     mine = [line._replace(memory=os.dup(line.memory)) for line in (there, back)]
     return SharedLinks(first, mine, most=most, wait=wait), SharedLinks(1, [there, back], most=most, wait=wait)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -269,6 +273,68 @@ def test_workers_can_begin_to_use_devices() -> None:
     """They are forked off a process that has never asked for any: after that CUDA refuses."""
     with trainer(compiled(), "workers", unforked) as t:
         t.step(*batches(1)[0])
+
+
+class Mapped(accelerators.Lent):
+    """Stands for a device's memory: of the host, known to others by a file's name."""
+
+    @classmethod
+    def make(cls, device: torch.device, size: int) -> Mapped:
+        with tempfile.NamedTemporaryFile(prefix="lent-", dir=os.environ["LENT"], delete=False) as file:
+            file.truncate(size)
+        lent = cls(*_opened(file.name, size))
+        lent.filled.file = file.name
+        return lent
+
+    def handle(self) -> bytes:
+        return pickle.dumps(_Opened(self.filled.file, self.memory.numel()))
+
+
+class _Opened:
+    def __init__(self, *file: Any) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return _opened, self.file
+
+
+def _mapped(file: str, size: int) -> Tensor:
+    return torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
+
+
+def _opened(file: str, size: int) -> tuple[Any, ...]:
+    return _mapped(file, size), SimpleNamespace(wait=int, record=int), SimpleNamespace(wait=int, record=int)
+
+
+class Lending:
+    """A loss that brings the stand-in to workers."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target)
+
+    def __reduce__(self) -> Any:
+        return _lending, ()
+
+
+def _lending() -> Lending:
+    accelerators.Lent = Mapped  # type: ignore[misc]
+    return Lending()
+
+
+def test_stages_on_one_device_share_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing travels through the host's, of a skip and of gradients neither, and all bits are the same."""
+    monkeypatch.setenv("LENT", str(tmp_path))
+    found = []
+    for executor in ("inline", "workers"):
+        monkeypatch.setattr(accelerators, "lends", lambda device: True)
+        model = mlp()
+        with trainer(compiled(model, 3), executor, Lending()) as t:
+            for x, y in batches(12):
+                t.step(x, y)
+        found.append((model.state_dict(), t.losses))
+        assert bool(list(tmp_path.iterdir())) == (executor == "workers")
+    assert found[0][1] == found[1][1]
+    assert same(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("n_stages", [1, 2])
