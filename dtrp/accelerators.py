@@ -6,11 +6,14 @@ any, `here` is empty, and nothing else in this file runs but what says so.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +111,22 @@ def used_here(tensor: torch.Tensor) -> None:
 
 
 def lends(device: torch.device) -> bool:
-    """Whether processes of a host can have memory there together: of torch's devices, CUDA's (and ROCm's)."""
-    return device.type == "cuda"
+    """Whether processes of a host can have memory there together: CUDA's, with torch's own allocator as it is
+    by default. Others refuse, or ask for rights that containers lack; ROCm's events fail after 32 uses
+    (ROCm/rocm-systems#1949)."""
+    told = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    told = told.replace(" ", "").lower()
+    other = "expandable_segments:true" in told or "backend:cudamallocasync" in told
+    return device.type == "cuda" and torch.version.hip is None and not other
+
+
+def forget_lent() -> None:
+    """At the end of a process that does not end by itself: torch's counters of who has its memory are files
+    in /dev/shm, which nobody else would remove."""
+    with contextlib.suppress(OSError):
+        mine = f"/dev/shm/torch_{os.getpid()}_"
+        for file in {one for one in Path("/proc/self/maps").read_text().split() if one.startswith(mine)}:
+            os.unlink(file)
 
 
 class Lent(NamedTuple):

@@ -103,6 +103,10 @@ class GroupLinks:
             elif target == self.stage:
                 group.recv([one], source, 0).wait()
 
+    @property
+    def full(self) -> int | None:
+        return next((target for target, sender in self._senders.items() if sender.full), None)
+
     def allow(self, places: Callable[[int], int]) -> None:
         """How many messages may be on their way to each stage."""
         for target, sender in self._senders.items():
@@ -168,6 +172,7 @@ class _Sender:
         self.writer = Writer()
         self.held: deque[_Sent] = deque()
         self.sent = 0  # messages
+        self.full = False
 
     def send(self, kind: int, message: Message, head: bytes) -> None:
         self.make_room(self.most)
@@ -199,7 +204,9 @@ class _Sender:
     def make_room(self, most: int) -> None:
         """Wait until at most so many messages are on their way."""
         while len(self.held) > most:
+            self.full = True
             self._let_go()
+        self.full = False
 
     def heard(self, read: int) -> None:
         """The receiver has read so many messages, and receives what they announce: on the host that is over

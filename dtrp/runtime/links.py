@@ -45,6 +45,11 @@ class LostStage(ConnectionError):
 class Links(Protocol):
     """One stage's ends of all its channels."""
 
+    @property
+    def full(self) -> int | None:
+        """The stage that `send` waits for, as too much is on its way there."""
+        ...
+
     def send(self, channel: Channel, message: Message) -> None:
         """Hand a message over; it is the receiver's from now on, whatever happens to the tensors here."""
         ...
@@ -61,6 +66,8 @@ class Links(Protocol):
 
 class QueueLinks:
     """A stage's ends of channels within one process. ``queues`` is the same for all stages."""
+
+    full: int | None = None
 
     def __init__(self, stage: int, queues: defaultdict[Channel, deque[Message]]) -> None:
         self.stage, self.queues = stage, queues

@@ -17,13 +17,15 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import WorkerError
 from .links import LostStage
 from .mesh import Mesh
-from .meter import Meter
 from .vitals import Sign, Watch
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 GRACE = 1.0  # seconds in which the first cause of a failure may still be heard behind its consequences
 FAILURE = "failure"
@@ -57,7 +59,7 @@ class Peers:
 
     def __init__(self, mesh: Mesh, limit: float) -> None:
         self.mesh, self.limit = mesh, limit
-        self.meter: Meter | None = None
+        self.stage: Stage | None = None
         self._doing = ""  # with all others; else the script goes on
         self._waits = False
         self._done = 0
@@ -90,8 +92,8 @@ class Peers:
     def _sign(self) -> Sign:
         self._beats += 1
         cpu = time.process_time() - time.thread_time()
-        done = self._done if self.meter is None else self._done + self.meter.done
-        phase = "idle" if self.meter is None else self.meter.phase
+        done = self._done if self.stage is None else self._done + self.stage.meter.done
+        phase = "idle" if self.stage is None else self.stage.phase
         waits = bool(self._doing) and (self._waits or phase.startswith("waiting"))
         phase = phase if self._doing and phase != "idle" else self._doing or "idle"
         return Sign(self._beats, done, cpu, waits, phase)

@@ -84,11 +84,13 @@ class DevicePlaces:
 
     def fill(self, place: int, capacity: int, rows: Sequence[Tensor]) -> tuple[int, bytes]:
         lent, handle = self.lent.get(place), b""
-        if lent is None or lent.memory.numel() != capacity:
+        if lent is not None and lent.memory.numel() == capacity:
+            lent.emptied.wait()
+        else:
+            if lent is not None:  # rare; its marks must not go before what waits for them has passed
+                lent.emptied.synchronize()
             lent = self.lent[place] = accelerators.Lent.make(self.device, capacity)
             handle = lent.handle()
-        else:
-            lent.emptied.wait()
         _put(rows, lent.memory)
         lent.filled.record()
         return len(handle), handle
@@ -102,8 +104,9 @@ class DevicePlaces:
         lent.emptied.record()
 
     def close(self) -> None:
+        """The memory stays until the process ends: torch's giving back waits for the device, and aborts the
+        process where that has failed."""
         os.close(self.descriptor)
-        self.lent.clear()
 
 
 def _put(rows: Sequence[Tensor], memory: Tensor) -> None:

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -99,9 +98,9 @@ class Ranks:
             join_norms(mine.module, self.replicas)
             seed = self._own_seed(seed)
             self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)
-        self.links.allow(partial(self.stage.schedule.places, mesh.stage))
+        self.links.allow(self.stage.places)
         self.news_of = self.links.news = News(mesh.stage, self.stage.answers.news)
-        peers.meter = self.stage.meter
+        peers.stage = self.stage
 
     # ---- training ------------------------------------------------------------------------------------------
 

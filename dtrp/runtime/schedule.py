@@ -101,14 +101,16 @@ class Schedule:
 
     # ---- what several stages have to agree on ----------------------------------------------------------
 
-    def places(self, source: int, target: int) -> int:
-        """Slots that must be able to wait on the way from one stage to another.
+    def places(self, source: int, target: int, *, tied: bool = False) -> int:
+        """Messages with tensors that must be able to wait on the way from one stage to another.
 
         As many as the one may be ahead by its list before the other comes to the first of them: with fewer,
-        both would wait for each other.
+        both would wait for each other, or the one for the other and that for the caller's next slot (`lag`).
+        ``tied``: with the sums of gradients of weights that the one owns and the other has as a guest.
         """
         ahead = abs(self.depth(source) - self.depth(target)) + 1
-        return max(abs(target - source) + 2, ahead)
+        sums = self.tied_lag(source, target) if tied else 0
+        return max(abs(target - source) + 2, ahead) + sums
 
     def norm_offset(self, stage: int, other: int) -> int:
         """Whose gradients are clipped together: ``stage``'s of mini-batch m with ``other``'s of m + this.

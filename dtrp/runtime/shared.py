@@ -142,6 +142,7 @@ class _Sender(_End):
         self.writer = Writer()
         self.free: list[int] = []  # places, by number
         self.capacities: list[int] = []  # of all, in bytes
+        self.full = False
 
     def send(self, kind: int, message: Message) -> None:
         device = self.places.device
@@ -156,9 +157,11 @@ class _Sender(_End):
 
     def _place(self, size: int) -> int:
         """A place of at least so many bytes, which nobody reads any more."""
-        while self.fetch(at_once=bool(self.free) or len(self.capacities) < self.most):
+        self.full = not self.free and len(self.capacities) >= self.most
+        while self.fetch(at_once=not self.full):
             self.free += self.read
             self.read.clear()
+            self.full = False
         fitting = [p for p in self.free if self.capacities[p] >= size]
         if fitting:
             place = min(fitting, key=self.capacities.__getitem__)
@@ -243,6 +246,10 @@ class SharedLinks:
         for source, receiver in self._receivers.items():
             if source != CALLER:
                 self._readable.register(receiver.socket, select.POLLIN)
+
+    @property
+    def full(self) -> int | None:
+        return next((target for target, sender in [*self._senders.items()] if sender.full), None)
 
     def allow(self, places: Callable[[int], int]) -> None:
         """How many places the line to each stage has."""

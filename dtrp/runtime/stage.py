@@ -124,6 +124,16 @@ class Stage:
         if config.compile_stages:
             program.module.compile_training()
 
+    @property
+    def phase(self) -> str:
+        """What it is doing, in words (`Meter.phase`)."""
+        full = self.links.full
+        return self.meter.phase if full is None else f"waiting for stage {full} to take what it was sent"
+
+    def places(self, target: int) -> int:
+        """Messages that may be on their way to another stage."""
+        return self.schedule.places(self.stage, target, tied=target in self.tied.owned)
+
     # ---- rounds --------------------------------------------------------------------------------------------
 
     def feed(self, feed: Feed) -> Steps:

@@ -11,7 +11,7 @@ import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -81,7 +81,9 @@ class Worker:
         if self.stage is None:
             return 0, False, "starting"
         meter = self.stage.meter
-        return meter.done, meter.phase.startswith("waiting"), f"{meter.phase}, tick {meter.rounds}"
+        phase = self.stage.phase
+        waits = phase.startswith("waiting")
+        return meter.done, waits, phase if phase == "idle" else f"{phase}, tick {meter.rounds}"
 
     def tell(self, *message: Any) -> None:
         """Say something to the caller."""
@@ -152,7 +154,7 @@ class Worker:
         if accelerators.is_one(setup.program.device):
             accelerators.use(setup.program.device)
         self.stage = Stage(setup.program, setup.config, self.links, seed=setup.seed, record=setup.record)
-        self.links.allow(partial(self.stage.schedule.places, self.stage.stage))
+        self.links.allow(self.stage.places)
 
     def do_drain(self, close_group: bool | str) -> None:
         assert self.stage is not None
@@ -228,4 +230,5 @@ def main(
     except BaseException as e:
         voice.fail(e)
     finally:
+        accelerators.forget_lent()
         os._exit(code)  # whatever threads a library has started

@@ -337,6 +337,14 @@ def test_stages_on_one_device_share_its_memory(monkeypatch: pytest.MonkeyPatch, 
     assert same(found[0][0], found[1][0])
 
 
+@pytest.mark.parametrize("told", ["", "expandable_segments:True", "backend:cudaMallocAsync"])
+def test_memory_of_other_allocators_is_not_shared(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They refuse it, at the first message; the host's memory works."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", f"garbage_collection_threshold:0.8, {told}")
+    assert accelerators.lends(CUDA) == (not told)
+    assert not accelerators.lends(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("n_stages", [1, 2])
 def test_a_model_stays_where_it_is(n_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages on devices train copies, whose values the model has when nothing is in flight, and hear of what

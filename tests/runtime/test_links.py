@@ -236,6 +236,9 @@ class Mark:
         self.awaited += 1
         assert self.awaited == self.made
 
+    def synchronize(self) -> None:
+        self.wait()
+
 
 class Lent(accelerators.Lent):
     """On the host, between two ends in one process."""
@@ -343,6 +346,21 @@ def test_places_grow_and_are_used_again(ends: tuple[SharedLinks, SharedLinks]) -
     assert len(sender.capacities) <= 3
 
 
+def test_marks_outlive_what_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may be about to read a place that is made larger; an event that is gone may never come."""
+    monkeypatch.setattr(accelerators, "Lent", Lent)
+    monkeypatch.setattr(Lent, "handles", [])
+    two = both_ends(most=1, device=torch.device("cpu"))
+    for slot, size in enumerate((10, 20, 10_000, 30)):
+        two[0].send(FORWARD, Message(slot, [large(slot, size)]))
+        assert torch.equal(two[1].take(FORWARD).values[0], large(slot, size))
+    small, larger = Lent.handles
+    assert small.emptied.awaited == small.emptied.made == 2
+    assert larger.emptied.awaited == larger.emptied.made - 1 == 1
+    for end in two:
+        end.close()
+
+
 def test_few_bytes_travel_with_the_note(ends: tuple[SharedLinks, SharedLinks]) -> None:
     """But not those of a device, for which its host would have to wait."""
     ends[0].send(FORWARD, Message(0, [torch.ones(MOST_BEHIND // 4)]))
@@ -358,12 +376,14 @@ def test_a_full_ring_throttles(most: int) -> None:
     def wait(sock: Any, event: int) -> None:
         waits.append(sent)
         assert event == select.POLLIN
+        assert ends[0].full == 1, "the watchdog takes it for work"
         taken.append(ends[1].take(FORWARD).values[0])
 
     ends = both_ends(most, wait)
     taken: list[Tensor] = []
     for sent in range(8):
         ends[0].send(FORWARD, Message(sent, [large(sent)]))
+        assert ends[0].full is None
     assert waits == list(range(most, 8)), "as many messages as there are places go ahead"
     while len(taken) < 8:
         taken.append(ends[1].take(FORWARD).values[0])
@@ -501,6 +521,36 @@ def test_large_values_reach_the_next_stage(memfd: bool, monkeypatch: pytest.Monk
         states.append(model.state_dict())
     assert same(*states)
     assert psutil.Process().num_fds() == before
+
+
+class WideTied(nn.Module):
+    """Tied weights, and values between stages, that do not travel with the note."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(64, 64), nn.Linear(64, 64)
+        self.head = nn.Linear(64, 64, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.inner(self.table(x))))
+        return logits
+
+
+def test_a_question_is_answered_with_sums_of_tied_weights_on_their_way() -> None:
+    """Both kinds of messages need places: else the first stage waits for the second one to take something,
+    which waits for the next batch, and the caller for the first stage's answer, till the watchdog ends it."""
+    states = []
+    for executor in ("inline", "workers"):
+        torch.manual_seed(0)
+        model, x = WideTied(), torch.randint(0, 64, (32,))
+        pipe = dtrp.compile(model, n_gpus=2, example_inputs=x)
+        with trainer(pipe, executor, schedule="lean", watchdog=15) as t:
+            for step in range(1, 9):
+                t.step(x, x)
+                assert [s.ticks for s in t.stats] == [step, max(0, step - 2)]
+        states.append(model.state_dict())
+    assert same(*states)
 
 
 # --- Wiring -----------------------------------------------------------------------------------------------
