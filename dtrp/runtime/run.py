@@ -410,6 +410,7 @@ class Run:
             state.restore(self.owner, draws_here=self._draws_here)
             self.history.restore(state.counters)
             self.joiner.updates = state.counters["updates"]
+            self._shown = self.history.fed  # batches are counted anew; the model has what was loaded
             if self.executor is None:
                 self.resume = state
             else:

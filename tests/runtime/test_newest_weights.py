@@ -358,6 +358,23 @@ def test_in_the_middle_whoever_looks_sees_the_present_weights(method: str) -> No
         assert torch.equal(inline, apart), name
 
 
+def test_after_a_load_too(tmp_path: Any) -> None:
+    """Batches are counted anew then: as many as before must not look like no news."""
+    seen = []
+    for executor in ("inline", "workers"):
+        pipe = compiled(mlp(3, dropout=0.0, norm=False))
+        x = batches(1)[0][0]
+        with trainer(pipe, executor) as t:
+            t.save(tmp_path / "run.pt")
+            for step, (a, b) in enumerate(batches(8)):
+                if step == 4:
+                    t.load(tmp_path / "run.pt")
+                t.step(a, b)
+            with torch.no_grad():
+                seen.append(pipe(x))
+    assert torch.equal(*seen)
+
+
 def test_an_average_taken_after_every_step() -> None:
     """torch's own, with buffers; with workers it was one of the weights of the last flush, silently."""
     averages = []
