@@ -18,6 +18,8 @@ from torch import Tensor
 from .. import accelerators
 from .forms import copy_rows, places
 
+_to_the_end: list[object] = []  # what this process keeps
+
 
 class Places(Protocol):
     """One process's view of the memory."""
@@ -107,6 +109,7 @@ class DevicePlaces:
         """The memory stays until the process ends: torch's giving back waits for the device, and aborts the
         process where that has failed."""
         os.close(self.descriptor)
+        _to_the_end.append(self.lent)
 
 
 def _put(rows: Sequence[Tensor], memory: Tensor) -> None:
