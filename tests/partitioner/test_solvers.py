@@ -18,7 +18,7 @@ from dtrp.partitioner.solvers.downsets import enumerate_downsets
 from dtrp.partitioner.solvers.intervals import IntervalProgram
 from dtrp.partitioner.solvers.loads import evaluate
 from dtrp.partitioner.solvers.orders import good_orders
-from dtrp.partitioner.solvers.problem import Ints, Problem, compile_problem
+from dtrp.partitioner.solvers.problem import Ints, Problem, compile_problem, product
 from dtrp.partitioner.solvers.reduce import contract, merge_dear, reduce_problem
 from dtrp.partitioner.solvers.relax import candidates, core, put_back
 from dtrp.partitioner.solvers.search import boundaries, local_search, neighbourhood
@@ -28,6 +28,13 @@ from dtrp.partitioner.solvers.windows import Windows
 from .oracle import random_case
 
 FOREVER = Clock(1e9)
+
+
+def test_a_product_hands_on_no_warning_of_its_library() -> None:
+    """Without it a plan may begin with "invalid value encountered in matmul" where all numbers are finite."""
+    made = product(np.array([[np.inf, 1.0]], dtype=np.float32), np.zeros((2, 1), dtype=np.float32))
+    assert np.isnan(made).all()
+    assert made.dtype == np.float32
 
 
 def random_problem(seed: int, *, nodes: int = 7, stages: int = 3, allow_empty: bool = True) -> Problem:

@@ -32,7 +32,7 @@ import numpy as np
 
 from .clock import Clock
 from .loads import option_loads
-from .problem import Bools, Floats, Ints, Problem
+from .problem import Bools, Floats, Ints, Problem, product
 from .windows import Windows
 
 _ROWS, _COLUMNS = 512, 4096  # pairs per block
@@ -52,7 +52,7 @@ class Family:
         member = np.concatenate([ends[:1], member[~trivial], ends[1:]])
         weight = problem.work(0)[0][0]
         self.member = member[
-            np.argsort(member @ (weight / max(float(weight.sum()), 1e-300) + 1.0 / problem.n))
+            np.argsort(product(member, weight / max(float(weight.sum()), 1e-300) + 1.0 / problem.n))
         ]
         self._sums: dict[int, Floats] = {}
 
@@ -62,7 +62,7 @@ class Family:
     def total(self, column: Floats) -> Floats:
         """Sum of a column over every down-set."""
         if id(column) not in self._sums:
-            self._sums[id(column)] = self.member @ column
+            self._sums[id(column)] = product(self.member, column)
         return self._sums[id(column)]
 
 
@@ -183,7 +183,7 @@ class ChainProgram:
         family, problem = self.family, self.problem
         inside, outside = family.member[rows], ~family.member[columns]
         both = inside.any(axis=0) & outside.any(axis=0)
-        extra = inside[:, both].astype(np.float32) @ outside[:, both].astype(np.float32).T
+        extra = product(inside[:, both].astype(np.float32), outside[:, both].astype(np.float32).T)
         time_in = time_out = bytes_in = np.zeros(1)
         if problem.kind != "memory":
             time_in = _received(traffic, r, c, traffic.transfer)
@@ -205,7 +205,7 @@ class ChainProgram:
 
 
 def _sent(traffic: Traffic, rows: Ints, columns: Ints, weight: Floats) -> Floats:
-    made_rows, made_columns = traffic.inside[rows] @ weight, traffic.inside[columns] @ weight
+    made_rows, made_columns = product(traffic.inside[rows], weight), product(traffic.inside[columns], weight)
     misses, holds = traffic.none[rows], traffic.full[columns]
     use = misses.any(axis=0) & holds.any(axis=0)
     kept = _product(misses[:, use], holds[:, use], weight[use])
@@ -249,9 +249,9 @@ def _gains(
         weights.append(weight[keep])
     every = np.zeros((1, 1))
     if row_gate is not None:
-        every = (row_gate @ weight)[:, None]
+        every = product(row_gate, weight)[:, None]
     if column_gate is not None:
-        every = (column_gate @ weight)[None, :]
+        every = product(column_gate, weight)[None, :]
     same = _product(np.concatenate(left, axis=1), np.concatenate(right, axis=1), np.concatenate(weights))
     difference: Floats = every - same
     return difference
@@ -259,6 +259,4 @@ def _gains(
 
 def _product(left: Bools, right: Bools, weight: Floats) -> Floats:
     """``left @ diag(weight) @ right.T``."""
-    weighed: Floats = left * weight
-    product: Floats = weighed @ right.T.astype(np.float64)
-    return product
+    return product(left * weight, right.T.astype(np.float64))

@@ -10,7 +10,7 @@ import numpy as np
 
 from .chains import Family, Traffic, _gains, _received, _sent
 from .loads import option_loads
-from .problem import Bools, Floats, Ints, Problem
+from .problem import Bools, Floats, Ints, Problem, product
 
 MOST = 1500  # down-sets: a table of pairs has as many squared entries
 
@@ -33,7 +33,7 @@ class Pairs:
         n = len(self.member)
         every = np.arange(n)
         self.traffic = Traffic(problem, self.member)
-        missing = self.member.astype(np.float32) @ (~self.member).astype(np.float32).T
+        missing = product(self.member.astype(np.float32), (~self.member).astype(np.float32).T)
         self.within = (missing < 0.5) & ~np.eye(n, dtype=bool)
         flat = np.zeros((n, n))
         self.time_in = flat + _received(self.traffic, every, every, self.traffic.transfer)
@@ -91,7 +91,7 @@ class Pairs:
             # Each once for every stage that holds more of its consumers at the end than at the beginning.
             time_in = time_in + more[arriving].sum()
             time_in = time_in + _gains(traffic, rows, rows, arriving, more, None, None)
-        sent = traffic.inside[rows][:, outside] @ more[outside]
+        sent = product(traffic.inside[rows][:, outside], more[outside])
         return time_in, time_out + (sent[None, :] - sent[:, None])
 
 

@@ -27,6 +27,13 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
+def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """``left @ right``, silent: some BLAS warn of what lies beside the arrays (numpy issue 24067)."""
+    with np.errstate(all="ignore"):
+        result: NDArray[Any] = left @ right
+    return result
+
+
 @dataclass(frozen=True, eq=False)
 class Option:
     """One way to run a stage, per group: seconds and bytes are sums over the stage's groups."""

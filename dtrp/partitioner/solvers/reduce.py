@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import networkx as nx
 import numpy as np
 
-from .problem import Bools, Floats, Ints, Option, Problem, Values, make_values
+from .problem import Bools, Floats, Ints, Option, Problem, Values, make_values, product
 
 
 class Contradiction(Exception):
@@ -71,7 +71,7 @@ class Reduced:
             np.add.at(near, values.consumer[source == g], price[source == g])
             np.add.at(near, source[values.consumer == g], price[values.consumer == g])
             around = np.flatnonzero(near)
-            likes = out[:, around] @ near[around] >= share * near.sum() if len(around) else ~may
+            likes = product(out[:, around], near[around]) >= share * near.sum() if len(around) else ~may
             out[:, g] = out[:, after].any(axis=1) | (may & likes)
         return out
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .chains import ChainProgram, OutOfTime
 from .clock import Clock
-from .problem import Bools, Ints, Problem
+from .problem import Bools, Ints, Problem, product
 from .state import State
 from .windows import Windows
 
@@ -58,7 +58,7 @@ def neighbourhood(problem: Problem, member: Bools, random: np.random.Generator) 
         smaller = inside[None, :] & ~below[np.flatnonzero(inside)[-2 * _NEIGHBOURS :]]
         near = np.concatenate([larger, smaller])
         if len(near) > _NEIGHBOURS:
-            step = np.abs(near @ work - inside @ work)
+            step = np.abs(product(near, work) - inside @ work)
             near = near[np.argpartition(step, _NEIGHBOURS)[:_NEIGHBOURS]]
         family.append(near)
     return distinct(np.concatenate(family))

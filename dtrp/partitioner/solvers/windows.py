@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .bounds import balance_weights, stage_work
-from .problem import Bools, Floats, Ints, Problem
+from .problem import Bools, Floats, Ints, Problem, product
 
 # Sums are taken in single precision, for speed; that much more than wanted is still admitted.
 _ROUNDING = 1e-5
@@ -84,7 +84,7 @@ class Windows:
                 some = np.flatnonzero(priced & crosses.any(axis=1))
                 part = out[i : i + step]
                 bits = np.unpackbits(crosses[some], axis=1, count=len(part)).astype(np.float32)
-                part += values.transfer[some].astype(np.float32) @ bits
+                part += product(values.transfer[some].astype(np.float32), bits)
         return forward, backward
 
     def admitted(self, member: Bools, wanted: float) -> Bools:
@@ -103,7 +103,7 @@ class Windows:
         both = forward + backward
         for sides, part, first in ((self.before, inside, True), (self.after, outside, False)):
             size = part.sum(axis=1)
-            sums = self._columns.T @ part.T.astype(np.float32)
+            sums = product(self._columns.T, part.T.astype(np.float32))
             for i, side in enumerate(sides):
                 stages = i + 1 if first else k - i - 1
                 if not problem.allow_empty:  # the stages on the other side need a group each
