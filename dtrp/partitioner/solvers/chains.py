@@ -209,7 +209,8 @@ def _sent(traffic: Traffic, rows: Ints, columns: Ints, weight: Floats) -> Floats
     misses, holds = traffic.none[rows], traffic.full[columns]
     use = misses.any(axis=0) & holds.any(axis=0)
     kept = _product(misses[:, use], holds[:, use], weight[use])
-    return made_columns[None, :] - made_rows[:, None] - kept
+    sent: Floats = made_columns[None, :] - made_rows[:, None] - kept
+    return sent
 
 
 def _received(traffic: Traffic, rows: Ints, columns: Ints, weight: Floats) -> Floats:
