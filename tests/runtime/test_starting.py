@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -58,11 +59,12 @@ def test_the_script_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variables_that_libraries_read_at_loading_want_a_new_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads them again in a fork."""
+    gc.collect()  # of earlier tests
     first, descriptors = parent(), psutil.Process().num_fds()
     monkeypatch.setenv("OMP_PROC_BIND", "false")
     assert parent() != first
     assert not psutil.pid_exists(first)
-    assert psutil.Process().num_fds() == descriptors
+    assert psutil.Process().num_fds() <= descriptors
 
 
 @pytest.mark.slow
