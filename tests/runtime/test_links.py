@@ -509,7 +509,7 @@ def test_two_processes() -> None:
         with pytest.raises(LostStage):
             links.take(Channel("backward", 1, 0))
         links.close()
-        assert process.wait(30) == 3
+        assert process.wait(120) == 3
     assert descriptors() <= before
 
 
