@@ -232,11 +232,11 @@ class Mesh:
 
     def poison(self) -> None:
         """Have every operation that waits in these groups fail, from another thread: gloo fails all of a
-        group's operations when one has run out of time, here one that nobody answers. Devices come last:
-        what they get of an aborted receive is not to be trained with, and an abort may hang."""
+        group's operations when one has run out of time, here one that nobody answers. (It fails at once, and
+        alone, where that rank has left.) Devices come last: what they get of an aborted receive is not to be
+        trained with, and an abort may hang."""
         for group in self._groups():
-            if group.size() > 1:
-                other = (group.rank() + 1) % group.size()
+            for other in set(range(group.size())) - {group.rank()}:
                 with contextlib.suppress(RuntimeError):
                     dead = group.recv([torch.zeros(1, device="cpu")], other, NOBODY)
                     dead.wait(timedelta(milliseconds=1))

@@ -199,6 +199,8 @@ class Peers:
 
     def close(self) -> None:
         """Stop looking and telling."""
+        if self.failure is not None and self.mesh.rank == 0 and not self.mesh.by_agent:
+            time.sleep(2 * self.pace)  # others hear of it before the store goes with this process
         self._ended.set()
         self._tell.set()
         for thread in self._threads:

@@ -363,6 +363,49 @@ def test_what_goes_wrong_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_who_waits_for_one_is_woken_also_when_another_has_left(tmp_path: Path) -> None:
+    """One rank may notice that a second is stopped, and end, before a third does: that one waited on."""
+    script = """
+    import threading
+    from dtrp.runtime.mesh import Mesh
+    mesh = Mesh(3)
+    mesh.barrier()
+    if rank == 0:
+        os._exit(0)
+    elif rank == 1:
+        time.sleep(100)
+    else:
+        threading.Timer(3.0, mesh.poison).start()
+        try:
+            mesh.down.recv([torch.zeros(1)], 1, 0).wait()
+        except RuntimeError:
+            print("WOKEN")
+    """
+    ranks = Ranks(tmp_path, 3, script)
+    try:
+        assert "WOKEN" in ended(ranks.processes[2], 60.0)[1]
+    finally:
+        ranks.processes[1].kill()
+    ranks.end()
+
+
+@pytest.mark.slow
+def test_the_last_word_of_who_has_the_store_is_heard(tmp_path: Path) -> None:
+    """Without a launcher's own store it is gone with rank 0, at once; what is left would be that."""
+    script = (
+        FAULTS
+        + """
+    K = 2
+    loop(lambda i: 1 / 0 if rank == 0 and i == 20 else None)
+    os._exit(0)
+    """
+    )
+    (_, first), (_, second) = Ranks(tmp_path, 2, script).end()
+    assert "ZeroDivisionError" in told(first)[0][1]
+    assert "(rank 0 on 127.0.0.1) left its trainer: ZeroDivisionError: " in told(second)[0][1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 def test_a_peer_that_is_gone_is_named_within_the_watchdog(tmp_path: Path, victim: int, how: str) -> None:
