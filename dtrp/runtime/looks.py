@@ -4,7 +4,7 @@ The model's own tensors are as old as the last flush there. A script that asks i
 (an average of weights, torch's ``AveragedModel``, a norm to log), copies or calls it, gets them brought
 first, without waiting for the batches in flight. Torch tells nobody of such questions, so while workers
 train, the methods of `nn.Module` that answer them are ours. What asks no method (``model.head.weight``) is
-not seen.
+not seen. Under a launcher one rank's question cannot bring what others have: it is told instead.
 """
 
 from __future__ import annotations

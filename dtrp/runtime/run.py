@@ -56,6 +56,10 @@ _LEFT = (
     "a trainer was let go of without trainer.close(): batches in flight are lost, with worker processes all "
     "since the last flush; use `with pipe.trainer(...) as trainer:`"
 )
+_MIXED = (
+    "the model was asked for its weights, called or copied between two steps: rank %d has present ones of "
+    "its own stage, and older ones of the others; call trainer.sync() before, on every rank"
+)
 _ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
 
@@ -96,6 +100,7 @@ class Run:
         self._seed: int | None = None
         self.in_flight = False
         self.stale = False  # the stages have newer weights than the model
+        self._told_mixed = False
         self._shown = -1  # batches that had been fed when the model last had the present weights
         self.changes = Changes(self)
         self.along: list[bool] = []  # which model inputs have a row for each sample
@@ -249,16 +254,19 @@ class Run:
 
     @property
     def behind(self) -> bool:
-        """Whether the model's weights are older than those of worker processes."""
+        """Whether the model's weights are older than those of other processes."""
         executor = self.alive
-        apart = executor is not None and not executor.shares and self.world.executor != "torchrun"
+        apart = executor is not None and not executor.shares
         return apart and self.stale and self._shown != self.history.fed
 
     def show(self) -> None:
         """The present weights into the model, before somebody looks at them."""
-        if self.behind:
+        if self.behind and self.world.executor != "torchrun":
             self.changes.hand_in(last=True)
             self.sync()
+        elif self.behind and self.compiled.n_stages > 1 and not self._told_mixed:
+            log.warning(_MIXED, self.world.rank)
+            self._told_mixed = True
 
     @contextmanager
     def rescued(self) -> Iterator[None]:
@@ -313,7 +321,7 @@ class Run:
             raise
         self.executor = executor
         self.changes.note()
-        if not executor.shares and self.world.executor != "torchrun":
+        if not executor.shares:
             looks.follow(self)
         self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return executor

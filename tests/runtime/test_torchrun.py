@@ -363,6 +363,31 @@ def test_what_goes_wrong_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_look_at_a_model_of_which_a_rank_has_a_part_is_told_of(tmp_path: Path) -> None:
+    """Once, and not where it has the whole: an average of weights would mix new and old without a word."""
+    script = """
+    model = mlp(6)
+    with trainer(compiled(model, n_stages=2), "auto") as t:
+        for x, y in batches(4):
+            t.step(x, y)
+        t.sync()
+        list(model.parameters())
+        print("WHOLE", flush=True)
+        t.step(x, y)
+        model(x), model.state_dict()
+        print("ASKED", flush=True)
+        t.flush()
+        model.state_dict()
+    """
+    for code, said in Ranks(tmp_path, 2, script).end():
+        assert code == 0, said
+        whole, part = said.split("WHOLE")
+        assert "on every rank" not in whole
+        assert part.split("ASKED")[0].count("call trainer.sync() before, on every rank") == 1
+        assert "on every rank" not in part.split("ASKED")[1]
+
+
+@pytest.mark.slow
 def test_who_waits_for_one_is_woken_also_when_another_has_left(tmp_path: Path) -> None:
     """One rank may notice that a second is stopped, and end, before a third does: that one waited on."""
     script = """
