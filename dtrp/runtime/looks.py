@@ -4,7 +4,8 @@ The model's own tensors are as old as the last flush there. A script that asks i
 (an average of weights, torch's ``AveragedModel``, a norm to log), copies or calls it, gets them brought
 first, without waiting for the batches in flight. Torch tells nobody of such questions, so while workers
 train, the methods of `nn.Module` that answer them are ours. What asks no method (``model.head.weight``) is
-not seen. Under a launcher one rank's question cannot bring what others have: it is told instead.
+not seen. Under a launcher one rank's question cannot bring what others have: it is told instead. Calls of the
+model are not seen there: stages run in the same process, and torch.compile gives up where a hook is on all.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ def begin(run: Run, model: nn.Module) -> Run | None:
     return other if other is not None and other.alive else None
 
 
-def follow(run: Run) -> None:
-    """From now on the run's stages may have newer weights than the model."""
-    if not _hooks:
+def follow(run: Run, *, calls: bool) -> None:
+    """From now on the run's stages may have newer weights than the model; ``calls`` of it are looks, too."""
+    if not _before:
         for name in _ANSWERS:
             _before[name] = vars(nn.Module).get(name)
             setattr(nn.Module, name, _asked(getattr(nn.Module, name)))
+    if calls and not _hooks:
         _hooks.append(register_module_forward_pre_hook(lambda module, args: _look(module)))
     _apart[run] = threading.get_ident()
 
@@ -55,10 +57,12 @@ def follow(run: Run) -> None:
 def end(run: Run) -> None:
     """The model has the present weights for good."""
     _apart.pop(run, None)
-    if _hooks and not _apart:
+    if _before and not _apart:
         for name, before in _before.items():
             setattr(nn.Module, name, before) if before is not None else delattr(nn.Module, name)
-        _hooks.pop().remove()
+        _before.clear()
+        while _hooks:
+            _hooks.pop().remove()
 
 
 @contextmanager

@@ -57,8 +57,8 @@ _LEFT = (
     "since the last flush; use `with pipe.trainer(...) as trainer:`"
 )
 _MIXED = (
-    "the model was asked for its weights, called or copied between two steps: rank %d has present ones of "
-    "its own stage, and older ones of the others; call trainer.sync() before, on every rank"
+    "the model was asked for its weights between two steps (or copied, or the pipeline called): rank %d has "
+    "present ones of its own stage, and older ones of the others; call trainer.sync() before, on every rank"
 )
 _ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
@@ -322,7 +322,7 @@ class Run:
         self.executor = executor
         self.changes.note()
         if not executor.shares:
-            looks.follow(self)
+            looks.follow(self, calls=self.world.executor != "torchrun")
         self._reminder = weakref.finalize(self, log.warning, _LEFT)
         return executor
 
