@@ -68,6 +68,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor, torch.Tensor]]] = 
     "resnet50": partial(_vision, "resnet50", 4, 224),
     "mobilenet_v3_large": partial(_vision, "mobilenet_v3_large", 8, 224),
     "vit_b_16": partial(_vision, "vit_b_16", 2, 224),
+    "densenet121": partial(_vision, "densenet121", 4, 224),
+    "efficientnet_b0": partial(_vision, "efficientnet_b0", 8, 224),
+    "convnext_tiny": partial(_vision, "convnext_tiny", 4, 224),
     "gpt": _gpt,
 }
 

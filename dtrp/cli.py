@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from dtrp.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dtrp.partitioner.plan import Plan
     from dtrp.partitioner.replication import Layout
     from dtrp.partitioner.report import PartitionReport
     from dtrp.simulation.result import Simulation
@@ -90,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--costs", choices=("auto", "analytic", "measured"), default="auto", help="(default: auto)"
     )
+    plan.add_argument(
+        "--split-linear",
+        action="store_true",
+        help="let stages share Linear layers that take much of a stage's time, such as a vocabulary's head",
+    )
     plan.add_argument("--dtype", help="the autocast dtype that training will use, such as bfloat16")
     plan.add_argument(
         "--compare-k",
@@ -137,6 +143,7 @@ def _plan(args: argparse.Namespace) -> int:
     from dtrp.partitioner.costs import cost_graph
     from dtrp.partitioner.devices import device_spec, parse_bytes
     from dtrp.partitioner.hazards import find_hazards
+    from dtrp.partitioner.heavy import heavy_linears
     from dtrp.partitioner.links import parse_links
     from dtrp.partitioner.planner import make_plan
     from dtrp.partitioner.report import PartitionReport
@@ -167,23 +174,31 @@ def _plan(args: argparse.Namespace) -> int:
         spec = spec.with_loop(loop_cost.loop_cost())
     if args.device is None and here == "cpu":
         print("dtrp: planning for this machine's CPU; for a GPU name it: --device A100-80GB", file=sys.stderr)
-    captured = capture(model, positional, named)
-    graph = cost_graph(
-        captured,
-        device=spec,
-        bandwidth=parse_links(_bandwidth(args.bandwidth) or cli_simulate.links(cluster), args.n_gpus),
-        mode=args.costs,
-        dtype=None if args.dtype is None else _dtype(args.dtype),
-    )
-    plan = make_plan(
-        captured,
-        graph,
-        find_hazards(captured),
-        args.n_gpus,
-        memory_limit=limit,
-        recompute="auto" if args.recompute == "auto" else args.recompute == "yes",
-    )
-    report = PartitionReport.of(captured, graph, plan, memory_limit=limit)
+
+    def planned(divided: Mapping[str, int]) -> tuple[Plan, PartitionReport, dict[str, int]]:
+        captured = capture(model, positional, named, divided=divided)
+        graph = cost_graph(
+            captured,
+            device=spec,
+            bandwidth=parse_links(_bandwidth(args.bandwidth) or cli_simulate.links(cluster), args.n_gpus),
+            mode=args.costs,
+            dtype=None if args.dtype is None else _dtype(args.dtype),
+        )
+        plan = make_plan(
+            captured,
+            graph,
+            find_hazards(captured),
+            args.n_gpus,
+            memory_limit=limit,
+            recompute="auto" if args.recompute == "auto" else args.recompute == "yes",
+        )
+        tried = args.split_linear
+        report = PartitionReport.of(captured, graph, plan, memory_limit=limit, split_linear=tried)
+        return plan, report, heavy_linears(captured, graph, args.n_gpus)
+
+    plan, report, heavy = planned({})
+    if args.split_linear and heavy:
+        plan, report, _ = min((plan, report, heavy), planned(heavy), key=lambda found: found[1].tick_time)
     if args.plan:
         plan.save(args.plan)
     if args.html:

@@ -44,6 +44,7 @@ def compile(
     bandwidth: float | str | Mapping[str, Any] | None = None,
     plan: str | os.PathLike[str] | Plan | None = None,
     speed: Sequence[float] | None = None,
+    split_linear: bool = False,
 ) -> Pipeline:
     """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
 
@@ -62,7 +63,8 @@ def compile(
     memory_limit : int, float, str or sequence, optional
         Bytes or text such as ``"16GB"``; one for all stages or one per stage.
     recompute : bool or "auto"
-        Whether stages recompute their forward pass in training; ``"auto"``: per stage, as the plan finds.
+        Whether stages recompute their forward pass in training; ``"auto"``: per stage, or for some of its
+        nodes, as is fastest within the memory.
     costs : {"auto", "analytic", "measured"}
         Where node times come from: FLOPs and bytes through the device's roofline, or timed on it, on the CPU
         first node by node and then in the planned stages, on worker processes (both are kept in the cache).
@@ -78,6 +80,11 @@ def compile(
         time. Where devices are unequal, by this or by kind, their order is part of the plan
         (``plan.placement``), and memory limits that are given one by one go with the devices. Under a
         launcher rank k has stage k.
+    split_linear : bool
+        Whether a Linear layer that takes more than half of a stage's share of the time, as a vocabulary's
+        head does, may be computed in parts of its rows, so that several stages share it, its weight tied
+        between them; which, and in how many parts, says ``plan.divided``. Results are the model's but for
+        rounding then; otherwise they are the same to the bit where torch's own operators are.
 
     Returns
     -------
@@ -107,6 +114,8 @@ def compile(
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
     one_of("costs", costs, COSTS)
+    if not isinstance(split_linear, bool):
+        raise TypeError(f"split_linear={split_linear!r}: expected True or False")
     ranked = launched.world_size() > 1
     if ranked and isinstance(bandwidth, Mapping) and not {"nodes", "per_node"} & bandwidth.keys():
         bandwidth = {**bandwidth, "per_node": min(launched.local_size(), len(places))}
@@ -124,6 +133,7 @@ def compile(
             loop=_loop(places),
             speed=speeds,
             arranged=ranked,
+            split_linear=split_linear,
         ),
     )
     if costs != "measured" and not any(p.is_meta for p in model.parameters()):

@@ -222,7 +222,10 @@ class Planning:
             flags = base.captured.flags  # its eval graph
         key = self.form, flags, grad
         if key not in self._variants:
-            captured = capture(self.model, *self._call, opened=base.captured.opened, flags=flags, grad=grad)
+            of = base.captured
+            captured = capture(
+                self.model, *self._call, opened=of.opened, divided=of.divided, flags=flags, grad=grad
+            )
             self._variants[key] = adapt(base, captured, self.request)
         return self._variants[key]
 

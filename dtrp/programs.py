@@ -14,6 +14,7 @@ from .partitioner.compiler import Compiled
 from .partitioner.split import attributes, split
 from .runtime.handback import LOSS
 from .runtime.program import Code, StageModule, StageProgram, Tie
+from .stage_code import stage_code
 from .wiring import CALLER, StageWires, Wiring
 
 
@@ -34,25 +35,31 @@ def make_programs(
     evaluated = cut.eval
     if evaluation is not compiled:
         evaluated = split(evaluation.captured, evaluation.plan, evaluation.hazards).eval
-    order = _positions(model)
+    order, drawing = _positions(model), compiled.hazards.drawing
     with in_mode(model, compiled.captured.flags):  # a stage's train mode is as it was made
         modules = [
-            _stage_module(train, evaluate, device, order, loss if k == len(devices) - 1 else None)
-            for k, (train, evaluate, device) in enumerate(
-                zip(cut.train.modules, evaluated.modules, devices, strict=True)
+            _stage_module(
+                train,
+                evaluate,
+                stage_code(train, device, again if isinstance(again, tuple) else (), drawing),
+                stage_code(evaluate, device),
+                order,
+                loss if k == len(devices) - 1 else None,
+            )
+            for k, (train, evaluate, device, again) in enumerate(
+                zip(cut.train.modules, evaluated.modules, devices, compiled.plan.recompute, strict=True)
             )
         ]
     train = _as_trained(cut.train.wiring, modules)
     ties = _ties(modules, train.trained)
     written = compiled.hazards.written_inputs
-    drawing = compiled.hazards.drawing
     return [
         StageProgram(
             stage=k,
             module=module,
             train=train,
             evaluate=evaluated.wiring,
-            recompute=compiled.plan.recompute[k],
+            recompute=compiled.plan.recomputes[k],
             device=devices[k],
             ties=ties,
             writes_inputs=not written.isdisjoint(cut.train.wiring.caller_inputs(k)),
@@ -68,7 +75,8 @@ def make_programs(
 def _stage_module(
     train: fx.GraphModule,
     evaluate: fx.GraphModule,
-    device: torch.device,
+    train_code: Code,
+    evaluate_code: Code,
     order: Mapping[str, int],
     loss: nn.Module | None,
 ) -> StageModule:
@@ -86,7 +94,7 @@ def _stage_module(
                 f"model has a module of that name; rename it in the model"
             )
         inside[LOSS] = loss
-    return StageModule(inside, _code(train, device), _code(evaluate, device))
+    return StageModule(inside, train_code, evaluate_code)
 
 
 def _positions(model: nn.Module) -> dict[str, int]:
@@ -108,22 +116,6 @@ def _cut_from_history(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 vars(module)[name] = value.detach()
-
-
-def _code(module: fx.GraphModule, device: torch.device) -> Code:
-    """A graph's generated code, with device constants set to ``device``; behind each line the user's."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    for node in graph.nodes:
-        if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values())):
-            node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
-            node.kwargs = {k: device if isinstance(a, torch.device) else a for k, a in node.kwargs.items()}
-    code = graph.python_code("self")
-    at = {node.name: f"  # {place}" for node in graph.nodes if (place := node.meta.get("location"))}
-    lines = [
-        line + at.get(line.split(maxsplit=1)[0], "") if line.strip() else "" for line in code.src.splitlines()
-    ]
-    return Code("\n".join(lines) + "\n", code.globals)
 
 
 def _as_trained(wiring: Wiring, modules: Sequence[nn.Module]) -> Wiring:

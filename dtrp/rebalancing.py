@@ -27,10 +27,12 @@ PLANNING = 2.0  # seconds
 def better_cut(made: Compiled, request: Request, stats: Sequence[StageStats]) -> Move | None:
     """The move that would gain, if there is one; ``stats``: of the stages as they are, over some time.
 
-    Which stages recompute stays as it is.
+    Which stages recompute stays as it is; where some do in part, nothing is moved.
     """
     specs = request.specs()
     index, cores, plan = device_indices(made.graph, specs, len(specs)), shared(specs), made.plan
+    if plan.recomputes != plan.recompute:
+        return None
     times = [stage_times(one, request.training.micro_batches, on_cpu=bool(cores)) for one in stats]
     graph, training = corrected(made.graph, plan, times, request.training, index)
 
@@ -51,7 +53,7 @@ def better_cut(made: Compiled, request: Request, stats: Sequence[StageStats]) ->
         plan.n_stages,
         devices=specs,
         memory_limit=request.memory_limit,
-        recompute=list(plan.recompute),
+        recompute=plan.recomputes,
         training=training,
         time_limit=PLANNING,
     )

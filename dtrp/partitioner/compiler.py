@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from .capture import Captured, capture
 from .costs import cost_graph
 from .devices import DeviceSpec, LoopCost, device_spec
 from .hazards import Hazards, find_hazards
+from .heavy import heavy_linears, heavy_wholes
 from .links import Links
 from .other_sizes import graph_at
 from .plan import Plan, fingerprint
@@ -42,6 +43,7 @@ class Request:
     plan: Plan | None
     training: Training = ASSUMED
     loop: LoopCost | None = None
+    split_linear: bool = False
     speed: tuple[float, ...] = ()  # of each device; empty: as they are
     arranged: bool = False  # the order of devices is that of the stages
     placement: tuple[int, ...] = ()  # which of the devices that the user gave each stage then has
@@ -85,23 +87,31 @@ def compile_model(
 ) -> Compiled:
     """The compiler's pipe, from model to stages.
 
-    Where a module that was kept whole takes more than a stage's share of the time, the model is captured
-    again by a way that opens it, and the better plan is taken.
+    Where a module that was kept whole takes more than a stage's share of the time, or, if the request says
+    so, a Linear layer takes much of it, the model is captured again by a way that opens it, and the better
+    plan is taken.
     """
-    captured = capture(model, args, kwargs, opened=request.plan.opened if request.plan else ())
-    if request.plan is not None:
-        request.plan.check(captured, len(request.devices))
-        request = request.in_order(request.plan.placement)
-    compiled = _cut(captured, request)
-    heavy = _heavy_leaves(compiled) if request.plan is None else []
-    if heavy:
+    if (plan := request.plan) is not None:
+        captured = capture(model, args, kwargs, opened=plan.opened, divided=plan.divided)
+        plan.check(captured, len(request.devices))
+        return _cut(captured, request.in_order(plan.placement))
+
+    def finer(found: Compiled, opened: Collection[str], divided: Mapping[str, int]) -> Compiled:
         try:
-            finer = _cut(capture(model, args, kwargs, opened=heavy), request)
+            other = _cut(capture(model, args, kwargs, opened=opened, divided=divided), request)
         except CaptureError as e:
-            log.info("%s cannot be opened for a better balance: %s", ", ".join(heavy), e)
-        else:
-            if finer.report.tick_time < compiled.report.tick_time:
-                return finer
+            log.info("%s cannot be opened for a better balance: %s", ", ".join([*opened, *divided]), e)
+            return found
+        return min(found, other, key=lambda compiled: compiled.report.tick_time)
+
+    n_stages = len(request.devices)
+    compiled = _cut(capture(model, args, kwargs), request)
+    opened = heavy_wholes(compiled.captured, compiled.graph, n_stages)
+    if opened:
+        compiled = finer(compiled, opened, {})
+    divided = heavy_linears(compiled.captured, compiled.graph, n_stages) if request.split_linear else {}
+    if divided:
+        compiled = finer(compiled, compiled.captured.opened, divided)
     return compiled
 
 
@@ -169,25 +179,10 @@ def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request)
         specs=request.specs(),
         memory_limit=request.memory_limit,
         training=request.training,
+        split_linear=request.split_linear,
     )
     return replace(
         report, _at=lambda sizes: _report(captured, graph_at(captured, graph, sizes), plan, request)
-    )
-
-
-def _heavy_leaves(compiled: Compiled) -> list[str]:
-    """Modules kept whole that take more time than a stage's even share."""
-    kept = {leaf.module for leaf in compiled.captured.kept_whole}
-    seconds = {
-        node: data["forward_time"] + data["backward_time"] for node, data in compiled.graph.nodes(data=True)
-    }
-    share = sum(seconds.values()) / compiled.plan.n_stages
-    return sorted(
-        {
-            data["module"]
-            for node, data in compiled.graph.nodes(data=True)
-            if data["module"] in kept and seconds[node] > share
-        }
     )
 
 

@@ -72,7 +72,7 @@ def _scales(cost: StageCost, measured: StageTimes) -> Mapping[str, float]:
     forward, backward = measured.forward - measured.loss, measured.backward - measured.loss
     return {
         "forward_time": _ratio(forward, cost.forward),
-        "backward_time": _ratio(backward, cost.backward),
+        "backward_time": _ratio(backward, cost.backward + (0.0 if cost.recomputes else cost.recompute)),
         "sweep_time": _ratio(measured.update, cost.update),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import networkx as nx
 
@@ -95,6 +96,37 @@ def pass_peak(
         now -= m.inside + sum(size[s] for s in frees[i])
         peak = max(peak, now)
     return peak, kept
+
+
+def leaving(graph: nx.DiGraph, stage_of: Mapping[str, int], nodes: Sequence[str]) -> set[str]:
+    """Those of a stage's nodes whose values other stages or the caller get."""
+    return {
+        n
+        for n in nodes
+        if n in graph.graph["results"]
+        or (
+            graph.nodes[n]["transfer_bytes"]
+            and any(stage_of[user] != stage_of[n] for user in graph.successors(n))
+        )
+    }
+
+
+def kept_bytes(
+    graph: nx.DiGraph, nodes: Sequence[str], leaving: Collection[str], again: Collection[str] = ()
+) -> int:
+    """What a stage has of a batch between its forward and its backward pass, as `pass_peak` has it, where
+    some nodes are computed ``again``."""
+    size: Mapping[int, int] = graph.graph["storages"]
+    memory: Mapping[str, NodeMemory] = {n: graph.nodes[n]["memory"] for n in nodes}
+    stays = {s for n in leaving for s in memory[n].gives}
+    calls = (n for n in nodes if graph.nodes[n]["kind"] != "get_attr")  # a parameter stands anywhere
+    for is_again, run in groupby(calls, key=set(again).__contains__):
+        members = [memory[n] for n in run]
+        own = {s for m in members for s in m.makes}
+        stays.update(*(set(m.reads) - own if is_again else m.saves for m in members))
+    made = {s for m in memory.values() for s in m.makes}
+    inside = sum(memory[n].inside for n in nodes if n not in again)
+    return sum(size[s] for s in stays & made) + inside
 
 
 def _gradient(graph: nx.DiGraph, node: str) -> int:

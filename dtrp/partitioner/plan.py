@@ -25,6 +25,7 @@ from dtrp.files import write_text
 from dtrp.names import nearest
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.profile import Profile
+from dtrp.partitioner.stage_cost import Recompute
 from dtrp.version import __version__
 
 FORMAT = 1
@@ -39,8 +40,9 @@ class Plan:
     n_stages : int
     stage_of : Mapping[str, int]
         Node name -> stage, 0-based; placeholders and output are not listed.
-    recompute : tuple[bool, ...]
-        Per stage; the last never recomputes.
+    recompute : tuple[bool or tuple[str, ...], ...]
+        Per stage, whether it recomputes its forward pass, or the nodes of which alone it does so, while it
+        keeps the graph of the others; the last never recomputes.
     fingerprint : str
         Of the graph and its shapes; see `fingerprint`.
     modules : Mapping[str, str]
@@ -63,13 +65,15 @@ class Plan:
         Per stage, which of the devices that were given it has, where they are unequal; else empty: in order.
     opened : tuple[str, ...]
         Modules that could stand in the graph as one node each, and were opened for a better balance.
+    divided : Mapping[str, int]
+        Linear layers that are computed in parts, and in how many (``split_linear``).
     profile : Profile or None
         What its stages cost, for `dtrp.simulate`; not of plans that were edited by hand.
     """
 
     n_stages: int
     stage_of: Mapping[str, int] = field(repr=False)
-    recompute: tuple[bool, ...]
+    recompute: tuple[Recompute, ...]
     fingerprint: str = ""
     modules: Mapping[str, str] = field(default_factory=dict, repr=False)
     edges: tuple[tuple[str, str], ...] = field(default=(), repr=False)
@@ -82,16 +86,26 @@ class Plan:
     node_of: tuple[int, ...] = ()
     placement: tuple[int, ...] = ()
     opened: tuple[str, ...] = ()
+    divided: Mapping[str, int] = field(default_factory=dict)
     profile: Profile | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stage_of", MappingProxyType(dict(self.stage_of)))
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
-        object.__setattr__(self, "recompute", tuple(map(bool, self.recompute)))
+        object.__setattr__(
+            self,
+            "recompute",
+            tuple(tuple(r) if isinstance(r, list | tuple) else bool(r) for r in self.recompute),
+        )
         self._validate()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.of_dict, (self.to_dict(),)
+
+    @property
+    def recomputes(self) -> tuple[bool, ...]:
+        """Per stage, whether it recomputes all of its forward pass."""
+        return tuple(again is True for again in self.recompute)
 
     def nodes(self, stage: int) -> tuple[str, ...]:
         """The nodes of a stage, in the graph's order."""
@@ -199,6 +213,7 @@ class Plan:
             "node_of": list(self.node_of),
             "placement": list(self.placement),
             "opened": list(self.opened),
+            "divided": dict(self.divided),
             "profile": None if self.profile is None else self.profile.to_dict(),
         }
 
@@ -252,6 +267,7 @@ class Plan:
             node_of=tuple(data.get("node_of", ())),
             placement=tuple(data.get("placement", ())),
             opened=tuple(data.get("opened", ())),
+            divided=data.get("divided", {}),
             profile=None if (profile := data.get("profile")) is None else Profile.from_dict(profile),
         )
 

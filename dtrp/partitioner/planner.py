@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import networkx as nx
@@ -15,10 +17,13 @@ from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
 from dtrp.partitioner.links import Links
 from dtrp.partitioner.partition import DeviceClass, Partition, partition
+from dtrp.partitioner.partly import as_needed
 from dtrp.partitioner.plan import Plan, fingerprint
 from dtrp.partitioner.profile import make_profile
 from dtrp.partitioner.stage_cost import (
     RECOMPUTE,
+    Recompute,
+    StageCost,
     overlaps,
     stage_costs,
     transfer_attribute,
@@ -114,22 +119,28 @@ def make_plan(
             seed=seed,
         )
 
-    def overdrawn(result: Partition, limit: Sequence[float | None]) -> list[float]:
+    def chosen(result: Partition) -> tuple[Recompute, ...]:
+        return tuple(option == RECOMPUTE for option in result.options)
+
+    def costs_of(result: Partition, again: Sequence[Recompute]) -> list[StageCost]:
+        stage_of = {str(n): result.stage_of[n] for n in graph}
+        return stage_costs(graph, stage_of, again, devices=index, training=training)
+
+    def overdrawn(
+        result: Partition, limit: Sequence[float | None], again: Sequence[Recompute] = ()
+    ) -> list[float]:
         """Bytes by which each stage's simulated peak exceeds its limit."""
-        recomputes = [option == RECOMPUTE for option in result.options]
-        costs = stage_costs(
-            graph,
-            {str(n): result.stage_of[n] for n in graph},
-            recomputes,
-            devices=index,
-            training=training,
-        )
+        costs = costs_of(result, again or chosen(result))
         return [
             0.0 if most is None else max(c.peak - most, 0.0) for c, most in zip(costs, limit, strict=True)
         ]
 
-    def fit(limit: Sequence[float | None]) -> Partition:
+    def fit(limit: Sequence[float | None]) -> tuple[Partition, tuple[Recompute, ...]]:
         """The solver adds up; where the simulated peak is higher than the sum, the limit is drawn tighter."""
+        best = attempt(recompute, [None] * n_stages)
+        excess = overdrawn(best, limit)
+        if not any(excess):
+            return best, chosen(best)
         best = attempt(recompute, limit)
         excess = overdrawn(best, limit)
         tight = list(limit)
@@ -145,25 +156,44 @@ def make_plan(
             if sum(found) < sum(excess):
                 best = result
             excess = found
-        if any(overdrawn(best, limit)):
+        best, again = in_part(best, limit) if recompute == "auto" else (best, chosen(best))
+        if any(overdrawn(best, limit, again)):
             log.warning(
                 "at its fullest moment a stage needs more memory than its limit; the report says how much"
             )
-        return best
+        return best, again
+
+    def in_part(result: Partition, limit: Sequence[float | None]) -> tuple[Partition, tuple[Recompute, ...]]:
+        """The same, or another partition, where stages compute no more again than they need to."""
+        candidates = [(result, chosen(result))]
+        with suppress(InfeasiblePlanError):
+            bound = min(result.lower_bound, attempt("at best", limit).lower_bound)
+            for found in (result, attempt("partly", limit)):
+                keeping = costs_of(found, [False] * n_stages)
+                again = as_needed(captured, graph, found, keeping, limit, training)
+                candidates.append((replace(found, lower_bound=bound, reason=""), again))
+
+        def price(candidate: tuple[Partition, tuple[Recompute, ...]]) -> tuple[float, float]:
+            return sum(overdrawn(candidate[0], limit, candidate[1])), max(
+                cost.tick for cost in costs_of(*candidate)
+            )
+
+        return min(candidates, key=price)
 
     if limits is not None:
-        result = fit(limits)
+        result, again = fit(limits)
     else:
         try:
-            result = fit(default_limits([specs[i] for i in index]))
+            result, again = fit(default_limits([specs[i] for i in index]))
         except InfeasiblePlanError as e:
             log.warning("no plan fits the devices' memory; planning without that limit. %s", e)
             result = attempt(True if recompute == "auto" else recompute, [None] * n_stages)
+            again = chosen(result)
     edges = [(u, v) for u, v, data in graph.edges(data=True) if data.get("precedence", True)]
     plan = Plan(
         n_stages=n_stages,
         stage_of={str(n): result.stage_of[n] for n in graph},
-        recompute=tuple(option == RECOMPUTE for option in result.options),
+        recompute=again,
         fingerprint=fingerprint(captured),
         modules=dict(graph.nodes(data="module")),
         edges=tuple(dict.fromkeys([*edges, *order])),
@@ -174,7 +204,10 @@ def make_plan(
         costs=cost_digest(graph, training),
         node_of=result.node_of,
         opened=captured.opened,
-        profile=make_profile(graph, result.stage_of, n_stages, devices=index, node_of=result.node_of),
+        divided=captured.divided,
+        profile=make_profile(
+            graph, result.stage_of, n_stages, devices=index, node_of=result.node_of, recompute=again
+        ),
     )
     nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
     return plan
@@ -232,8 +265,9 @@ def nodes_of(graph: nx.DiGraph, plan: Plan, devices: Sequence[int]) -> tuple[int
     if graph.graph.get("links", Links()).count(plan.n_stages) == 1:
         return ()
     fixed: dict[Hashable, int] = {n: plan.stage_of[n] for n in graph}
+    again = plan.recomputes
     return solve(
-        graph, plan.n_stages, groups=(), order=(), fixed=fixed, recompute=plan.recompute, devices=devices
+        graph, plan.n_stages, groups=(), order=(), fixed=fixed, recompute=again, devices=devices
     ).node_of
 
 

@@ -10,8 +10,8 @@ import networkx as nx
 
 from .devices import DeviceSpec
 from .links import Links
-from .peak import pass_peak
-from .stage_cost import StageCost, stage_costs, tied_weights
+from .peak import kept_bytes, leaving, pass_peak
+from .stage_cost import Recompute, StageCost, stage_costs, tied_weights
 from .training import Training
 
 
@@ -117,6 +117,7 @@ def make_profile(
     *,
     devices: Sequence[int] | None = None,
     node_of: Sequence[int] = (),
+    recompute: Sequence[Recompute] = (),
 ) -> Profile:
     """The profile of an assignment.
 
@@ -132,9 +133,12 @@ def make_profile(
         For each stage, which of the graph's devices it runs on. Default: the first.
     node_of
         For each stage, its node. Default: all are in one.
+    recompute
+        For each stage; of those that recompute in part, that counts as backward.
     """
     specs: Sequence[DeviceSpec] = graph.graph["specs"]
-    costs = stage_costs(graph, stage_of, [True] * n_stages, devices=devices, training=Training(0.0))
+    recompute = [again if isinstance(again, tuple) else True for again in recompute or [True] * n_stages]
+    costs = stage_costs(graph, stage_of, recompute, devices=devices, training=Training(0.0))
     sent: dict[tuple[int, int], list[int]] = {}
     for n, data in graph.nodes(data=True):
         for target in {stage_of[user] for user in graph.successors(n)} - {stage_of[n]}:
@@ -143,7 +147,10 @@ def make_profile(
                 pair[0] += data["transfer_bytes"]
                 pair[1] += data["transfer_bytes"] if data["differentiable"] else 0
     return Profile(
-        stages=tuple(_stage(graph, stage_of, cost, n_stages) for cost in costs),
+        stages=tuple(
+            _stage(graph, stage_of, cost, n_stages, again if isinstance(again, tuple) else ())
+            for cost, again in zip(costs, recompute, strict=True)
+        ),
         messages=tuple(Message(i, j, *sizes) for (i, j), sizes in sorted(sent.items())),
         bandwidth=min(spec.link_bandwidth for spec in specs),
         latency=max(spec.link_latency for spec in specs),
@@ -155,25 +162,19 @@ def make_profile(
     )
 
 
-def _stage(graph: nx.DiGraph, stage_of: Mapping[str, int], cost: StageCost, n_stages: int) -> StageProfile:
-    leaving = {
-        n
-        for n in cost.nodes
-        if n in graph.graph["results"]
-        or (
-            graph.nodes[n]["transfer_bytes"]
-            and any(stage_of[user] != cost.stage for user in graph.successors(n))
-        )
-    }
-    peak, kept = pass_peak(graph, cost.nodes, leaving, is_last=cost.stage == n_stages - 1)
+def _stage(
+    graph: nx.DiGraph, stage_of: Mapping[str, int], cost: StageCost, n_stages: int, again: Sequence[str]
+) -> StageProfile:
+    leave = leaving(graph, stage_of, cost.nodes)
+    peak, kept = pass_peak(graph, cost.nodes, leave, is_last=cost.stage == n_stages - 1)
     return StageProfile(
         forward=cost.forward,
-        backward=cost.backward,
+        backward=cost.backward + (0.0 if cost.recomputes else cost.recompute),
         sweep=cost.update / 3,
         loop=cost.loop,
         weights=int(cost.weights),
         gradients=int(cost.gradients),
         inputs=cost.input_bytes,
         activations=max(peak - int(cost.gradients), 0),
-        kept=kept,
+        kept=kept_bytes(graph, cost.nodes, leave, again) if again else kept,
     )

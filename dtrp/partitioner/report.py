@@ -20,6 +20,7 @@ from dtrp.errors import InfeasiblePlanError
 from dtrp.files import write_text
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec
+from dtrp.partitioner.heavy import advice
 from dtrp.partitioner.plan import Plan
 from dtrp.partitioner.planner import cost_digest, default_limits, device_indices, memory_limits, solve
 from dtrp.partitioner.report_parts import (
@@ -33,7 +34,7 @@ from dtrp.partitioner.report_parts import (
     stage_report,
     why_not_faster,
 )
-from dtrp.partitioner.stage_cost import RECOMPUTE, stage_costs
+from dtrp.partitioner.stage_cost import RECOMPUTE, Recompute, stage_costs
 from dtrp.partitioner.training import ASSUMED, EXACT, Training
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class PartitionReport:
         specs: Sequence[DeviceSpec] | None = None,
         memory_limit: float | str | Sequence[float | str | None] | None = None,
         training: Training = ASSUMED,
+        split_linear: bool = False,
     ) -> PartitionReport:
         """The report on a plan.
 
@@ -134,6 +136,8 @@ class PartitionReport:
             What each stage runs on, one per stage. Default: the graph's first device for all.
         memory_limit, training
             As given to the planner.
+        split_linear
+            Whether heavy Linear layers were already tried in parts.
         """
         given: Sequence[DeviceSpec] = graph.graph["specs"]
         specs = [given[0]] * plan.n_stages if specs is None else specs
@@ -173,7 +177,11 @@ class PartitionReport:
             ),
             method=captured.method,
             kept_whole=tuple((kept.module, kept.reason) for kept in captured.kept_whole),
-            notes=(*captured.notes, *notes(graph, stages, plan, training)),
+            notes=(
+                *captured.notes,
+                *notes(graph, stages, plan, training),
+                *([] if split_linear else advice(captured, graph, plan.n_stages)),
+            ),
             costs=graph.graph["mode"],
             overlaps=costs[0].overlaps,
             engine=plan.engine,
@@ -237,7 +245,7 @@ class PartitionReport:
         if isinstance(ks, int):
             raise TypeError(f"compare({ks!r}): expected numbers of stages, such as [2, 4, 8]")
         points = []
-        before_last = self._plan.recompute[:-1]
+        before_last = self._plan.recomputes[:-1]
         recompute: bool | str = True if before_last and all(before_last) else "auto"
         for k in ks:
             if k == 1 < self.n_stages:  # plain training: no loop over stages takes its time
@@ -301,7 +309,7 @@ class PartitionReport:
             time_limit=time_limit,
         )
 
-    def _prices(self, stage_of: Mapping[str, int], recompute: Sequence[bool]) -> tuple[OrderPrice, ...]:
+    def _prices(self, stage_of: Mapping[str, int], recompute: Sequence[Recompute]) -> tuple[OrderPrice, ...]:
         """The same stages under other orders and numbers of micro-batches."""
         k, found = len(recompute), []
         cores = self._graph.graph["specs"][0].shared(k)

@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from dtrp.partitioner import report_svg as svg
+from dtrp.partitioner.report_parts import recomputes
 from dtrp.partitioner.report_text import explained, gap, shares_cores
 from dtrp.partitioner.units import count, duration, size
 from dtrp.version import __version__
@@ -197,7 +198,7 @@ def _table(report: PartitionReport) -> str:
         )
         rows.append(
             f'<tr><td class="left">{s.index}</td><td class="left">{escape(s.device)}</td>'
-            f'<td class="left">{"yes" if s.recompute else "no"}</td>'
+            f'<td class="left">{recomputes(s)}</td>'
             f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         )
     return (

@@ -24,6 +24,7 @@ class StageReport:
     index: int
     device: str
     recompute: bool
+    recompute_share: float  # of its forward pass; below 1 where a stage keeps its graphs but for a part
     submodules: tuple[str, ...]
     holds: tuple[str, ...]  # the same, with modules that lie in the stage as a whole summed up
     nodes: int
@@ -113,6 +114,12 @@ class Outline:
         return tuple(found)
 
 
+def recomputes(stage: StageReport) -> str:
+    """Whether it does, in a word."""
+    share = stage.recompute_share
+    return "yes" if stage.recompute else f"{share:.0%}" if share else "no"
+
+
 def _prefixes(module: str) -> list[str]:
     """``"a.b.c"`` -> ``["a", "a.b", "a.b.c"]``."""
     parts = module.split(".") if module else []
@@ -132,6 +139,7 @@ def stage_report(
         index=cost.stage,
         device=device,
         recompute=cost.recomputes,
+        recompute_share=cost.recompute / cost.forward if cost.forward else float(cost.recomputes),
         submodules=outline.leaves(cost.nodes),
         holds=outline.holds(cost.nodes),
         nodes=len(cost.nodes),
@@ -207,7 +215,7 @@ def _some(names: Sequence[str]) -> str:
 
 def notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan, training: Training) -> list[str]:
     """What else is to be known: assumptions, limits that are exceeded, edits."""
-    found = []
+    found = [f"{name} is computed in {parts} parts of its rows." for name, parts in plan.divided.items()]
     if not training.known:
         found.append(
             "The optimizer is not known yet: memory and update times are those of Adam (two values per "

@@ -63,7 +63,8 @@ def pipeline(report: PartitionReport) -> str:
         x = 20 + stage.index * (_BOX + _GAP)
         busy = stage.tick_time / report.tick_time if report.tick_time else 0.0
         slow = " slow" if stage.index == report.bottleneck and report.n_stages > 1 else ""
-        how = "recomputes" if stage.recompute else "keeps its graphs"
+        share = stage.recompute_share
+        how = "recomputes" if stage.recompute else f"recomputes {share:.0%}" if share else "keeps its graphs"
         lines = (
             _short(stage.device, 19),
             f"{duration(stage.tick_time)}, {size(stage.peak_bytes)}",

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dtrp.partitioner.report_parts import recomputes
 from dtrp.partitioner.units import count, duration, size
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def renderable(report: PartitionReport) -> RenderableType:
             size(stage.output_bytes),
             duration(stage.tick_time),
             size(stage.peak_bytes),
-            "yes" if stage.recompute else "no",
+            recomputes(stage),
             style="bold" if slowest else "",
         )
     head = Text(f"{report.model}: {len(report.stages)} stage{'s' if len(report.stages) != 1 else ''}, ")

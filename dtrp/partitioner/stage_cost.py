@@ -12,6 +12,9 @@ k < K, keeping its graphs   F + B + update + prediction              P + G(1+o) 
 k = K                       F + B + update (+ prediction)            P + G(1+o) (+ G) + I + A
 ==========================  =======================================  ======================================
 
+A stage that keeps its graphs may compute some of its nodes again all the same (`partly`): their F counts
+twice, and of batches in flight it keeps what the others do.
+
 2(K-k) batches are in flight when stage k begins its backward pass, the one that is passed back included; the
 next one comes when that is done.
 
@@ -39,10 +42,13 @@ from typing import Any
 import networkx as nx
 
 from dtrp.partitioner.devices import DeviceSpec
-from dtrp.partitioner.peak import pass_peak
+from dtrp.partitioner.peak import kept_bytes, pass_peak
 from dtrp.partitioner.training import ASSUMED, Training
 
-RECOMPUTE, KEEP, LAST = "recompute", "keep", "last"
+RECOMPUTE, KEEP, LAST, PARTLY = "recompute", "keep", "last", "partly"
+
+Recompute = bool | tuple[str, ...]
+"""Whether a stage recomputes its forward pass, or the names of the nodes of which alone it does."""
 
 
 def predictions(k: int, n_stages: int, *, recompute: bool, training: Training) -> int:
@@ -175,7 +181,7 @@ class StageCost:
 def stage_costs(
     graph: nx.DiGraph,
     stage_of: Mapping[str, int],
-    recompute: Sequence[bool],
+    recompute: Sequence[Recompute],
     *,
     devices: Sequence[int] | None = None,
     training: Training = ASSUMED,
@@ -190,7 +196,8 @@ def stage_costs(
     stage_of
         Node -> stage, 0-based.
     recompute
-        Per stage; its length is the number of stages.
+        Per stage, whether it does, or the names of the nodes that alone do; its length is the number of
+        stages.
     devices, training
         As for `stage_models`.
     node_of
@@ -221,7 +228,7 @@ def stage_costs(
             nodes[k],
             arriving[k],
             leaving[k],
-            recompute[k] and k < n_stages - 1 and training.recompute,
+            recompute[k] if k < n_stages - 1 and (training.recompute or recompute[k] is not True) else False,
             training.tied_bytes(k, ties),
             suffix_of(0 if devices is None else devices[k]),
             overlapping,
@@ -253,7 +260,7 @@ def _evaluate(
     nodes: Sequence[str],
     arriving: Mapping[str, float],
     leaving: Mapping[str, float],
-    recomputes: bool,
+    recompute: Recompute,
     tied: float,
     suffix: str,
     overlapping: bool,
@@ -263,6 +270,9 @@ def _evaluate(
     def total(attribute: str, of: Iterable[str] = nodes) -> float:
         return float(sum(graph.nodes[n][attribute] for n in of))
 
+    recomputes = recompute is True
+    named = set(recompute) if isinstance(recompute, tuple) else set()
+    twice = nodes if recomputes else [n for n in nodes if n in named]
     optimizer_bytes, last, devices = training.optimizer_bytes, k == n_stages - 1, training.devices(k)
     parts, share = training.micro_batches, 1 / devices
     mine = parts * share
@@ -279,7 +289,7 @@ def _evaluate(
     forward, sweep = share * total(f"forward_time{suffix}"), total(f"sweep_time{suffix}")
     prediction = passes * (2 + optimizer_bytes) * sweep
     runs = 2 if recomputes else 1
-    launches = runs * total("forward_ops") + total("backward_ops")
+    launches = total("forward_ops") + total("forward_ops", twice) + total("backward_ops")
     swept = runs * params_bytes + 3 * gradients  # weights are read, gradients added to
     again = launches * spec.launch_overhead + swept / spec.memory_bandwidth
     if not overlapping:  # each part is a message of its own
@@ -290,13 +300,15 @@ def _evaluate(
     peak, kept = pass_peak(graph, nodes, leaving.keys() | results, is_last=last)
     activations = max(peak - gradients, 0) / parts
     if not recomputes:
+        if twice:
+            kept = kept_bytes(graph, nodes, leaving.keys() | results, twice)
         activations += kept * max(in_flight - 1 / parts, 0)
     return StageCost(
         stage=k,
         nodes=tuple(nodes),
         recomputes=recomputes,
         forward=forward + loss,
-        recompute=forward if recomputes else 0.0,
+        recompute=share * total(f"forward_time{suffix}", twice),
         backward=share * total(f"backward_time{suffix}") + loss,
         update=(3 + 2 * optimizer_bytes) * sweep,
         prediction=prediction,

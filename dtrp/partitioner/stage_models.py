@@ -10,8 +10,12 @@ from collections.abc import Sequence
 
 from .devices import DeviceSpec
 from .partition import StageModel, StageOption
-from .stage_cost import KEEP, LAST, RECOMPUTE, average_seconds, copies_of, predictions, suffix_of
+from .stage_cost import KEEP, LAST, PARTLY, RECOMPUTE, average_seconds, copies_of, predictions, suffix_of
 from .training import ASSUMED, Training
+
+SHARES = (0.25, 0.5, 0.75)
+"""Of the forward pass of a stage that keeps its graphs: what it may compute again. Which nodes these are is
+found for the stages that the solver chose (partly.py)."""
 
 
 def stage_models(
@@ -31,7 +35,8 @@ def stage_models(
         K.
     recompute
         For all stages but the last, which never does: ``True``, ``False``, ``"auto"`` (the planner's
-        choice), or one truth value per stage.
+        choice), or one truth value per stage. ``"partly"``: also in part; ``"at best"``: as if what is
+        computed again took no time, for a bound.
     devices
         For each stage, which of the graph's devices it runs on. Default: the first.
     memory_limit
@@ -46,27 +51,42 @@ def stage_models(
     for k in range(n_stages):
         suffix = suffix_of(0 if devices is None else devices[k])
         options = [
-            _option(k, n_stages, choice, suffix, training, None if specs is None else specs[k])
+            _option(k, n_stages, *choice, suffix, training, None if specs is None else specs[k])
             for choice in _choices(k, n_stages, recompute if training.recompute else False)
         ]
         models.append(StageModel(tuple(options), None if memory_limit is None else memory_limit[k]))
     return models
 
 
-def _choices(k: int, n_stages: int, recompute: bool | str | Sequence[bool]) -> tuple[bool, ...]:
+def _choices(
+    k: int, n_stages: int, recompute: bool | str | Sequence[bool]
+) -> tuple[tuple[bool, float, float], ...]:
+    """Whether the stage recomputes; what share of its forward pass, in time and in memory."""
+    keep, whole = (False, 0.0, 0.0), (True, 1.0, 1.0)
     if k == n_stages - 1:
-        return (False,)
+        return (keep,)
     if recompute == "auto":
-        return (False, True)
+        return (keep, whole)
+    if recompute == "partly":
+        return (keep, *((False, share, share) for share in SHARES), whole)
+    if recompute == "at best":
+        return (False, 0.0, 1.0), whole
     if isinstance(recompute, str):
         raise ValueError(
             f"recompute must be True, False, 'auto' or one truth value per stage; got {recompute!r}"
         )
-    return (recompute,) if isinstance(recompute, bool) else (bool(recompute[k]),)
+    return (whole if (recompute if isinstance(recompute, bool) else recompute[k]) else keep,)
 
 
 def _option(
-    k: int, n_stages: int, recompute: bool, suffix: str, training: Training, spec: DeviceSpec | None
+    k: int,
+    n_stages: int,
+    recompute: bool,
+    again: float,
+    dropped: float,
+    suffix: str,
+    training: Training,
+    spec: DeviceSpec | None,
 ) -> StageOption:
     last, optimizer_bytes, part = k == n_stages - 1, training.optimizer_bytes, 1 / training.micro_batches
     in_flight, devices = training.in_flight(k, n_stages), training.devices(k)
@@ -77,18 +97,18 @@ def _option(
     copies = copies_of(passes, recomputes=recompute, is_last=last)
     held = max(in_flight, part)  # batches, the one that is passed back included
     return StageOption(
-        label=LAST if last else RECOMPUTE if recompute else KEEP,
+        label=LAST if last else RECOMPUTE if recompute else PARTLY if dropped else KEEP,
         time={
-            f"forward_time{suffix}": share * (2.0 if recompute else 1.0),
+            f"forward_time{suffix}": share * (1.0 + again),
             f"backward_time{suffix}": share,
             f"sweep_time{suffix}": sweeps,
         }
-        | (_of_parts(training.micro_batches, devices, 2 if recompute else 1, spec) if spec else {}),
+        | (_of_parts(training.micro_batches, devices, 1 + again, spec) if spec else {}),
         memory={
             "params_bytes": 1.0,
             "buffer_bytes": 1.0,
             "gradient_bytes": 1.0 + optimizer_bytes + copies + stashed,
-            "kept_bytes": part if recompute else held,
+            "kept_bytes": dropped * part + (1 - dropped) * held,
             "first_input_bytes": held,
         },
         input_memory=held,
@@ -96,7 +116,7 @@ def _option(
     )
 
 
-def _of_parts(parts: int, devices: int, runs: int, spec: DeviceSpec) -> dict[str, float]:
+def _of_parts(parts: int, devices: int, runs: float, spec: DeviceSpec) -> dict[str, float]:
     """What a device spends besides its share of a batch: launches and weights of its parts, which are not
     shared out, and the sum of the devices' gradients."""
     more = (parts - 1) / devices

@@ -142,7 +142,7 @@ def _with_stages(
     if n_stages == report.n_stages:
         return simulate(report, cluster, schedule=schedule, **how)
     graph, plan = report._graph, report._plan
-    before_last = plan.recompute[:-1]
+    before_last = plan.recomputes[:-1]
     choice: bool | str = True if before_last and all(before_last) else "auto"
     found = solve(
         graph,
@@ -337,7 +337,7 @@ def _costs(plan: Any) -> tuple[Profile, tuple[bool, ...] | bool, PartitionReport
             f"the plan {why} and does not say what its stages cost: compile the model with it "
             f"(dtrp.compile(model, plan=...)) and simulate the pipeline"
         )
-    return plan.profile, plan.recompute, report
+    return plan.profile, plan.recomputes, report
 
 
 def _check_speed(cluster: Cluster, n_stages: int) -> None:

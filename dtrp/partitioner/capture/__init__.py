@@ -2,5 +2,6 @@
 
 from .facade import capture
 from .graph import Captured, KeptWhole, ModeGraph, Signature
+from .in_parts import divisible
 
-__all__ = ["Captured", "KeptWhole", "ModeGraph", "Signature", "capture"]
+__all__ = ["Captured", "KeptWhole", "ModeGraph", "Signature", "capture", "divisible"]

@@ -39,6 +39,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     opened: Collection[str] = (),
+    divided: Mapping[str, int] | None = None,
     ways: Sequence[str] | None = None,
     run: bool = True,
     flags: Flags = (),
@@ -59,6 +60,8 @@ def capture(
     opened : collection of str
         Qualified names of modules that must not stand in the graph as one node, although they were
         (`Captured.kept_whole`) or usually are.
+    divided : mapping of str to int, optional
+        Qualified names of Linear layers that are computed in so many parts (`in_parts`).
     ways : sequence of str, optional
         The ways to try, by name (see `WAYS`); default all.
     run : bool
@@ -83,7 +86,7 @@ def capture(
     kwargs = kwargs or {}
     signature = Signature.of(model, args, kwargs)
     tensors = signature.flatten(args, kwargs)
-    task = Task(model, signature, tensors, opened, flags=flags, grad=grad)
+    task = Task(model, signature, tensors, opened, divided or {}, flags=flags, grad=grad)
     failures: list[Failure] = []
     for name in WAYS if ways is None else ways:
         try:
@@ -155,6 +158,7 @@ def _accepted(task: Task, both: BothModes, way: str, walks: Mapping[bool, Walk])
         tuple(kept.values()),
         notes,
         tuple(task.opened),
+        task.divided,
         task.flags,
         both.train.asks_grad or both.eval.asks_grad,
         tuple(task.tensors),

@@ -69,7 +69,13 @@ class Fits:
         }
         traced = Traced(graph.module.graph, graph.out_spec, held=own)
         task = Task(
-            model, captured.signature, tensors, captured.opened, runs=captured.runs, flags=captured.flags
+            model,
+            captured.signature,
+            tensors,
+            captured.opened,
+            captured.divided,
+            runs=captured.runs,
+            flags=captured.flags,
         )
         try:
             with quiet(), plain_attention():

@@ -187,6 +187,7 @@ class Captured:
     kept_whole: tuple[KeptWhole, ...] = ()
     notes: tuple[str, ...] = ()  # what a user should know, for the report
     opened: tuple[str, ...] = ()  # modules that were not to be kept whole
+    divided: Mapping[str, int] = field(default_factory=dict)  # Linear layers that are computed in parts
     flags: tuple[bool, ...] = ()  # each module's ``training``, for the train graph
     asks_grad: bool = False  # its code asks whether gradients are enabled
     example: tuple[torch.Tensor, ...] = ()  # the call's tensors that it was captured for

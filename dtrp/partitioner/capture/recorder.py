@@ -76,7 +76,7 @@ class Recorder(TorchFunctionMode, Observer):
         self.asks_grad = False  # the model's code asks whether gradients are enabled
         self.asks_mode = ""  # "code" or only "layers" ask for a module's mode
         self._world = world
-        self._closed, self._opened = closed, task.opened
+        self._closed, self._opened = closed, {*task.opened, *task.divided}
         self._examples = ExampleCalls(model, world, self.writer, task.tensors)
         self._names = {m: name for name, m in model.named_modules()}
         self._own = {m: [*map(id, m._parameters.values())] for m in self._names}

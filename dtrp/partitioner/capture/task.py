@@ -12,6 +12,7 @@ from torch import nn
 
 from .fakes import FakeWorld
 from .graph import Signature
+from .in_parts import in_parts
 from .modes import Flags, evaluation_flags, set_flags, training_flags
 from .real import RealRuns
 from .snapshot import Found
@@ -25,6 +26,7 @@ class Task:
     signature: Signature
     tensors: Sequence[torch.Tensor]  # of the example call, one for each placeholder
     opened: Collection[str] = ()  # qualified names of modules that must not be one node
+    divided: Mapping[str, int] = field(default_factory=dict)  # of Linear layers, and in how many parts
     closed: Mapping[str, str] = field(default_factory=dict)  # of those that must be, and why
     runs: RealRuns = field(default_factory=RealRuns)  # shared by all that is tried
     flags: Flags = ()  # of training
@@ -57,6 +59,6 @@ class Task:
     def run(self, training: bool, *, tensors: bool = False) -> Iterator[None]:
         """Inside, the model is in that mode and may run; on leaving it is put back as `untouched` does."""
         flags = self.flags if training else self._evaluation
-        with self.found.again(tensors=tensors):
+        with self.found.again(tensors=tensors), in_parts(self.model, self.divided):
             set_flags(self.model, flags)
             yield

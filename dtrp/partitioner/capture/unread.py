@@ -69,8 +69,9 @@ def _same_with(
 ) -> bool:
     constants = {i: text if i in hidden else v for i, v in signature.constants.items()}
     args, kwargs = replace(signature, constants=constants).unflatten(tensors)
+    opened, divided = captured.opened, captured.divided
     try:
-        now = capture(model, args, kwargs, opened=captured.opened, flags=captured.flags, grad=grad)
+        now = capture(model, args, kwargs, opened=opened, divided=divided, flags=captured.flags, grad=grad)
     except (DtrpError, TypeError):
         return False
     pairs = ((now.train, captured.train), (now.eval, captured.eval))
