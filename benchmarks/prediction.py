@@ -9,8 +9,8 @@ with the prediction for the optimizer that is used.
     python benchmarks/prediction.py --workers [--models resnet20 ...] [--stages 1 2 4]
 
 With worker processes: the time per batch of the whole pipeline, predicted when the model was planned,
-against the clock; and each stage's tick against the processor time that it took, which other work on the
-machine hardly touches. The models are those of peers.py, and those above.
+against the clock (the median batch); and each stage's tick against the processor time that it took, which
+other work on the machine hardly touches. The models are those of peers.py, and those above.
 
 Times are the thread's own, which stop while others have the core; a loaded machine still disturbs them
 through its caches. Peak memory is that of every allocation the profiler sees (see allocations.py).
@@ -19,6 +19,7 @@ through its caches. Peak memory is that of every allocation the profiler sees (s
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -152,7 +153,7 @@ def throughput(
         # From one update of the first stage to another, while the pipeline was full.
         ends = [e.end for e in trainer.events if e.stage == 0 and e.kind == "step"][fill + 2 :]
         full = ends[1 : len(ends) - fill + 2]
-        seconds = (full[-1] - full[0]) / (len(full) - 1)
+        seconds = statistics.median(b - a for a, b in itertools.pairwise(full))  # bursts of others left out
         window = [now.since(then) for now, then in zip(trainer.stats, before, strict=True)]
         parts = trainer.config.micro_batches
         assert isinstance(parts, int)

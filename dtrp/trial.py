@@ -9,8 +9,10 @@ changes nothing; what they take corrects the costs of their nodes, and the model
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,8 +39,9 @@ from .runtime.stats import StageStats
 log = logging.getLogger("dtrp")
 
 ROUNDS = 2  # trials, of the first plan and of what was planned then
-SECONDS = 3.0  # that one measures
-BATCHES = (6, 200)  # least and most that it does
+WINDOWS = 3  # in which one measures; the median counts, as another process may have had the core in one
+SECONDS = 1.0  # of a window
+BATCHES = (2, 66)  # least and most in it
 GAIN = 0.01  # by which another cut must be faster
 
 
@@ -91,8 +94,13 @@ def _times(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[
     if cached is not None:
         with suppress(TypeError, KeyError):
             return [StageTimes(*map(float, row)) for row in cached["stages"]]
-    stats = _run(made, request, model, inputs)
-    times = [stage_times(one, 1, on_cpu=threads == 1)._replace(loss=0.0) for one in stats]
+    windows = [
+        [stage_times(one, 1, on_cpu=threads == 1)._replace(loss=0.0) for one in stats]
+        for stats in _run(made, request, model, inputs)
+    ]
+    times = [
+        StageTimes(*map(statistics.median, zip(*stage, strict=True))) for stage in zip(*windows, strict=True)
+    ]
     write_cache("trial", key, {"stages": [list(row) for row in times]})
     return times
 
@@ -102,8 +110,10 @@ def _digest(plan: Plan) -> str:
     return hashlib.sha256(what.encode()).hexdigest()
 
 
-def _run(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[Tensor]) -> list[StageStats]:
-    """Train for a moment on worker processes; the model here stays as it is."""
+def _run(
+    made: Compiled, request: Request, model: nn.Module, inputs: Sequence[Tensor]
+) -> list[list[StageStats]]:
+    """Train for a moment on worker processes; what each window measured. The model here stays as it is."""
     from .runtime.workers import Workers
 
     programs = make_programs(made, made, model, request.devices)
@@ -122,9 +132,14 @@ def _run(made: Compiled, request: Request, model: nn.Module, inputs: Sequence[Te
                 done += 1
 
         go_on(2 * len(programs) + 2, 0, 0.0)  # fills the pipeline, and warms up
-        before: list[StageStats] = run.call("stats")
-        go_on(*BATCHES, SECONDS)
-        return [now.since(then) for now, then in zip(run.call("stats"), before, strict=True)]
+        found: list[list[StageStats]] = [run.call("stats")]
+        for _ in range(WINDOWS):
+            go_on(*BATCHES, SECONDS)
+            found.append(run.call("stats"))
+        return [
+            [now.since(then) for now, then in zip(after, before, strict=True)]
+            for before, after in itertools.pairwise(found)
+        ]
     finally:
         run.close()
 

@@ -50,6 +50,13 @@ def test_a_single_stage_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured(mlp(2), 1).report.tick_time > 8.0
 
 
+def test_a_burst_of_something_else_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One window of several, in which another process had the memory: it would be held against a stage."""
+    monkeypatch.setattr(trial, "_run", lambda *_: [[5.0], [1.0], [1.2]])
+    monkeypatch.setattr(trial, "stage_times", lambda seconds, *_, **__: StageTimes(seconds, 1.0, 0, 0, 0))
+    assert 2.2 <= measured(mlp(2), 1).report.tick_time < 3.0
+
+
 def test_stages_that_cannot_be_tried(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,6 +18,9 @@ twice, and of batches in flight it keeps what the others do.
 2(K-k) batches are in flight when stage k begins its backward pass, the one that is passed back included; the
 next one comes when that is done.
 
+Gradients of tied weights are sent and received, too; the solver does not see them, so that a plan of stages
+that share a weight may take a little longer than it counted on, and than its bound says.
+
 Sending and receiving overlap with computing where a device can do that: the tick is then the longest of
 computing, receiving and sending. On the CPU the same cores do all three, so that they add up, gradients on
 their way back included (`overlaps`).
@@ -230,6 +233,7 @@ def stage_costs(
             leaving[k],
             recompute[k] if k < n_stages - 1 and (training.recompute or recompute[k] is not True) else False,
             training.tied_bytes(k, ties),
+            [(owner == k, size) for owner, guest, size in ties if k in (owner, guest)],
             suffix_of(0 if devices is None else devices[k]),
             overlapping,
             training,
@@ -262,6 +266,7 @@ def _evaluate(
     leaving: Mapping[str, float],
     recompute: Recompute,
     tied: float,
+    ties: Sequence[tuple[bool, int]],
     suffix: str,
     overlapping: bool,
     training: Training,
@@ -295,6 +300,11 @@ def _evaluate(
     if not overlapping:  # each part is a message of its own
         returns = graph.nodes(data="differentiable")
         again += spec.link_latency * sum(2 if returns[n] else 1 for n in (*arriving, *leaving))
+        again += sum(spec.transfer_time(size) for _, size in ties) / share
+    # A guest sends the gradient of each part, the owner their sum once.
+    gradient = parts if overlapping else 1
+    arrives = sum(spec.transfer_time(size) * (gradient if owns else 1) for owns, size in ties)
+    leaves = sum(spec.transfer_time(size) * (1 if owns else gradient) for owns, size in ties)
     loss = share * training.loss_time / 2 if last else 0.0
     results = {n for n in nodes if n in graph.graph["results"]}
     peak, kept = pass_peak(graph, nodes, leaving.keys() | results, is_last=last)
@@ -315,8 +325,8 @@ def _evaluate(
         loop=spec.tick_overhead * mine + again * (mine - share),
         slot=share * (spec.tick_overhead + again),
         average=average_seconds(gradients, devices, spec),
-        time_in=share * sum(arriving.values()),
-        time_out=share * sum(leaving.values()),
+        time_in=share * sum(arriving.values()) + arrives,
+        time_out=share * sum(leaving.values()) + leaves,
         overlaps=overlapping,
         weights=params_bytes + total("buffer_bytes"),
         gradients=gradients,

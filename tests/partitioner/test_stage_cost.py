@@ -115,6 +115,24 @@ def test_the_planner_pays_for_what_crosses_a_cut_on_the_cpu():
     assert cuts["host"] in ([0, 1, 1, 1], [0, 0, 0, 1])
 
 
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradients_of_tied_weights_take_time(host, parts):
+    """The guest sends one for each part, the owner their sum; stages between them see nothing of it."""
+    training, found = Training(micro_batches=parts), []
+    for tied in (False, True):
+        graph = on_host(chain(3)) if host else chain(3)
+        if tied:
+            graph.nodes["n2"]["params"] = ("w0",)
+        found.append(stage_costs(graph, per_node(3), (True,) * 3, training=training))
+    spec = graph.graph["specs"][0]
+    once = spec.transfer_time(P)
+    assert once > 0
+    before, after = ([c.time_in + c.time_out + (c.loop if host else 0.0) for c in costs] for costs in found)
+    more = [b - a for a, b in zip(before, after, strict=True)]
+    assert more == pytest.approx([(1 + parts) * once, 0.0, (1 + parts) * once], abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("order", "parts", "owner", "guest"),
     [("fig1", 1, 3, 2), ("lean", 1, 2, 1), ("lean", 4, 1, 1), ("1f1b", 1, 1, 0), ("gpipe", 8, 1, 1)],
