@@ -12,7 +12,7 @@ import networkx as nx
 import torch
 from torch import nn
 
-from ..errors import CaptureError, DtrpError
+from ..errors import CaptureError, DtrpError, PlanMismatchError
 from .align import align
 from .capture import Captured, capture
 from .costs import cost_graph
@@ -92,6 +92,12 @@ def compile_model(
     plan is taken.
     """
     if (plan := request.plan) is not None:
+        modules = dict(model.named_modules())
+        other = [name for name in plan.divided if type(modules.get(name)) is not nn.Linear]
+        if other:
+            raise PlanMismatchError(
+                f"the plan computes {other[0]!r} in parts, which is no Linear layer of this model: plan again"
+            )
         captured = capture(model, args, kwargs, opened=plan.opened, divided=plan.divided)
         plan.check(captured, len(request.devices))
         return _cut(captured, request.in_order(plan.placement))

@@ -22,7 +22,7 @@ from dtrp.partitioner.capture.leaves import has_hooks
 from dtrp.partitioner.capture.operators import Access
 from dtrp.partitioner.partition import Partition
 from dtrp.partitioner.peak import kept_bytes, leaving
-from dtrp.partitioner.stage_cost import PARTLY, RECOMPUTE, Recompute, StageCost
+from dtrp.partitioner.stage_cost import Recompute, StageCost
 from dtrp.partitioner.training import Training
 
 _TRIES = 20  # runs of nodes that are looked at closely
@@ -42,10 +42,10 @@ def as_needed(
     """
     stage_of = {str(n): result.stage_of[n] for n in graph}
     found: list[Recompute] = []
-    for cost, option, limit in zip(keeping, result.options, limits, strict=True):
+    for cost, limit in zip(keeping, limits, strict=True):
         graphs = training.in_flight(cost.stage, result.n_stages) - 1 / training.micro_batches
-        excess = 0.0 if limit is None or option not in (RECOMPUTE, PARTLY) else max(cost.peak - limit, 0.0)
-        again: Recompute = excess > 0
+        excess = 0.0 if limit is None else max(cost.peak - limit, 0.0)
+        again: Recompute = excess > 0 and cost.stage < result.n_stages - 1
         if again and graphs > 0:
             leave = leaving(graph, stage_of, cost.nodes)
             again = cheapest(captured, graph, cost.nodes, leave, excess / graphs) or True

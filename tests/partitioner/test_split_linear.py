@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dtrp
-from dtrp.errors import CaptureError
+from dtrp.errors import CaptureError, PlanMismatchError
 from dtrp.partitioner.capture import capture
 from dtrp.partitioner.compiler import Request, compile_model
 from dtrp.partitioner.costs import cost_graph
@@ -173,6 +173,17 @@ def test_a_plan_remembers(tmp_path):
     model.eval()
     torch.testing.assert_close(pipe(x[:2, :3]), model(x[:2, :3]))
     assert [stage.submodules.count("head") for stage in pipe.stages].count(1) > 1
+
+
+def test_a_plan_for_another_head_is_refused():
+    """Its parts would leave out what the new layer does."""
+    model, x = Words(), torch.randint(WORDS, (4, 24))
+    plan = shared_plan(model, x, 3)
+    model.head = Hooked(16, WORDS)
+    with pytest.raises(CaptureError, match="was to be computed in parts, as a Linear layer, but is a Hooked"):
+        capture(model, (x,), {}, divided=plan.divided)
+    with pytest.raises(PlanMismatchError, match="computes 'head' in parts, which is no Linear layer"):
+        dtrp.compile(model, devices=["cpu"] * 3, example_inputs=x, plan=plan)
 
 
 def compiled(model, x, split_linear):

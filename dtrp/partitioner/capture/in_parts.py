@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtrp.errors import CaptureError
+
 from .leaves import has_hooks
 
 
@@ -24,6 +26,12 @@ from .leaves import has_hooks
 def in_parts(model: nn.Module, divided: Mapping[str, int]) -> Iterator[None]:
     """Inside, each of the ``divided`` layers (by qualified name) computes its rows in so many parts."""
     layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in divided}
+    for name, layer in layers.items():
+        if type(layer) is not nn.Linear:
+            raise CaptureError(
+                f"{name!r} was to be computed in parts, as a Linear layer, but is a {type(layer).__name__}: "
+                f"plan again"
+            )
     try:
         for name, layer in layers.items():
             vars(layer)["forward"] = partial(_by_rows, layer, divided[name])
