@@ -165,20 +165,21 @@ def make_plan(
 
     def in_part(result: Partition, limit: Sequence[float | None]) -> tuple[Partition, tuple[Recompute, ...]]:
         """The same, or another partition, where stages compute no more again than they need to."""
-        candidates = [(result, chosen(result))]
+        candidates: list[tuple[Partition, tuple[Recompute, ...]]] = []
         with suppress(InfeasiblePlanError):
-            bound = min(result.lower_bound, attempt("at best", limit).lower_bound)
             for found in (result, attempt("partly", limit)):
                 keeping = costs_of(found, [False] * n_stages)
                 again = as_needed(captured, graph, found, keeping, limit, training)
-                candidates.append((replace(found, lower_bound=bound, reason=""), again))
-
-        def price(candidate: tuple[Partition, tuple[Recompute, ...]]) -> tuple[float, float]:
-            return sum(overdrawn(candidate[0], limit, candidate[1])), max(
-                cost.tick for cost in costs_of(*candidate)
-            )
-
-        return min(candidates, key=price)
+                if not any(overdrawn(found, limit, again)):
+                    candidates.append((found, again))
+        if not any(overdrawn(result, limit)):
+            candidates.insert(0, (result, chosen(result)))
+        ticks = [max(cost.tick for cost in costs_of(*candidate)) for candidate in candidates]
+        found, again = candidates[ticks.index(min(ticks))] if candidates else (result, chosen(result))
+        if again == chosen(found):
+            return found, again
+        bound = min(result.lower_bound, attempt("at best", limit).lower_bound)
+        return replace(found, lower_bound=bound, reason=""), again
 
     if limits is not None:
         result, again = fit(limits)

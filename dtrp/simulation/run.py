@@ -211,6 +211,11 @@ class _Setting:
             seconds[RECOMPUTE] = cost.forward / parts + max(passes - 1, 0) * prediction
         seconds[BACKWARD] = cost.backward / parts
         seconds[STEP] = (3 + 2 * state) * cost.sweep
+        if not self.profile.overlaps:  # gradients of tied weights come or leave, and their sum
+            link = self._link(stage, stage)
+            tied = [size for *ends, size in self.profile.ties if stage in ends]
+            seconds[BACKWARD] += sum(size / link.bandwidth + link.latency for size in tied)
+            seconds[STEP] += sum(size / link.bandwidth + link.latency for size in tied)
         return seconds
 
     def _link(self, a: int, b: int) -> Link:

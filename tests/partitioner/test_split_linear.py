@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -86,6 +86,7 @@ def test_a_heavy_head_no_longer_bounds_eight_stages():
     assert f"13 is computed in {heavy['13']} parts" in str(shared)
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     now=st.lists(st.integers(1, 9), min_size=1, max_size=3),
