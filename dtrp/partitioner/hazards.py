@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .capture.custom import same_form
@@ -100,19 +100,18 @@ def find_hazards(captured: Captured, graph: ModeGraph | None = None) -> Hazards:
     )
 
 
+def is_foreign(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node runs code which is not torch's: it may draw from Python's and numpy's generators, or
+    keep something in Python, unseen."""
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return type(module).__module__.split(".")[0] != "torch" or has_hooks(module)
+    kind = getattr(node.target, "__module__", None) or type(node.target).__module__
+    return node.op == "call_function" and str(kind).split(".")[0] not in _LIBRARIES
+
+
 def _foreign(gm: fx.GraphModule) -> frozenset[str]:
-    """Nodes that run code which is not torch's: it may draw from Python's and numpy's generators, unseen."""
-    found = set()
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            own = type(module).__module__.split(".")[0] != "torch" or has_hooks(module)
-        else:
-            kind = getattr(node.target, "__module__", None) or type(node.target).__module__
-            own = node.op == "call_function" and str(kind).split(".")[0] not in _LIBRARIES
-        if own:
-            found.add(node.name)
-    return frozenset(found)
+    return frozenset(node.name for node in gm.graph.nodes if is_foreign(node, gm))
 
 
 def _storage_rules(

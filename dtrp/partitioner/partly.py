@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrp.partitioner.capture.graph import Captured
-from dtrp.partitioner.capture.leaves import has_hooks
 from dtrp.partitioner.capture.operators import Access
+from dtrp.partitioner.hazards import is_foreign
 from dtrp.partitioner.partition import Partition
 from dtrp.partitioner.peak import kept_bytes, leaving
 from dtrp.partitioner.stage_cost import Recompute, StageCost
 from dtrp.partitioner.training import Training
+
+_CALLS = ("call_function", "call_method", "call_module")
 
 _TRIES = 20  # runs of nodes that are looked at closely
 
@@ -80,7 +82,8 @@ def repeatable(captured: Captured, among: Collection[str]) -> set[str]:
     """Those of these nodes that do the same again: that change nothing that anything else sees."""
     root, walk = captured.train.module, captured.train.walk
     accesses = {access.node.name: access for access in walk.accesses}
-    found = {n for n in among if n in accesses and _is_torchs(accesses[n].node, root)}
+    nodes = {n: accesses[n].node for n in among if n in accesses}
+    found = {n for n, node in nodes.items() if node.op in _CALLS and not is_foreign(node, root)}
     found -= {
         n for n in found if accesses[n].writes & walk.state and not keeps_statistics(accesses[n].node, root)
     }
@@ -103,14 +106,6 @@ def keeps_statistics(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         return isinstance(root.get_submodule(str(node.target)), _BatchNorm)
     return node.target is F.batch_norm
-
-
-def _is_torchs(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node runs nothing but torch's code, which keeps nothing on modules."""
-    if node.op != "call_module":
-        return node.op in ("call_function", "call_method")
-    module = root.get_submodule(str(node.target))
-    return type(module).__module__.startswith("torch.nn.") and not has_hooks(module)
 
 
 def _touched(access: Access) -> set[int]:
