@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,11 +16,13 @@ from torch import nn
 from . import accelerators, loop_cost
 from .errors import CaptureError
 from .names import known_arguments, one_of
+from .orders import least_parts
 from .partitioner.compiler import Request, device_specs, threads_per_stage
 from .partitioner.devices import LoopCost
 from .partitioner.example import call_arguments
 from .partitioner.links import parse_links
 from .partitioner.plan import Plan
+from .partitioner.training import ASSUMED, Training
 from .pipeline import Pipeline
 from .runtime import launched
 from .runtime.config import short
@@ -45,6 +49,7 @@ def compile(
     plan: str | os.PathLike[str] | Plan | None = None,
     speed: Sequence[float] | None = None,
     split_linear: bool = False,
+    replicas: int | Sequence[int] = 1,
 ) -> Pipeline:
     """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
 
@@ -85,6 +90,11 @@ def compile(
         head does, may be computed in parts of its rows, so that several stages share it, its weight tied
         between them; which, and in how many parts, says ``plan.divided``. Results are the model's but for
         rounding then; otherwise they are the same to the bit where torch's own operators are.
+    replicas : int or sequence of int
+        Devices of each stage, as ``(1, 4, 2, 1)``, all of one kind: they take the parts of every batch in
+        turn, and add up their gradients before the update. ``devices`` then names them all, stage by stage.
+        What is trained is what stages of one device each train in as many parts, but for rounding
+        (`PartitionReport.layouts` compares such numbers). With worker processes; inline each stage runs once.
 
     Returns
     -------
@@ -110,7 +120,9 @@ def compile(
         raise TypeError(f"plan must be a path or a dtrp.Plan, got {type(plan).__name__}")
     if n_gpus is None and devices is None and plan is not None:
         n_gpus = plan.n_stages
-    places = _places(n_gpus, devices)
+    places, groups = _groups(n_gpus, devices, replicas)
+    if groups and (speed is not None or isinstance(bandwidth, Mapping)):
+        raise ValueError("replicas with speed, or with several nodes: such stages are for like devices")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
     one_of("costs", costs, COSTS)
@@ -130,10 +142,12 @@ def compile(
             costs,
             links,
             plan,
-            loop=_loop(places),
+            loop=_loop(places, several=len(places) > 1 or bool(groups)),
             speed=speeds,
             arranged=ranked,
             split_linear=split_linear,
+            groups=groups,
+            training=_assumed(groups),
         ),
     )
     if costs != "measured" and not any(p.is_meta for p in model.parameters()):
@@ -158,13 +172,14 @@ def compile(
 
 def _warm(pipeline: Pipeline, places: Sequence[torch.device]) -> None:
     """While the model is captured, something else may load torch for its workers."""
-    if len(places) > 1 and launched.world_size() == 1:
+    request = pipeline._planning.request
+    n = sum(request.replicas) or len(places)
+    if n > 1 and launched.world_size() == 1:
         try:
-            # If they are to be measured, then before that.
-            device_specs(places, pipeline._planning.request.loop)
+            device_specs(places, request.loop, n)  # if they are to be measured, then before that
         except ValueError:
             return  # a device is not here: planning says so
-        warm(workers_environment(threads_per_stage(len(places))))
+        warm(workers_environment(threads_per_stage(n)))
 
 
 def _speeds(speed: Any, n_stages: int) -> tuple[float, ...]:
@@ -178,9 +193,46 @@ def _speeds(speed: Any, n_stages: int) -> tuple[float, ...]:
     return tuple(map(float, speed))
 
 
-def _loop(places: Sequence[torch.device]) -> LoopCost | None:
-    """What the runtime costs, where it shares the processor with stages; one stage has no pipeline."""
-    return loop_cost.loop_cost() if len(places) > 1 and any(p.type == "cpu" for p in places) else None
+def _groups(
+    n_gpus: int | None, devices: Sequence[str | torch.device] | None, replicas: Any
+) -> tuple[tuple[torch.device, ...], tuple[tuple[torch.device, ...], ...]]:
+    """Each stage's first device, and, where any has several, all of each."""
+    if replicas is None or (replicas == 1 and isinstance(replicas, int)):
+        return _places(n_gpus, devices), ()
+    _check_count(n_gpus)
+    alike = isinstance(replicas, int)
+    if alike and n_gpus is None:
+        raise ValueError(f"replicas={replicas!r} without n_gpus: say how many stages there are, n_gpus=2")
+    given = replicas if isinstance(replicas, Sequence) else ()
+    each = [replicas] * int(n_gpus or 1) if alike else list(given)
+    if not each or not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in each):
+        raise ValueError(f"replicas={short(replicas)}: expected an int >= 1, or one for each stage")
+    if n_gpus is not None and len(each) != n_gpus:
+        raise ValueError(f"replicas={replicas!r}: expected an int, or one for each of the {n_gpus} stages")
+    if launched.world_size() > 1:
+        raise ValueError(
+            "replicas under a launcher: leave them out, and start a multiple of n_gpus processes, each "
+            "pipeline with batches of its own (docs/cluster.md)"
+        )
+    if devices is not None and len(devices) != sum(each):
+        raise ValueError(f"{len(devices)} devices for stages of {' + '.join(map(str, each))}: name each one")
+    places = _places(sum(each), devices)
+    if len({place.type for place in places}) > 1:
+        raise ValueError("replicas on devices of several kinds: the devices of all stages must be alike")
+    ends = list(itertools.accumulate(each, initial=0))
+    groups = tuple(places[start:end] for start, end in itertools.pairwise(ends))
+    return tuple(group[0] for group in groups), groups if max(each) > 1 else ()
+
+
+def _assumed(groups: Sequence[Sequence[torch.device]]) -> Training:
+    """How training is taken to go until there is a trainer."""
+    replicas = tuple(map(len, groups))
+    return replace(ASSUMED, replicas=replicas, micro_batches=least_parts(replicas)) if groups else ASSUMED
+
+
+def _loop(places: Sequence[torch.device], *, several: bool) -> LoopCost | None:
+    """What the runtime costs, where it shares the processor with stages; one process has no pipeline."""
+    return loop_cost.loop_cost() if several and any(p.type == "cpu" for p in places) else None
 
 
 _EXAMPLE = (
@@ -217,8 +269,8 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
-    """A device per stage."""
+def _check_count(n_gpus: Any) -> None:
+    """Refuse what is no number of stages."""
     if n_gpus is not None:
         if isinstance(n_gpus, (bool, torch.Tensor)) or not hasattr(n_gpus, "__index__"):
             raise TypeError(
@@ -227,6 +279,11 @@ def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) ->
             )
         if n_gpus < 1:
             raise ValueError(f"n_gpus={n_gpus!r}: expected an int >= 1, the number of stages")
+
+
+def _places(n_gpus: int | None, devices: Sequence[str | torch.device] | None) -> tuple[torch.device, ...]:
+    """A device per stage."""
+    _check_count(n_gpus)
     if devices is not None:
         if isinstance(devices, (str, torch.device)):
             raise TypeError(f"devices={devices!r}: expected a list with one device per stage")

@@ -7,6 +7,7 @@ it has; the "lean" order makes it smaller, and costs where a hop takes a good pa
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,11 @@ def choose_order(
     if parts == "auto":
         parts = most_parts(stages, training, config, samples, least)
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
+    if why and config.replicas:
+        raise ValueError(
+            f"stages of several devices share out the parts of a batch, and this one cannot be cut: {why}; "
+            f"give each stage one device"
+        )
     if why and chosen == "auto":
         parts = 1
     elif why:
@@ -79,8 +85,8 @@ def most_parts(
 
     Exact orders have no delay but bubbles: theirs is the number that makes a batch fastest.
     """
-    n_stages = len(stages)
-    if n_stages == 1 or config.method == "bp":
+    n_stages, even = len(stages), least_parts(config.replicas)
+    if (n_stages == 1 and even == 1) or config.method == "bp":
         return 1
     order = "lean" if config.order == "auto" else config.order
 
@@ -93,13 +99,19 @@ def most_parts(
 
     # With so many, the delay is a quarter of an update: there is nothing left to gain. All parts but the last
     # are as large, so that some numbers never come about: sixteen samples in five parts are four of four.
-    limit = max(1, min(samples // least, 4 * (n_stages - 1)))
+    limit = max(1, min(samples // least, max(2 * even, 4 * ((sum(config.replicas) or n_stages) - 1))))
     sizes = {-(-samples // parts) for parts in range(1, limit + 1)}
     candidates = sorted({-(-samples // size) for size in sizes if size}) or [1]
+    candidates = [n for n in candidates if n % even == 0] or [max(candidates)]
     if config.exact:
         return min(candidates, key=lambda parts: tick(parts) * (1 + (n_stages - 1) / parts))
     soonest = min(candidates, key=lambda parts: tick(parts) * price(parts))
     return max(parts for parts in candidates if parts == soonest or tick(parts) <= PRICE * tick(1))
+
+
+def least_parts(replicas: Sequence[int]) -> int:
+    """With so many parts of a batch, or a multiple, all devices of a stage have as many."""
+    return math.lcm(*replicas)
 
 
 def _known(training: Training, config: TrainConfig, n_stages: int) -> Training:

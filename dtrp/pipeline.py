@@ -242,6 +242,7 @@ class Pipeline(AsModel):
         TypeError, ValueError
             Arguments of the wrong kind, or a combination that makes no sense (with the reason).
         """
+        replicas = self._planning.request.replicas
         config = TrainConfig(
             loss_fn=loss_fn,
             optimizer=optimizer,
@@ -260,11 +261,12 @@ class Pipeline(AsModel):
             param_groups=param_groups,
             scheduler_step=scheduler_step,
             compile_stages=compile_stages,
-            threads=_threads(executor, self.n_stages) if threads is None else threads,
+            threads=_threads(executor, sum(replicas) or self.n_stages) if threads is None else threads,
             max_grad_norm_lag=max_grad_norm_lag,
             order=schedule,
             micro_batches=micro_batches,
             exact_start=exact_start,
+            replicas=replicas,
         )
         launch = Launch(
             executor=executor,
@@ -385,7 +387,7 @@ class Pipeline(AsModel):
         return pipeline_stages(self._planning.made, programs, mesh)
 
 
-def _threads(executor: str, n_stages: int) -> int:
+def _threads(executor: str, n_devices: int) -> int:
     """CPU threads of a stage: this host's cores, shared among the stages that it runs."""
     ours = launched.world_size() > 1 and executor in ("auto", "torchrun")
-    return threads_per_stage(launched.local_size() if ours else n_stages)
+    return threads_per_stage(launched.local_size() if ours else n_devices)

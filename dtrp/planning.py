@@ -19,7 +19,7 @@ from .errors import DtrpError
 from .exclusive import EXCLUSIVE
 from .loss_check import check_loss
 from .loss_reads import LossReads
-from .orders import choose_order
+from .orders import choose_order, least_parts
 from .partitioner.capture import capture
 from .partitioner.capture.fits import Fits
 from .partitioner.capture.graph import Signature
@@ -202,7 +202,7 @@ class Planning:
                 base = compile_model(self.model, self.request, args, kwargs)
             self.request = self.request.in_order(base.plan.placement)
             on_host = all(device.type == "cpu" for device in self.request.devices)
-            measured = self.request.costs == "measured" and not self.request.speed
+            measured = self.request.costs == "measured" and not (self.request.speed or self.request.groups)
             by_itself = launched.world_size() == 1  # ranks would all try at once, each with all stages
             if measured and on_host and by_itself:
                 tensors = base.captured.signature.flatten(args, kwargs)
@@ -271,7 +271,7 @@ class Planning:
 
         What is still to be chosen counts as the paper's order and whole batches, which take most memory.
         """
-        schedule = config.decided().schedule(self.n_stages)
+        schedule = config.decided(micro_batches=least_parts(self.request.replicas)).schedule(self.n_stages)
         training = Training(
             optimizer_bytes=optimizer.state_bytes,
             adaptive=optimizer.adaptive,
@@ -281,6 +281,7 @@ class Planning:
             micro_batches=schedule.parts,
             recompute=config.recompute(True),
             known=True,
+            replicas=self.request.replicas,
         )
         self.request = replace(self.request, training=training)
         if self._compiled is not None:
@@ -305,7 +306,7 @@ class Planning:
             if training == request.training
             else reprice(self._first, replace(request, training=training))
         )
-        cores = shared(made.graph.graph["specs"] * self.n_stages)
+        cores = shared(made.graph.graph["specs"] * self.n_stages, request.replicas)
         parts = training.micro_batches
         return TrainingReport.of(report, stats, config, parts, executor, cores, moves)
 
@@ -341,7 +342,8 @@ class Planning:
                         f"decoupled pass would write to weights of another batch; train with method='bp', "
                         f"'1f1b' or 'gpipe', or write to it between batches"
                     )
-            return check_loss(self.made.captured, config, inputs, target, cut=self.n_stages > 1)
+            cut = self.n_stages > 1 or bool(config.replicas)
+            return check_loss(self.made.captured, config, inputs, target, cut=cut)
 
     def loss_reads(self, loss_fn: Any, *, trained: bool) -> LossReads:
         """What the loss reads of the script, to be looked at during a run."""
@@ -358,4 +360,6 @@ class Planning:
             compiled = self._compiled = self._variant(training_flags(self.model), True)
             set_flags(self.model, compiled.captured.flags)  # as its own code does, where it switches modes
             evaluate = self._variant(compiled.captured.flags, False)  # which is done without gradients
-            return make_programs(compiled, evaluate, self.model, self.request.devices, loss)
+            programs = make_programs(compiled, evaluate, self.model, self.request.devices, loss)
+            groups = self.request.groups or [()] * self.n_stages
+            return [replace(p, devices=group) for p, group in zip(programs, groups, strict=True)]

@@ -27,11 +27,11 @@ PLANNING = 2.0  # seconds
 def better_cut(made: Compiled, request: Request, stats: Sequence[StageStats]) -> Move | None:
     """The move that would gain, if there is one; ``stats``: of the stages as they are, over some time.
 
-    Which stages recompute stays as it is; where some do in part, nothing is moved.
+    Which stages recompute stays as it is; where some do in part, or have several devices, nothing is moved.
     """
     specs = request.specs()
     index, cores, plan = device_indices(made.graph, specs, len(specs)), shared(specs), made.plan
-    if plan.recomputes != plan.recompute:
+    if plan.recomputes != plan.recompute or request.replicas:
         return None
     times = [stage_times(one, request.training.micro_batches, on_cpu=bool(cores)) for one in stats]
     graph, training = corrected(made.graph, plan, times, request.training, index)

@@ -166,7 +166,7 @@ class TrainingReport:
     __repr__ = __str__  # at a prompt, too
 
 
-def work_per_batch(stats: StageStats, parts: int) -> dict[str, float]:
+def work_per_batch(stats: StageStats, parts: float) -> dict[str, float]:
     """Seconds of each kind of work per batch, from how long one piece takes: rounds that only filled or
     drained the pipeline do not count as batches."""
     seconds = {kind: stats.mean(kind) * parts for kind in _PARTS}
@@ -180,7 +180,8 @@ def _outcome(
     report: PartitionReport, k: int, stats: StageStats, config: TrainConfig, parts: int, executor: str
 ) -> StageOutcome:
     planned, schedule = report.stages[k], config.schedule(report.n_stages)
-    measured = work_per_batch(stats, parts)
+    devices = config.replicas[k] if config.replicas else 1
+    measured = work_per_batch(stats, parts / devices)
     time = planned.time
     predicted = {
         "forward": time["forward"],

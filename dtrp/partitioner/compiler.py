@@ -47,10 +47,17 @@ class Request:
     speed: tuple[float, ...] = ()  # of each device; empty: as they are
     arranged: bool = False  # the order of devices is that of the stages
     placement: tuple[int, ...] = ()  # which of the devices that the user gave each stage then has
+    groups: tuple[tuple[torch.device, ...], ...] = ()  # all devices of each stage, where some have several
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """How many devices each stage has; empty: one each."""
+        return tuple(map(len, self.groups))
 
     def specs(self) -> list[DeviceSpec]:
         """What the devices can do, with their links, one entry per stage."""
-        specs = [s.with_link(self.links.node) for s in device_specs(self.devices, self.loop)]
+        n = sum(self.replicas) or len(self.devices)
+        specs = [s.with_link(self.links.node) for s in device_specs(self.devices, self.loop, n)]
         if not self.speed:
             return specs
         return [spec.with_speed(speed) for spec, speed in zip(specs, self.speed, strict=True)]
@@ -181,7 +188,10 @@ def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request)
         captured,
         graph,
         plan,
-        devices=request.devices,
+        devices=[
+            f"{first} x {1 + len(others)}" if others else str(first)
+            for first, *others in request.groups or zip(request.devices, strict=True)
+        ],
         specs=request.specs(),
         memory_limit=request.memory_limit,
         training=request.training,
@@ -192,10 +202,12 @@ def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request)
     )
 
 
-def device_specs(devices: Sequence[torch.device], loop: LoopCost | None = None) -> list[DeviceSpec]:
-    """What the stages' devices can do, one entry per stage."""
+def device_specs(
+    devices: Sequence[torch.device], loop: LoopCost | None = None, n_devices: int | None = None
+) -> list[DeviceSpec]:
+    """What the stages' devices can do, one entry per stage, among so many (default: one per stage)."""
     known: dict[str, DeviceSpec] = {}
-    threads = threads_per_stage(len(devices))
+    threads = threads_per_stage(n_devices or len(devices))
     for device in map(str, devices):
         if device not in known:
             known[device] = device_spec(device, threads=threads).with_loop(loop)

@@ -74,7 +74,7 @@ class Layout:
 
     @property
     def alike(self) -> bool:
-        """Whether all stages have as many devices: replicas of one pipeline, which a launcher starts."""
+        """Whether all stages have as many devices: then a launcher can start them as replicas, too."""
         return len(set(self.replicas)) == 1
 
     @property
@@ -287,14 +287,16 @@ def comparison(found: Sequence[Layout]) -> str:
         + f"  {row[-1]}"
         for row in (head, *rows)
     ]
-    return "\n".join([*lines, *(_how_to_run(each) for each in found if each.alike)][: len(lines) + 1])
+    return "\n".join([*lines, *map(_how_to_run, found[:1])])
 
 
 def _how_to_run(layout: Layout) -> str:
-    """In words, of the best layout that dtrp runs."""
-    k, replicas = len(layout.replicas), layout.replicas[0]
-    parts = layout.micro_batches // replicas
-    how = f"{layout.name}: n_gpus={k}, micro_batches={parts}"
-    if replicas > 1:
-        how += f", on {k * replicas} processes of a launcher, each replica with 1/{replicas} of the batch"
-    return f"To run {how}. Stages with unequal numbers of devices are planned, not run."
+    """In words, of the best layout."""
+    k, replicas = len(layout.replicas), layout.replicas[0] if layout.alike else layout.replicas
+    given = "" if replicas == 1 else f", replicas={replicas}"
+    parts = layout.micro_batches
+    how = f"To run {layout.name}: dtrp.compile(model, n_gpus={k}{given}), micro_batches={parts}"
+    if layout.alike and replicas != 1:
+        each = parts // layout.replicas[0]
+        how += f" (under a launcher n_gpus={k}, micro_batches={each}, on {sum(layout.replicas)} processes)"
+    return f"{how}."

@@ -154,13 +154,14 @@ class PartitionReport:
         )
         cuts = tuple(cut_tensors(graph, plan))
         ticks = [cost.tick for cost in costs]
-        tick_time = training.batch_time(ticks, cores := shared(specs))
+        tick_time = training.batch_time(ticks, cores := shared(specs, training.replicas))
         single = single_time(graph, training)
         bottleneck = max(range(plan.n_stages), key=ticks.__getitem__)
         # A plan may come from a file and have been made under other costs: its bound is then not ours.
         same_costs = plan.lower_bound > 0 and plan.costs == cost_digest(graph, training)
         total = sum(ticks_at_best(graph, len(given), training))
-        bound = max(plan.lower_bound if same_costs else 0.0, total / (cores or plan.n_stages))
+        together = cores or sum(training.replicas) or plan.n_stages
+        bound = max(plan.lower_bound if same_costs else 0.0, total / together)
         return cls(
             model=type(captured.model).__name__,
             stages=stages,
@@ -375,9 +376,10 @@ class PartitionReport:
         return fragment(self)
 
 
-def shared(specs: Sequence[DeviceSpec]) -> float:
-    """How many of the stages on these devices compute at a time, where they share cores; else 0."""
-    return specs[0].shared(len(specs)) if all(spec == specs[0] for spec in specs) else 0.0
+def shared(specs: Sequence[DeviceSpec], replicas: Sequence[int] = ()) -> float:
+    """How many of the devices of these stages compute at a time, where they share cores; else 0."""
+    n = sum(replicas) or len(specs)
+    return specs[0].shared(n) if all(spec == specs[0] for spec in specs) else 0.0
 
 
 def single_time(graph: nx.DiGraph, training: Training) -> float:

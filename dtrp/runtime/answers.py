@@ -83,7 +83,8 @@ class Answers:
             if not self.stage.config.gives_up:
                 check_finite(loss.value, f"the loss of batch {loss.batch}")
             found.append(loss._replace(lr=next(iter(self.learning_rates()), None)))
-        found += self.stage.updates.skips
+        if self.stage.speaks:
+            found += self.stage.updates.skips
         self.stage.updates.skips = []
         return found
 
@@ -128,6 +129,8 @@ class Answers:
         """Take over what `training_state` gave, in whatever stages; ``names``: names here -> saved ones."""
         for parameters in self.stage.weights.sets:
             import_set(parameters, saved, names, gradients=parameters is self.stage.weights.own)
+        if self.stage.replicas is not None:
+            self.stage.replicas.keep_first(self.stage.waiting)
         self.stage.weights.forget()
         if self.stage.scaling is not None:
             self.stage.scaling.resume(saved["training"].get("scale"), hears=self.stage.program.is_last)

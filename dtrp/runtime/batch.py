@@ -55,6 +55,7 @@ class InFlight:
     twin: Twin | None = None  # on whose parameters that graph was built
     gradients: dict[int, Tensor] | None = None  # of the outputs, once they have come
     skip: bool = False  # given up
+    elsewhere: bool = False  # in another process of the stage
     scale: float = 0.0  # of the loss, where it is scaled
 
 

@@ -56,6 +56,7 @@ class TrainConfig:
     ignored: int = -100  # the class target that the loss leaves out of its mean; found on the first batch
     exact_start: int | float = 0
     groups: tuple[Group, ...] | None = None  # of the whole model's optimizer, for the stages
+    replicas: tuple[int, ...] = ()  # processes of each stage; empty: one each
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -125,6 +126,19 @@ class TrainConfig:
                 f"method='gpipe' with micro_batches={self.micro_batches}: a stage would hold them all, and a "
                 f"line between stages has {MOST_PARTS} places at most; use '1f1b', which has the same bubble"
             )
+        several = max(self.replicas, default=1)
+        few = self.micro_batches != "auto" and self.micro_batches < several
+        if several > 1 and (self.method == "bp" or few):
+            raise ValueError(
+                f"method={self.method!r}, micro_batches={self.micro_batches!r}: a stage of {several} devices "
+                f"shares out the parts of a batch; give micro_batches of at least {several}, or 'auto', and "
+                f"a method that cuts batches ('1f1b' is exact)"
+            )
+        if several > 1 and self.scales:
+            raise ValueError(
+                "autocast=torch.float16 needs a loss that is scaled, which stages of several devices do not "
+                "agree on: use torch.bfloat16"
+            )
         if self.max_grad_norm_lag and self.max_grad_norm is None:
             raise ValueError("max_grad_norm_lag=True without max_grad_norm: there is nothing to clip by")
 
@@ -171,7 +185,7 @@ class TrainConfig:
     def schedule(self, n_stages: int, *, exact: bool = False) -> Schedule:
         """The order that stages follow; ``exact``: while the exact start lasts."""
         order = self.method if self.exact else "1f1b" if exact else self.order
-        return Schedule(order, n_stages, self.parts)
+        return Schedule(order, n_stages, self.parts, self.replicas)
 
     def recompute(self, planned: bool) -> bool:
         """Whether a stage recomputes, given the plan's choice."""

@@ -118,7 +118,7 @@ class GroupLinks:
         read = self._receivers[target].read if target in self._receivers else 0
         self._senders[target].send(KINDS.index(channel.kind), message, _HEAD.pack(len(news), read) + news)
 
-    def take(self, channel: Channel) -> Message:
+    def take(self, channel: Channel, slot: int = -1) -> Message:
         """The next message on ``channel``; waits for it. What comes on the same way for other channels is
         kept for them."""
         inbox, source = self._inboxes[channel], channel.source

@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Kind = Literal["forward", "backward", "evaluate", "tied-gradient", "tied-sum", "norm", "feed", "command"]
+Kind = Literal[
+    "forward", "backward", "evaluate", "tied-gradient", "tied-sum", "norm", "sum", "feed", "command"
+]
 
 
 class Channel(NamedTuple):
@@ -39,7 +41,7 @@ class LostStage(ConnectionError):
 
     def __init__(self, stage: int, why: str) -> None:
         super().__init__(f"lost the connection to stage {stage}: {why}")
-        self.stage = stage
+        self.stage, self.why = stage, why
 
 
 class Links(Protocol):
@@ -54,9 +56,9 @@ class Links(Protocol):
         """Hand a message over; it is the receiver's from now on, whatever happens to the tensors here."""
         ...
 
-    def take(self, channel: Channel) -> Message | None:
-        """The next message on ``channel``. Between processes this waits for it; in one process nothing comes
-        while somebody waits, and the answer is ``None`` where there is none yet."""
+    def take(self, channel: Channel, slot: int) -> Message | None:
+        """The next message on ``channel``, to be of ``slot``. Between processes this waits for it; in one
+        process nothing comes while somebody waits, and the answer is ``None`` where there is none yet."""
         ...
 
     def waiting(self) -> int:
@@ -76,7 +78,7 @@ class QueueLinks:
         values = [canonical(v) for v in message.values]
         self.queues[channel].append(message._replace(values=values))
 
-    def take(self, channel: Channel) -> Message | None:
+    def take(self, channel: Channel, slot: int = -1) -> Message | None:
         queue = self.queues[channel]
         return queue.popleft() if queue else None
 

@@ -21,7 +21,7 @@ from .program import StageProgram
 def receive(links: Links, meter: Meter, channel: Channel, slot: int) -> Generator[None, None, Message]:
     """The next message on ``channel``, which must belong to ``slot``."""
     since = meter.wait(channel)
-    while (message := links.take(channel)) is None:
+    while (message := links.take(channel, slot)) is None:
         yield
         since = meter.resumed(since)
     meter.waited(since)

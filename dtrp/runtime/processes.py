@@ -41,18 +41,22 @@ class Processes:
     Parameters
     ----------
     programs, config
-        Of the stages.
+        Of the stages, one for each process.
+    pairs : set of (int, int)
+        Processes of which the one sends to the other.
     wait : callable
         What a line does that cannot go on.
     """
 
-    def __init__(self, programs: Sequence[StageProgram], config: TrainConfig, wait: Any) -> None:
+    def __init__(
+        self, programs: Sequence[StageProgram], config: TrainConfig, pairs: set[tuple[int, int]], wait: Any
+    ) -> None:
         hold_standard_descriptors()
         n = len(programs)
         environment = workers_environment(config.threads)
-        self.pairs = talking(programs[0], config)
-        pairs = [(CALLER, k) for k in range(n)] + sorted(self.pairs)
-        lines = [open_line(i, j, _together(programs, i, j)) for i, j in pairs]
+        self.pairs = pairs
+        ways = [(CALLER, k) for k in range(n)] + sorted(pairs)
+        lines = [open_line(i, j, _together(programs, i, j)) for i, j in ways]
         board = open_line(CALLER, CALLER)  # of which only the memory is used
         self.page = Page(board.memory, n)
         self.processes: list[Process] = []
@@ -71,8 +75,8 @@ class Processes:
                         ends |= {line.memory, line.sends if line.source == k else line.receives}
                 given |= ends
                 boot = {
-                    "stage": k,
-                    "n_stages": n,
+                    "number": k,
+                    "n_processes": n,
                     "lines": [line for line in lines if k in (line.source, line.target)],
                     "given": sorted(ends),
                     "replies": theirs.detach(),
@@ -83,7 +87,8 @@ class Processes:
         except OSError as e:
             self._close(given - {line.memory for line in mine})
             self.kill()
-            raise WorkerError(f"the process of stage {len(self.processes)} cannot be started: {e}") from e
+            stage = programs[len(self.processes)].stage
+            raise WorkerError(f"the process of stage {stage} cannot be started: {e}") from e
         self._close(given - {line.memory for line in mine})
         self.links = SharedLinks(CALLER, mine, wait=wait, most=(2 * n + 8) * config.parts)
         self._poll = select.poll()

@@ -146,6 +146,7 @@ class StageProgram:
     ties: tuple[Tie, ...] = ()
     writes_inputs: bool = False  # the stage changes some of its inputs in place
     draws: bool = True  # its passes may draw random numbers
+    devices: tuple[torch.device, ...] = ()  # of each of its processes, where it has several
 
     @cached_property
     def n_stages(self) -> int:

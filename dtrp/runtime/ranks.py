@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import accelerators
@@ -33,7 +33,7 @@ from .peers import Failure, Peers
 from .processes import carrying, talking
 from .program import StageProgram
 from .random import pass_seed
-from .replicas import Replicas
+from .replicas import Group, Replicas
 from .stage import Stage, finish
 from .stats import StageStats
 from .training_state import SECTIONS
@@ -94,7 +94,7 @@ class Ranks:
             self.replicas = None
             if mesh.replicas > 1:
                 sums, at = (mesh.sums, "cpu") if ways is None else (ways.sums, mine.device)
-                self.replicas = Replicas(mesh.peers, sums, at)
+                self.replicas = Replicas(Group(mesh.peers), Group(sums), at)
             join_norms(mine.module, self.replicas)
             seed = self._own_seed(seed)
             self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)
@@ -116,13 +116,6 @@ class Ranks:
         """Until nothing is in flight in this stage."""
         with self._told("draining", draws=True):
             finish(self.stage.drain(close_group=close_group))
-            if self.replicas is not None:
-                self.replicas.settle(self.stage.module.buffers(), self._waiting())
-
-    def _waiting(self) -> list[nn.Parameter]:
-        """Parameters whose gradients wait for more of them."""
-        own = self.stage.weights.own
-        return list(own.names.values()) if own is not None and own.waiting else []
 
     def weight(self, count: int) -> float:
         """This replica's share in a mini-batch, of which it has so many."""
@@ -204,8 +197,6 @@ class Ranks:
             arguments = (saved, self._own_seed(seed), *rest)
         with self._told(method):
             answer = getattr(self.stage.answers, method)(*arguments)
-            if self.replicas is not None and method == "load_training_state":
-                self.replicas.keep_first(self._waiting())
             return self.mesh.gather(method, answer) if method in QUESTIONS else [answer]
 
     def parts(self, names: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""One stage in several pipelines: their gradients, buffers and decisions made one.
+"""One stage in several pipelines, or in several processes of one: their gradients, buffers and decisions made
+one.
 
 What is trained is what one pipeline would train on the joined batch. Each replica's loss is weighted by its
 share of that batch, so that the sum of the replicas' gradients is the gradient of the joint mean, whatever
@@ -18,28 +19,101 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .links import Channel, Links, Message
+
 BYTES = 25 * 2**20  # of a bucket, as DistributedDataParallel has them
 
 
+class Group:
+    """Replicas as a process group of torch.distributed."""
+
+    overlaps = True  # sums go on beside other work
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self.rank = group, group.rank()
+
+    def sum(self, tensor: Tensor) -> Any:
+        """Each replica's, in place, once what is returned was waited for; in one order in all of them."""
+        return dist.all_reduce(tensor, group=self._group, async_op=True)
+
+    def spread(self, tensor: Tensor) -> None:
+        """The first one's to all others, in place."""
+        dist.broadcast(tensor, group=self._group, group_src=0)
+
+
+class Linked:
+    """Replicas that have lines to each other: ``links`` of a process to others of its stage, ``members``, in
+    whose order all of them add up. Each adds up its own share of the numbers, and gives it to the others."""
+
+    overlaps = False
+
+    def __init__(self, links: Links, members: Sequence[int], me: int) -> None:
+        self._links, self._members, self._me = links, members, me
+        self.rank = members.index(me)
+        self._done = 0
+
+    def sum(self, tensor: Tensor) -> Any:
+        shares = tensor.view(-1).tensor_split(len(self._members))
+        for other, share in self._others(shares):
+            self._send(other, share)
+        total: Tensor | None = None
+        for member in self._members:
+            given = shares[self.rank] if member == self._me else self._take(member)
+            total = given.clone() if total is None else total + given
+        assert total is not None
+        shares[self.rank].copy_(total)
+        for other, _ in self._others(shares):
+            self._send(other, total)
+        for other, share in self._others(shares):
+            share.copy_(self._take(other))
+        self._done += 1
+        return _Over()
+
+    def spread(self, tensor: Tensor) -> None:
+        if self.rank == 0:
+            for other in self._members[1:]:
+                self._send(other, tensor)
+        else:
+            tensor.copy_(self._take(self._members[0]))
+        self._done += 1
+
+    def _others(self, shares: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        return [(m, share) for m, share in zip(self._members, shares, strict=True) if m != self._me]
+
+    def _send(self, other: int, tensor: Tensor) -> None:
+        self._links.send(Channel("sum", self._me, other), Message(self._done, [tensor]))
+
+    def _take(self, other: int) -> Tensor:
+        message = self._links.take(Channel("sum", other, self._me), self._done)
+        assert message is not None
+        given: Tensor = message.values[0]
+        return given
+
+
+class _Over:
+    def wait(self) -> None:
+        """What this stands for is done."""
+
+
 class Replicas:
-    """A stage's part in agreeing with the same stage of other pipelines.
+    """A stage's part in agreeing with the same stage elsewhere.
 
     Parameters
     ----------
-    peers : ProcessGroup
-        gloo's, of this stage in all replicas, for what a pass asks for, in the order of its list.
-    sums : ProcessGroup
+    peers : Group or Linked
+        This stage in all replicas, for what a pass asks for, in the order of its list, in host memory.
+    sums : Group or Linked
         Likewise, for gradients, which come in an order of their own.
     device : torch.device or "cpu"
         From where ``sums`` takes them: from the stage's own, or from host memory.
     """
 
     def __init__(
-        self, peers: dist.ProcessGroup, sums: dist.ProcessGroup, device: torch.device | str = "cpu"
+        self, peers: Group | Linked, sums: Group | Linked, device: torch.device | str = "cpu"
     ) -> None:
         self.peers, self.sums, self.device = peers, sums, device
         # Makes the connections, which holds up the host: now rather than when others wait for it.
-        dist.all_reduce(torch.zeros(1, device=device), group=sums)
+        sums.sum(torch.zeros(1, device=device)).wait()
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[Tensor, _Bucket] = {}
         self._open = False  # gradients that come now are those of the update
@@ -50,14 +124,14 @@ class Replicas:
     def sum(self, value: Tensor) -> Tensor:
         """Over all replicas."""
         total = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.peers)
+        self.peers.sum(total).wait()
         return total.to(value.device)
 
     def joint_loss(self, value: Tensor) -> Tensor:
         """Over all replicas; no host waits for a device. Comes before the gradients of its own pass, and
         behind those of the last, so that it can go their way."""
         total = value.detach().to(self.device, copy=True)
-        dist.all_reduce(total, group=self.sums)
+        self.sums.sum(total).wait()
         return total
 
     def any(self, answer: bool) -> bool:
@@ -73,6 +147,8 @@ class Replicas:
     def watch(self, pairs: Iterable[tuple[nn.Parameter, Tensor]], without: Collection[nn.Parameter]) -> None:
         """Gradients that a backward pass leaves on the second of each pair are the first's: their sums may
         begin while the pass goes on; not ``without``'s, to which other stages add something."""
+        if not self.sums.overlaps:
+            return
         others = set(map(id, without))
         for own, target in pairs:
             if id(own) in others or not own.requires_grad:
@@ -121,7 +197,7 @@ class Replicas:
             if len(bucket.there) < len(bucket.places):
                 return
             if bucket.work is None:
-                bucket.work = dist.all_reduce(bucket.flat, group=self.sums, async_op=True)
+                bucket.work = self.sums.sum(bucket.flat)
 
     # ---- between segments ----------------------------------------------------------------------------------
 
@@ -131,7 +207,7 @@ class Replicas:
         for buffer in buffers:
             if buffer.numel():
                 whole = buffer.detach().cpu().contiguous()
-                dist.broadcast(whole, group=self.peers, group_src=0)
+                self.peers.spread(whole)
                 with torch.no_grad():
                     buffer.copy_(whole)
         if waiting:
@@ -140,7 +216,7 @@ class Replicas:
 
     def keep_first(self, waiting: Iterable[nn.Parameter]) -> None:
         """All other replicas begin with none."""
-        for p in waiting if self.peers.rank() else ():
+        for p in waiting if self.peers.rank else ():
             p.grad = None
 
 

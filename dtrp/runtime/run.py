@@ -369,7 +369,7 @@ class Run:
     def _base_seed(self, n_stages: int, resume: RunState | None) -> int | None:
         """The passes' base seed; one stage draws from the ambient generators, as the plain loop does."""
         seed = self.config.seed
-        if n_stages > 1:
+        if n_stages > 1 or self.config.replicas:
             if resume is not None and resume.counters["seed"] is not None:
                 return int(resume.counters["seed"])  # and nothing is drawn that was drawn before
             drawn = int(torch.randint(2**62, ())) if seed is None else seed  # by all, lest generators differ
@@ -381,7 +381,8 @@ class Run:
     @property
     def _draws_here(self) -> bool:
         """Whether a lone stage draws from this process's generators, as the plain loop does."""
-        return self.compiled.n_stages == 1 and self.world.executor != "workers"
+        one = self.compiled.n_stages == 1 and not self.config.replicas
+        return one and self.world.executor != "workers"
 
     # ---- saved runs ----------------------------------------------------------------------------------------
 

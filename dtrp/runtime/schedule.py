@@ -23,6 +23,10 @@ a clock: a stage that follows its list gives the same bits whatever the others' 
 | 1f1b | K-k | after each mini-batch | exact (PipeDream-flush, Narayanan et al. 2021) |
 | gpipe | all its micro-batches | after each mini-batch | exact (Huang et al. 2019) |
 | bp | 1 | after each mini-batch | exact back-propagation |
+
+A stage may have several processes (`replicas`), each with a device of its own, for every so many slots
+(`routed.py`). Each follows the stage's one list, and leaves out what belongs to others' slots. Above, K-k is
+then the number of processes of stage k and all stages behind it.
 """
 
 from __future__ import annotations
@@ -51,11 +55,13 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """An order for ``n_stages`` stages, of mini-batches that travel in at most ``parts`` micro-batches."""
+    """An order for ``n_stages`` stages, of mini-batches that travel in at most ``parts`` micro-batches;
+    ``replicas``: processes of each stage (empty: one each)."""
 
     order: str
     n_stages: int
     parts: int = 1
+    replicas: tuple[int, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -64,12 +70,17 @@ class Schedule:
 
     def depth(self, stage: int) -> int:
         """Rounds between a slot's forward and its backward in ``stage``: the slots that it has in flight."""
-        above = self.n_stages - 1 - stage
+        above = self._processes(stage + 1, self.n_stages)
         if above == 0:
             return 0
         if self.order == "fig1":
             return 2 * above
-        return {"lean": above + 1, "1f1b": above + 1, "gpipe": self.parts, "bp": 1}[self.order]
+        mine = self._processes(stage, stage + 1)
+        return {"lean": above + mine, "1f1b": above + mine, "gpipe": self.parts, "bp": 1}[self.order]
+
+    def _processes(self, start: int, end: int) -> int:
+        """Of the stages from ``start`` up to ``end``: slots that they work on at a time."""
+        return sum(self.replicas[start:end]) if self.replicas else max(0, end - start)
 
     @cache  # noqa: B019
     def lag(self, stage: int) -> int:
@@ -129,7 +140,7 @@ class Schedule:
 
         The owner is so many stages below, and comes to the slot so much later.
         """
-        below = max(0, guest - owner)
+        below = self._processes(owner, guest)
         return below + 1 if self.order == "fig1" else -(-below // 2) + 1
 
     # ---- how far ahead a pass looks ----------------------------------------------------------------------
@@ -155,7 +166,8 @@ class Schedule:
         """
         if aim == "stage" or self.exact:
             return Fraction(0)
-        return Fraction(stage) if self.order == "fig1" else stage * BACKWARD_SHARE
+        below = Fraction(self._processes(0, stage))
+        return below if self.order == "fig1" else below * BACKWARD_SHARE
 
     def staleness(self, stage: int) -> int:
         """Updates between the two passes of one slot in ``stage``, at most."""

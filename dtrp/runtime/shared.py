@@ -265,7 +265,7 @@ class SharedLinks:
             # What a stage that failed has sent before still counts: the others go as far as they can with it,
             # as they do in one process. Who waits for it hears of its end.
 
-    def take(self, channel: Channel) -> Message:
+    def take(self, channel: Channel, slot: int = -1) -> Message:
         """The next message on ``channel``; waits for it. What comes on the same line for other channels is
         kept for them."""
         inbox = self._inboxes[channel]

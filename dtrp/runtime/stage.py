@@ -73,7 +73,9 @@ class Stage:
     record : bool
         Whether to note what was done when (`take_events`).
     replicas : Replicas, optional
-        The same stage in other pipelines.
+        The same stage in other pipelines, or in other processes of this one.
+    turn : (int, int)
+        ``(i, n)``: of the slots, this process has i, i + n, i + 2 n, ...; others have the rest.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class Stage:
         seed: int | None,
         record: bool,
         replicas: Replicas | None = None,
+        turn: tuple[int, int] = (0, 1),
     ) -> None:
-        self.replicas = replicas
+        self.replicas, self.turn = replicas, turn
         self.program, self.config, self.links = program, config, links
         self.stage, self.n_stages = program.stage, program.n_stages
         self.schedule = config.schedule(self.n_stages)
@@ -110,6 +113,7 @@ class Stage:
         self.norms = Norms(self.schedule, self.stage, trained, links, self.meter, lag=lag)
         self.scaling = LossScale() if config.scales else None
         self.updates = Updates(program, config, self.weights, self.norms, self.scaling, replicas)
+        self.speaks = turn[0] == 0  # for all processes of the stage
         self.held: deque[Feed] = deque()  # slots whose rounds are not due yet
         self.in_flight: dict[int, InFlight] = {}
         self.reports: deque[Report] = deque()
@@ -119,7 +123,8 @@ class Stage:
         self.answers = Answers(self)
         self._known_horizons: dict[tuple[str, str], tuple[float, ...]] = {}
         # Whether the next update's gradient is what is passed back here, and nothing else.
-        own, alone = self.weights.own, replicas is None and not config.gives_up
+        alone = replicas is None and (config.replicas or (1,) * self.n_stages)[self.stage] == 1
+        own, alone = self.weights.own, alone and not config.gives_up
         self._foresees = own is not None and alone and asks_for(own.predictor, "takes_gradient")
         if config.compile_stages:
             program.module.compile_training()
@@ -160,10 +165,12 @@ class Stage:
         for kind, offset in self.schedule.pattern(self.stage):
             slot = self._slot + number + offset
             if kind == "forward":
-                if feed is not None:
+                if feed is not None and slot % self.turn[1] == self.turn[0]:
                     yield from (
                         self._last_forward(slot, feed) if self.program.is_last else self._forward(slot, feed)
                     )
+                elif feed is not None:
+                    self._elsewhere(slot, feed)
             elif slot in self.in_flight:
                 if kind == "recompute":
                     yield from self._recompute(slot)
@@ -190,7 +197,15 @@ class Stage:
             yield from self._close_group(close_group)
         for owner in self.tied.due:
             yield from self.tied.collect(owner, None)
+        if self.replicas is not None:
+            self.replicas.settle(self.module.buffers(), self.waiting)
         self._begin_segment()
+
+    @property
+    def waiting(self) -> list[nn.Parameter]:
+        """Parameters whose gradients wait for more of them."""
+        own = self.weights.own
+        return list(own.names.values()) if own is not None and own.waiting else []
 
     def _close_group(self, how: bool | str) -> Steps:
         """Step with an incomplete group of accumulated mini-batches."""
@@ -209,6 +224,15 @@ class Stage:
         self.weights.forget()
 
     # ---- actions -------------------------------------------------------------------------------------------
+
+    def _elsewhere(self, slot: int, feed: Feed) -> None:
+        """The slot is another process's of this stage: here only the update is made that it may bring."""
+        if self.takes_part:
+            self.in_flight[slot] = InFlight(feed, {}, elsewhere=True)
+        if feed.closes:
+            self.tied.forwarded(slot, feed.update)
+        if self.program.is_last:
+            self._add_loss(feed, None)
 
     def _forward(self, slot: int, feed: Feed) -> Steps:
         """The first forward of any stage but the last."""
@@ -232,8 +256,9 @@ class Stage:
             self.meter.graph(+1)
         if self.takes_part:
             self.in_flight[slot] = flight
-            self.meter.stash(len(self.in_flight))
-        self.tied.forwarded(slot, feed.update)
+            self.meter.stash(self._stashed)
+        if feed.closes:
+            self.tied.forwarded(slot, feed.update)
         mark = self.meter.start("send")
         self.ports.send(slot, outputs, overflowed=self._overflowed())
         self.meter.stop(mark, "send", feed.batch)
@@ -266,18 +291,36 @@ class Stage:
         elif before is None and value.device.type == "cpu":  # before anything is trained with it
             check_finite(float(value), f"the loss of batch {feed.batch}")
         self.in_flight[slot] = flight
-        self.tied.forwarded(slot, feed.update)
-        part = value if feed.share == 1.0 else value * feed.share
-        total = part if feed.part == 0 else self._total + part
         if feed.closes:
-            joint = total if self.replicas is None else self.replicas.joint_loss(total)
-            self.reports.append(Report.of(feed.batch, joint))
+            self.tied.forwarded(slot, feed.update)
+        self._add_loss(feed, value if feed.share == 1.0 else value * feed.share)
+
+    def _add_loss(self, feed: Feed, part: Tensor | None) -> None:
+        """To the mini-batch's; ``None``: another process has it."""
+        total = None if feed.part == 0 else self._total
+        if part is not None:
+            total = part if total is None else total + part
         self._total = total
+        if feed.closes:
+            if self.replicas is not None:
+                total = self.replicas.joint_loss(torch.zeros((), device="cpu") if total is None else total)
+            if self.speaks:
+                assert total is not None
+                self.reports.append(Report.of(feed.batch, total))
+
+    @property
+    def _stashed(self) -> int:
+        """Slots whose inputs are held here."""
+        return (
+            len(self.in_flight)
+            if self.turn[1] == 1
+            else sum(not f.elsewhere for f in self.in_flight.values())
+        )
 
     def _recompute(self, slot: int) -> Steps:
         """The forward again, with a graph."""
         flight = self.in_flight[slot]
-        if flight.outputs is not None:
+        if flight.outputs is not None or flight.elsewhere:
             return
         if self.config.gives_up:  # a slot that is given up must not change module state
             yield from self._gradients(slot, flight)
@@ -298,12 +341,15 @@ class Stage:
 
     def _backward(self, slot: int) -> Steps:
         flight = self.in_flight[slot]
-        yield from self._gradients(slot, flight)
         feed, twin = flight.feed, flight.twin
-        if self.program.is_last and self.scaling is not None:
-            flight.scale = self.scaling.scale
+        if not flight.elsewhere:
+            yield from self._gradients(slot, flight)
         if feed.part == 0:
             self.updates.begin()
+        if flight.elsewhere:
+            return
+        if self.program.is_last and self.scaling is not None:
+            flight.scale = self.scaling.scale
         if not flight.skip:
             mark = self.meter.start("backward")
             self.tied.before_backward()
@@ -347,14 +393,13 @@ class Stage:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
 
     def _step(self, slot: int) -> Steps:
-        """The end of a slot; after the last one of a mini-batch, the update."""
+        """The end of a slot; after the last one of a mini-batch, the update of all of them."""
         flight = self.in_flight.pop(slot)
-        self.meter.stash(len(self.in_flight))
-        steps = False
-        if flight.feed.closes:
-            steps = yield from self.updates.decide(flight.feed, flight.scale)
-        if not flight.skip:
-            self.tied.share(slot, stepped=steps)
+        self.meter.stash(self._stashed)
+        if not flight.feed.closes:
+            return
+        steps = yield from self.updates.decide(flight.feed, flight.scale)
+        self.tied.share(slot, stepped=steps)
         if steps:
             mark = self.meter.start("step")
             self.updates.update(flight.feed.update)

@@ -59,7 +59,7 @@ class TiedGradients:
         self.due: dict[int, deque[tuple[int, Update]]] = {owner: deque() for owner in self.held}
 
     def forwarded(self, slot: int, update: Update) -> None:
-        """A slot goes in: its sum will come."""
+        """A mini-batch's last slot goes in: its sum will come."""
         for due in self.due.values():
             due.append((slot, update))
 
@@ -89,7 +89,7 @@ class TiedGradients:
             parameter.grad = _add(self.earlier.pop(name), _add(total.pop(name), parameter.grad))
 
     def give_up(self, slot: int) -> Generator[None, None, None]:
-        """The slot is skipped: tell the owner; take in and drop what guests say of it; no step comes."""
+        """The slot is skipped: tell the owner; take in and drop what guests say of it."""
         for owner, names in self.held.items():
             self.links.send(Channel("tied-gradient", self.stage, owner), Message(slot, [], skip=True))
             for name in names:
@@ -97,10 +97,9 @@ class TiedGradients:
         for guest in self.senders:
             channel = Channel("tied-gradient", guest, self.stage)
             yield from receive(self.links, self.meter, channel, slot)
-        self.share(slot, stepped=False)
 
     def share(self, slot: int, *, stepped: bool) -> None:
-        """Owner, just before its step: hand the gradients to the guests [3].
+        """Owner, at the end of a mini-batch, before a step: hand the gradients to the guests [3].
 
         Only a step is worth a message with values: until then gradients gather at the owner. Copies, since
         optimizers may write into gradients (Rprop does), here and there, before these have left.

@@ -39,7 +39,7 @@ class Updates:
         To find norms over all stages.
     scaling : LossScale, optional
     replicas : Replicas, optional
-        The same stage in other pipelines.
+        The same stage elsewhere.
     """
 
     def __init__(

@@ -25,6 +25,8 @@ from .links import LostStage, Message
 from .program import StageProgram
 from .random import random_state, set_random_state
 from .registered import Registered
+from .replicas import Linked, Replicas
+from .routed import Routed, Seats
 from .shared import CALLER, Line, SharedLinks
 from .stage import Stage, finish
 from .transfer import dumps, loads, unsendable
@@ -68,14 +70,14 @@ def pickled_setups(
 class Worker:
     """Obeys what comes over the line from the caller."""
 
-    def __init__(self, stage: int, lines: list[Line], voice: Voice, page: Page, caller: int) -> None:
-        self.links = SharedLinks(stage, lines)
+    def __init__(self, number: int, lines: list[Line], voice: Voice, page: Page, caller: int) -> None:
+        self.number, self.links = number, SharedLinks(number, lines)
         self.voice = voice
         self.stage: Stage | None = None
         self.failed = False
         self.unsaid: list[Loss | Skip] = []
         self.said = 0.0  # when, by the clock
-        show_life(page, stage, self._look, lambda: os._exit(1), caller)
+        show_life(page, number, self._look, lambda: os._exit(1), caller)
 
     def _look(self) -> tuple[int, bool, str]:
         if self.stage is None:
@@ -153,8 +155,19 @@ class Worker:
             set_random_state(setup.random)
         if accelerators.is_one(setup.program.device):
             accelerators.use(setup.program.device)
-        self.stage = Stage(setup.program, setup.config, self.links, seed=setup.seed, record=setup.record)
-        self.links.allow(self.stage.places)
+        how: Any = {"seed": setup.seed, "record": setup.record}
+        if max(setup.config.replicas, default=1) == 1:
+            self.stage = Stage(setup.program, setup.config, self.links, **how)
+            self.links.allow(self.stage.places)
+            return
+        seats = Seats(setup.config.replicas)
+        members, turn = seats.of(setup.program.stage), seats.turn(self.number)
+        if len(members) > 1:
+            linked = Linked(self.links, members, self.number)
+            how["replicas"] = Replicas(linked, linked)
+        stage = Stage(setup.program, setup.config, Routed(self.links, seats, self.number), turn=turn, **how)
+        self.links.allow(lambda other: stage.places(seats.stages[other]))
+        self.stage = stage
 
     def do_drain(self, close_group: bool | str) -> None:
         assert self.stage is not None
@@ -195,8 +208,8 @@ def _structure(pickled: bytes) -> pytree.TreeSpec:
 
 
 def main(
-    stage: int,
-    n_stages: int,
+    number: int,
+    n_processes: int,
     lines: list[Line],
     given: list[int],
     descriptors: list[int],
@@ -222,7 +235,7 @@ def main(
             Line(i, j, here.get(sends, -1), here.get(receives, -1), here.get(memory, -1), device)
             for i, j, sends, receives, memory, device in lines
         ]
-        Worker(stage, ends, voice, Page(here[page], n_stages), caller).run()
+        Worker(number, ends, voice, Page(here[page], n_processes), caller).run()
         voice.finish()
         code = 0
     except OSError:

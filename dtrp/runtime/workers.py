@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from .links import Channel, LostStage, Message
 from .processes import Processes, talking, weak
 from .program import StageProgram
 from .registered import Registered
+from .routed import Seats
 from .shared import CALLER
 from .stats import StageStats
 from .transfer import dumps
@@ -74,6 +76,11 @@ class Workers:
         if all(p.device.type == "cpu" for p in programs):
             log.info("no CUDA devices are used: %d stages run on CPU worker processes", len(programs))
         self.n_stages = len(programs)
+        self.seats = Seats(config.replicas or (1,) * self.n_stages)
+        pairs = self.seats.pairs(talking(programs[0], config))
+        programs = [replace(p, device=device) for p in programs for device in p.devices or (p.device,)]
+        self.n = len(programs)  # processes
+        self._slots = 0  # that went in
         self.failure: WorkerError | None = None
         self._news: list[Loss | Skip] = []
         self._results: deque[Any] = deque()  # of evaluation
@@ -89,9 +96,9 @@ class Workers:
         began = time.monotonic()
         environment = Environment.capture()
         with interrupts.held():
-            self.crew = Processes(programs, config, weak(self._wait))
+            self.crew = Processes(programs, config, pairs, weak(self._wait))
             self._kill = weakref.finalize(self, Processes.kill, self.crew)
-        names = [f"stage {k}" for k in range(self.n_stages)]
+        names = [self.seats.name(i) for i in range(self.n)]
         self._watch = Watch(self.crew.page.read, names, max(watchdog, STARTUP))
         try:
             # Pickled while the processes load torch.
@@ -99,12 +106,12 @@ class Workers:
             registered = Registered.capture(setups)
             for k, (program, setup) in enumerate(zip(programs, setups, strict=True)):
                 self._command(k, dumps(("start", environment, registered, program.device, setup)))
-            while len(self._ready) < self.n_stages:
+            while len(self._ready) < self.n:
                 self._listen()
         except BaseException:
             self._end()
             raise
-        log.info("%d worker processes were ready after %.1f s", self.n_stages, time.monotonic() - began)
+        log.info("%d worker processes were ready after %.1f s", self.n, time.monotonic() - began)
         self._watch.limit = watchdog
 
     # ---- what a trainer asks for -------------------------------------------------------------------------
@@ -112,13 +119,19 @@ class Workers:
     def feed(self, feeds: Sequence[Feed]) -> None:
         """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
         self._check()
-        self._send_feeds(feeds, evaluates=False)
+        sent = []
+        for i, k in enumerate(self.seats.stages):
+            mine = i == self.seats.at(k, self._slots)
+            sent.append((i, feeds[k] if mine else feeds[k]._replace(inputs=(), target=None)))
+        self._send_feeds(sent, evaluates=False)
+        self._slots += 1
         self._fed += feeds[-1].closes
 
     def drain(self, *, close_group: bool | str = False) -> None:
         """Until nothing is in flight; does not wait for it."""
         self._check()
         self._command_all("drain", close_group)
+        self._slots += bool(close_group)  # as the stages count
 
     def throttle(self) -> None:
         """Wait until the stages have caught up far enough for the next batch."""
@@ -145,7 +158,7 @@ class Workers:
         try:
             for feeds in batches:
                 self._check()
-                self._send_feeds(feeds, evaluates=True)
+                self._send_feeds(list(zip(self.seats.firsts, feeds, strict=True)), evaluates=True)
                 awaited += 1
                 while awaited > self.n_stages + 2:
                     yield self._result()
@@ -159,14 +172,16 @@ class Workers:
                 self.call("end_evaluation")
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """A method of every stage's `Answers`, after all rounds so far; results in stage order."""
+        """A method of every process's `Answers`, after all rounds so far; what each stage's first one says,
+        in stage order."""
         self._check()
         self._calls += 1
         self._command_all("call", self._calls, method, arguments)
-        questions = [(k, self._calls) for k in range(self.n_stages)]
+        questions = [(i, self._calls) for i in range(self.n)]
         while not self._replies.keys() >= set(questions):
             self._listen()
-        return [self._replies.pop(question) for question in questions]
+        replies = [self._replies.pop(question) for question in questions]
+        return [replies[i] for i in self.seats.firsts]
 
     def states(self) -> Iterable[dict[str, Any]]:
         """Every stage's `Answers.state`."""
@@ -174,13 +189,13 @@ class Workers:
 
     def glance(self) -> list[StageStats] | None:
         """The stages' latest known measurements; does not wait."""
-        for k in range(self.n_stages):
-            if self.failure is None and k not in self._asked and (k, 0) not in self._replies:
-                self._asked.add(k)
-                self._command(k, dumps(("ask", 0, "stats", ())))
-            if (k, 0) in self._replies:
-                self._asked.discard(k)
-                self._stats[k] = self._replies.pop((k, 0))
+        for k, i in enumerate(self.seats.firsts):
+            if self.failure is None and i not in self._asked and (i, 0) not in self._replies:
+                self._asked.add(i)
+                self._command(i, dumps(("ask", 0, "stats", ())))
+            if (i, 0) in self._replies:
+                self._asked.discard(i)
+                self._stats[k] = self._replies.pop((i, 0))
         known = [s for s in self._stats if s is not None]
         return known if len(known) == self.n_stages else None
 
@@ -193,7 +208,7 @@ class Workers:
         self, programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
     ) -> bool:
         """With nothing in flight: the same processes go on with other stages, if their lines are enough."""
-        if not talking(programs[0], config) <= self.crew.pairs:
+        if self.n > self.n_stages or not talking(programs[0], config) <= self.crew.pairs:
             return False
         for k, setup in enumerate(pickled_setups(programs, config, seed, record)):
             self._command(k, dumps(("renew", setup)))
@@ -209,9 +224,10 @@ class Workers:
 
     # ---- speaking ------------------------------------------------------------------------------------------
 
-    def _send_feeds(self, feeds: Sequence[Feed], *, evaluates: bool) -> None:
+    def _send_feeds(self, feeds: Sequence[tuple[int, Feed]], *, evaluates: bool) -> None:
+        """Each to its process."""
         messages = []
-        for feed in feeds:
+        for i, feed in feeds:
             leaves, structure = [feed.target], None
             if feed.target is not None and not isinstance(feed.target, Tensor):
                 leaves, spec = pytree.tree_flatten(feed.target)
@@ -220,21 +236,21 @@ class Workers:
                     structure = self._structures[spec] = dumps(spec)
             update = feed.update
             meta = [structure, evaluates, feed.part, feed.parts, feed.share, update.lr_scale, update.batches]
-            messages.append(Message(feed.batch, [*meta, len(feed.inputs), *feed.inputs, *leaves]))
+            messages.append((i, Message(feed.batch, [*meta, len(feed.inputs), *feed.inputs, *leaves])))
         with interrupts.held():
-            for k, message in enumerate(messages):
-                self._post(k, Channel("feed", CALLER, k), message)
+            for i, message in messages:
+                self._post(Channel("feed", CALLER, i), message)
 
     def _command_all(self, verb: str, *arguments: Any) -> None:
         data = dumps((verb, *arguments), values=True)
         with interrupts.held():
-            for k in range(self.n_stages):
-                self._command(k, data)
+            for i in range(self.n):
+                self._command(i, data)
 
-    def _command(self, k: int, pickled: bytes) -> None:
-        self._post(k, Channel("command", CALLER, k), Message(0, [pickled]))
+    def _command(self, i: int, pickled: bytes) -> None:
+        self._post(Channel("command", CALLER, i), Message(0, [pickled]))
 
-    def _post(self, k: int, channel: Channel, message: Message) -> None:
+    def _post(self, channel: Channel, message: Message) -> None:
         try:
             self.crew.links.send(channel, message)
         except LostStage:
@@ -284,21 +300,21 @@ class Workers:
     def _take(self, seconds: float) -> bool:
         """What is there within so many seconds; whether there was anything."""
         heard = self.crew.hear(seconds)
-        for stage, message in heard:
-            self._note(stage, message)
+        for number, message in heard:
+            self._note(number, message)
         return bool(heard)
 
-    def _note(self, stage: int, message: tuple[Any, ...]) -> None:
+    def _note(self, number: int, message: tuple[Any, ...]) -> None:
         match message:
             case ("news", items):
                 self._news += items
                 self._finished += sum(isinstance(item, Loss) for item in items)
-            case ("reply", number, value):
-                self._replies[stage, number] = value
+            case ("reply", question, value):
+                self._replies[number, question] = value
             case ("result", value):
                 self._results.append(value)
             case ("print", name, text):
-                lines = (f"[stage {stage}] {line}" for line in text.splitlines(keepends=True))
+                lines = (f"[{self.seats.name(number)}] {line}" for line in text.splitlines(keepends=True))
                 with contextlib.suppress(
                     AttributeError, OSError, ValueError
                 ):  # there is none, or it is closed
@@ -308,12 +324,12 @@ class Workers:
             case ("log", name, level, text, file, line, function):
                 logger = logging.getLogger(name)
                 if logger.isEnabledFor(level):
-                    text = f"[stage {stage}] {text}"
+                    text = f"[{self.seats.name(number)}] {text}"
                     logger.handle(logger.makeRecord(name, level, file, line, text, (), None, function))
             case ("error", *_) | ("died",):
-                self._bad.append((stage, message))
+                self._bad.append((number, message))
             case ("ready",):
-                self._ready.add(stage)
+                self._ready.add(number)
 
     # ---- failing and ending --------------------------------------------------------------------------------
 
@@ -326,16 +342,16 @@ class Workers:
         deadline = time.monotonic() + GRACE
         while min(map(_rank, self._bad)) > 0 and time.monotonic() < deadline:
             self._take(deadline - time.monotonic())  # the cause may come behind its consequences
-        stage, message = min(self._bad, key=_rank)
-        trace = ""
+        number, message = min(self._bad, key=_rank)
+        trace, name = "", self.seats.name(number)
         if message[0] == "error":
-            text, trace = f"stage {stage} failed: {message[1]}", message[2]
+            text, trace = f"{name} failed: {message[1]}", message[2]
         elif message[0] == "stuck":
             text = message[1]
-            self.crew.kill_one(stage)
+            self.crew.kill_one(number)
         else:
-            text = f"stage {stage}'s process died: {self.crew.epitaph(stage)}"
-        self.failure = WorkerError(text, stage=stage, remote_traceback=trace)
+            text = f"{name}'s process died: {self.crew.epitaph(number)}"
+        self.failure = WorkerError(text, stage=self.seats.stages[number], remote_traceback=trace)
         self._rescue()
         self._end()
         raise self.failure

@@ -74,7 +74,8 @@ class Alone:
     ) -> Inline | Workers:
         """Start the stages; with worker processes that are ``there``, if they will do."""
         if self.executor == "auto":
-            self.executor = "inline" if len(programs) == 1 else "workers"
+            one = len(programs) == 1 and not config.replicas
+            self.executor = "inline" if one else "workers"
         if self.executor == "inline":
             return Inline(programs, config, seed=seed, record=record)
         from .workers import Workers

@@ -202,8 +202,8 @@ class Counted(QueueLinks):
         Counted.moved += 1
         super().send(channel, message)
 
-    def take(self, channel: Channel) -> Message | None:
-        message = super().take(channel)
+    def take(self, channel: Channel, slot: int = -1) -> Message | None:
+        message = super().take(channel, slot)
         Counted.moved += message is not None
         return message
 
