@@ -144,7 +144,7 @@ def compile(
             plan,
             loop=_loop(places, several=len(places) > 1 or bool(groups)),
             speed=speeds,
-            arranged=ranked,
+            arranged=ranked or bool(groups),
             split_linear=split_linear,
             groups=groups,
             training=_assumed(groups),

@@ -49,6 +49,8 @@ def choose_order(
         # A number that was asked for is kept, but for batches that would leave one sample alone in a part.
         alone = chosen != "auto" and chosen <= samples < 2 * chosen
         least = STATISTICS if chosen == "auto" else 1 if alone else 2
+        if config.replicas and chosen == "auto":  # each device is to have its share
+            least = max(2, min(least, samples // least_parts(config.replicas)))
     if parts == "auto":
         parts = most_parts(stages, training, config, samples, least)
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
@@ -102,7 +104,7 @@ def most_parts(
     limit = max(1, min(samples // least, max(2 * even, 4 * ((sum(config.replicas) or n_stages) - 1))))
     sizes = {-(-samples // parts) for parts in range(1, limit + 1)}
     candidates = sorted({-(-samples // size) for size in sizes if size}) or [1]
-    candidates = [n for n in candidates if n % even == 0] or [max(candidates)]
+    candidates = [n for n in candidates if n % even == 0] or [even]
     if config.exact:
         return min(candidates, key=lambda parts: tick(parts) * (1 + (n_stages - 1) / parts))
     soonest = min(candidates, key=lambda parts: tick(parts) * price(parts))

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .links import Channel, Links, Message
+
+if TYPE_CHECKING:
+    from .meter import Meter
 
 BYTES = 25 * 2**20  # of a bucket, as DistributedDataParallel has them
 
@@ -50,6 +53,7 @@ class Linked:
     def __init__(self, links: Links, members: Sequence[int], me: int) -> None:
         self._links, self._members, self._me = links, members, me
         self.rank = members.index(me)
+        self.meter: Meter | None = None  # which is told of waits
         self._done = 0
 
     def sum(self, tensor: Tensor) -> Any:
@@ -84,7 +88,11 @@ class Linked:
         self._links.send(Channel("sum", self._me, other), Message(self._done, [tensor]))
 
     def _take(self, other: int) -> Tensor:
+        meter = self.meter
+        since = None if meter is None else meter.wait(Channel("sum", meter.stage, meter.stage))
         message = self._links.take(Channel("sum", other, self._me), self._done)
+        if meter is not None and since is not None:
+            meter.waited(since)
         assert message is not None
         given: Tensor = message.values[0]
         return given

@@ -155,19 +155,22 @@ class Worker:
             set_random_state(setup.random)
         if accelerators.is_one(setup.program.device):
             accelerators.use(setup.program.device)
-        how: Any = {"seed": setup.seed, "record": setup.record}
-        if max(setup.config.replicas, default=1) == 1:
-            self.stage = Stage(setup.program, setup.config, self.links, **how)
-            self.links.allow(self.stage.places)
-            return
-        seats = Seats(setup.config.replicas)
-        members, turn = seats.of(setup.program.stage), seats.turn(self.number)
-        if len(members) > 1:
-            linked = Linked(self.links, members, self.number)
-            how["replicas"] = Replicas(linked, linked)
-        stage = Stage(setup.program, setup.config, Routed(self.links, seats, self.number), turn=turn, **how)
+        program, config = setup.program, setup.config
+        seats = Seats(config.replicas or (1,) * program.n_stages)
+        members = seats.of(program.stage)
+        linked = Linked(self.links, members, self.number) if len(members) > 1 else None
+        stage = self.stage = Stage(
+            program,
+            config,
+            Routed(self.links, seats, self.number) if config.replicas else self.links,
+            seed=setup.seed,
+            record=setup.record,
+            replicas=None if linked is None else Replicas(linked, linked),
+            turn=seats.turn(self.number),
+        )
+        if linked is not None:
+            linked.meter = stage.meter
         self.links.allow(lambda other: stage.places(seats.stages[other]))
-        self.stage = stage
 
     def do_drain(self, close_group: bool | str) -> None:
         assert self.stage is not None

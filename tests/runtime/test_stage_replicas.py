@@ -133,6 +133,17 @@ def test_a_stage_shares_out_its_slots_and_batch_norm_is_the_first_ones() -> None
     assert "cpu x 2" in str(pipe.report)
 
 
+def test_batches_are_cut_for_all_processes_of_a_stage() -> None:
+    """Also where BatchNorm would rather have larger parts: else some processes would never have a part."""
+    with trainer(pipeline((1, 4, 1), partial(mlp, dropout=0.0)), "auto", micro_batches="auto") as t:
+        for x, y in batches(3, size=32):
+            t.step(x.double(), y)
+        t.flush()
+        first, second, _ = (stats.counts["forward"] for stats in t.stats)
+    assert first == 4 * second
+    assert second % 3 == 0
+
+
 def processes_of(pipe: Any) -> list[int]:
     with trainer(pipe, "workers") as t:
         t.step(*data(1)[0])
