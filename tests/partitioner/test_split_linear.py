@@ -231,7 +231,7 @@ def test_only_who_asks_for_it_gets_it(monkeypatch):
     """The results are the model's but for rounding; without it they are the model's to the bit."""
     monkeypatch.setattr(
         "dtrp.partitioner.compiler.device_specs",
-        lambda devices, loop: [device_spec("A100-80GB")] * len(devices),
+        lambda devices, loop, n: [device_spec("A100-80GB")] * len(devices),
     )
     model, x = Words(words=32768, width=64), torch.randint(WORDS, (32, 256))
     whole, shared = (compiled(model, x, asked) for asked in (False, True))
