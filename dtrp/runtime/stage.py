@@ -227,7 +227,7 @@ class Stage:
 
     def _elsewhere(self, slot: int, feed: Feed) -> None:
         """The slot is another process's of this stage: here only the update is made that it may bring."""
-        if self.takes_part:
+        if self.takes_part or self.program.is_last:
             self.in_flight[slot] = InFlight(feed, {}, elsewhere=True)
         if feed.closes:
             self.tied.forwarded(slot, feed.update)
@@ -301,12 +301,17 @@ class Stage:
         if part is not None:
             total = part if total is None else total + part
         self._total = total
-        if feed.closes:
-            if self.replicas is not None:
-                total = self.replicas.joint_loss(torch.zeros((), device="cpu") if total is None else total)
-            if self.speaks:
-                assert total is not None
-                self.reports.append(Report.of(feed.batch, total))
+        if feed.closes and self.turn[1] == 1:
+            self._report(feed)
+
+    def _report(self, feed: Feed) -> None:
+        """The mini-batch's loss. Where processes share the stage, behind its last backward pass: before it,
+        one that has the last slot would wait for all that others still have to do."""
+        total = self._total
+        if self.replicas is not None:
+            total = self.replicas.joint_loss(torch.zeros((), device="cpu") if total is None else total)
+        if self.speaks:
+            self.reports.append(Report.of(feed.batch, total))
 
     @property
     def _stashed(self) -> int:
@@ -399,6 +404,8 @@ class Stage:
         if not flight.feed.closes:
             return
         steps = yield from self.updates.decide(flight.feed, flight.scale)
+        if self.program.is_last and self.turn[1] > 1:
+            self._report(flight.feed)
         self.tied.share(slot, stepped=steps)
         if steps:
             mark = self.meter.start("step")
