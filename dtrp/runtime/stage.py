@@ -316,11 +316,7 @@ class Stage:
     @property
     def _stashed(self) -> int:
         """Slots whose inputs are held here."""
-        return (
-            len(self.in_flight)
-            if self.turn[1] == 1
-            else sum(not f.elsewhere for f in self.in_flight.values())
-        )
+        return sum(not flight.elsewhere for flight in self.in_flight.values())
 
     def _recompute(self, slot: int) -> Steps:
         """The forward again, with a graph."""

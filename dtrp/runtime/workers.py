@@ -1,4 +1,4 @@
-"""A process per stage, started and watched from here.
+"""A process per stage, or several, started and watched from here.
 
 Workers are fresh interpreters, so a script needs no ``if __name__ == "__main__"`` and notebooks work. Batches
 and commands go to each over a line (shared.py), in one order; what a worker has to say comes back over a
@@ -51,7 +51,7 @@ GLANCE = 0.25  # seconds between looks at the clock, and at Ctrl-C, while waitin
 
 
 class Workers:
-    """Runs each stage in a process of its own.
+    """Runs each stage in processes of its own.
 
     Parameters
     ----------

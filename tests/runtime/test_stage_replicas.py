@@ -150,6 +150,42 @@ def processes_of(pipe: Any) -> list[int]:
         return processes(t)
 
 
+class Meeting(torch.autograd.Function):
+    """A backward pass that ends when another process has come to its own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, folder: Path) -> Tensor:
+        ctx.folder = folder
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (ctx.folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + 20
+        while len(list(ctx.folder.iterdir())) < 2:
+            if time.monotonic() > deadline:
+                raise RuntimeError("nobody else came to a backward pass")
+            time.sleep(0.01)
+        return gradient, None
+
+
+def meets(output: Tensor, target: Tensor, *, folder: Path, caller: int) -> Tensor:
+    loss = F.cross_entropy(output, target)
+    return loss if os.getpid() == caller else Meeting.apply(loss, folder)
+
+
+@pytest.mark.parametrize(("replicas", "n_stages"), [((2,), 1), ((1, 2), 2)])
+def test_processes_of_the_last_stage_go_backward_at_a_time(
+    replicas: tuple[int, ...], n_stages: int, tmp_path: Path
+) -> None:
+    """Not one after the other, as when one that has the last slot asks for the others' losses first."""
+    loss = partial(meets, folder=tmp_path, caller=os.getpid())
+    with trainer(pipeline(replicas, PLAIN, n_stages), "workers", loss, micro_batches=2) as t:
+        t.step(*data(1)[0])
+        t.flush()
+        assert len(t.losses) == 1
+
+
 @pytest.mark.parametrize("replicas", [(2, 1, 3), (1, 2, 2)])
 def test_saved_in_the_middle_of_a_group_and_loaded_in_another_layout(
     replicas: tuple[int, ...], tmp_path: Path
