@@ -292,13 +292,28 @@ def inner_step(m, x):
     return m.b(nn.functional.linear(x, weight, bias))
 
 
+def inner_step_by_hand(m, x):
+    """For a parameter that a function is given, not its layer."""
+    weight = m.a.weight
+    slope = torch.autograd.grad(nn.functional.linear(x, weight).tanh().mean(), weight, create_graph=True)[0]
+    return m.b(nn.functional.linear(x, weight - 0.1 * slope, m.a.bias))
+
+
 def under_enable_grad(m, x):
     with torch.enable_grad():
         h = m.a(x).detach().requires_grad_()
         return m.b(h) * torch.autograd.grad(m.b(torch.tanh(h)).sum(), h, create_graph=True)[0]
 
 
-GRADIENTS = [forces, forces_with_keywords, penalty_inside, laplacian, inner_step, under_enable_grad]
+GRADIENTS = [
+    forces,
+    forces_with_keywords,
+    penalty_inside,
+    laplacian,
+    inner_step,
+    inner_step_by_hand,
+    under_enable_grad,
+]
 
 
 @pytest.mark.parametrize("inside", sweep([False, True]), ids=["root", "submodule"])
@@ -317,7 +332,7 @@ def test_gradients_inside_forward(forward, inside, x):
 
 @pytest.mark.parametrize("forward", GRADIENTS)
 def test_gradients_inside_forward_are_trained(forward, x):
-    """Stages run first passes without gradients; what differentiates has its own all the same."""
+    """First passes and evaluation go without gradients; what differentiates has its own all the same."""
 
     def loss(output, y):
         return sum(o.pow(2).mean() for o in (output if isinstance(output, tuple) else (output,)))
@@ -334,6 +349,8 @@ def test_gradients_inside_forward_are_trained(forward, x):
     with pipe.trainer(loss, make, method="bp", executor="inline") as trainer:
         for _ in range(2):
             trainer.step(x.clone(), torch.zeros(3))
+        found = trainer.evaluate([(x.clone(), torch.zeros(3))])["loss"]
+    assert found == pytest.approx(loss(plain(x.clone()), None).item(), rel=1e-6)
     for name, p in plain.named_parameters():
         torch.testing.assert_close(outer.get_parameter(name), p, rtol=0, atol=0, msg=name)
 

@@ -47,12 +47,11 @@ def is_gradient(node: Node) -> bool:
 def region_of(gradient: Node) -> list[Node]:
     """The nodes between what is differentiated for and what is differentiated, in order, and itself."""
     outputs, inputs = (_nodes(_argument(gradient, i, name)) for i, name in enumerate(("outputs", "inputs")))
-    owned = {
-        str(n.target) for n in inputs if n.op == "get_attr"
-    }  # parameters, which layers use by themselves
+    # Parameters: layers use them by themselves, and each use by name has a node of its own.
+    owned = {str(n.target) for n in inputs if n.op == "get_attr"}
     before = _ancestors(outputs)
     found = [n for n in inputs if n.op.startswith("call")]
-    reached = set(inputs)
+    reached = {*inputs, *(n for n in gradient.graph.find_nodes(op="get_attr") if n.target in owned)}
     for node in gradient.graph.nodes:
         uses = node.op == "call_module" and any(name.startswith(f"{node.target}.") for name in owned)
         if node in before and (uses or any(a in reached for a in node.all_input_nodes)):
