@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import multiprocessing.util
 import os
 import platform
 import random
@@ -335,7 +336,9 @@ def main() -> int:
         print("no /dev/shm of its own: segments of other programs are counted, too")
     random.seed(args.seed)
     torch.set_num_threads(1)
-    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="faults-")
+    folder = tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="faults-")
+    # After multiprocessing has removed its own, which is in it.
+    multiprocessing.util.Finalize(None, shutil.rmtree, args=[folder], exitpriority=-200)
     kinds = args.kinds.split(",")
     inject("loader", 1)  # what is loaded once and stays is not a leak, such as the thread of tqdm
     outcomes = []
@@ -345,7 +348,6 @@ def main() -> int:
         note = "" if outcome.expected else "  NOT AS EXPECTED"
         took = f"{outcome.seconds:6.2f} s  left {len(outcome.left)} {', '.join(outcome.left)}{note}"
         print(f"{i + 1:4d}  {outcome.kind:<10} tick {outcome.tick:2d}  {took}", flush=True)
-    shutil.rmtree(tempfile.tempdir)  # where torch has made an empty cache
     made = table(outcomes)
     print("\n" + made)
     if args.markdown:
