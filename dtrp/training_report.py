@@ -109,7 +109,7 @@ class TrainingReport:
         alone = executor == "inline"
         rounds = [_round(one) * parts for one in stats]
         measured = sum(ticks) if alone else max(rounds)
-        limit, advice = _judgement(stages, ticks, measured, report, alone=alone, cores=cores)
+        limit, advice = _judgement(stages, ticks, report, alone=alone, cores=cores)
         return cls(
             model=report.model,
             executor=executor,
@@ -220,7 +220,6 @@ def _round(stats: StageStats) -> float:
 def _judgement(
     stages: Sequence[StageOutcome],
     ticks: Sequence[float],
-    measured: float,
     report: PartitionReport,
     *,
     alone: bool,

@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Protocol
 
 import networkx as nx
@@ -15,19 +13,12 @@ import networkx as nx
 from dtrp.errors import InfeasiblePlanError
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
+from dtrp.partitioner.fit import Choice, Fit, Fitted, Limits
 from dtrp.partitioner.links import Links
 from dtrp.partitioner.partition import DeviceClass, Partition, partition
-from dtrp.partitioner.partly import as_needed
 from dtrp.partitioner.plan import Plan, fingerprint
 from dtrp.partitioner.profile import make_profile
-from dtrp.partitioner.stage_cost import (
-    RECOMPUTE,
-    Recompute,
-    StageCost,
-    overlaps,
-    stage_costs,
-    transfer_attribute,
-)
+from dtrp.partitioner.stage_cost import overlaps, transfer_attribute
 from dtrp.partitioner.stage_models import stage_models
 from dtrp.partitioner.training import ASSUMED, Training
 
@@ -35,9 +26,6 @@ log = logging.getLogger(__name__)
 
 USABLE_MEMORY = 0.9
 """The share of a device's memory that a plan may fill; the rest is for the allocator and the libraries."""
-
-
-_TIGHTENINGS = 3
 
 
 class Rules(Protocol):
@@ -103,7 +91,7 @@ def make_plan(
     groups, order = _of_graph(graph, hazards)
     fixed = _fixed(graph, pins or {})
 
-    def attempt(choice: bool | str | Sequence[bool], limit: Sequence[float | None]) -> Partition:
+    def attempt(choice: Choice, limit: Limits) -> Partition:
         return solve(
             graph,
             n_stages,
@@ -119,77 +107,15 @@ def make_plan(
             seed=seed,
         )
 
-    def chosen(result: Partition) -> tuple[Recompute, ...]:
-        return tuple(option == RECOMPUTE for option in result.options)
-
-    def costs_of(result: Partition, again: Sequence[Recompute]) -> list[StageCost]:
-        stage_of = {str(n): result.stage_of[n] for n in graph}
-        return stage_costs(graph, stage_of, again, devices=index, training=training)
-
-    def overdrawn(
-        result: Partition, limit: Sequence[float | None], again: Sequence[Recompute] = ()
-    ) -> list[float]:
-        """Bytes by which each stage's simulated peak exceeds its limit."""
-        costs = costs_of(result, again or chosen(result))
-        return [
-            0.0 if most is None else max(c.peak - most, 0.0) for c, most in zip(costs, limit, strict=True)
-        ]
-
-    def fit(limit: Sequence[float | None]) -> tuple[Partition, tuple[Recompute, ...]]:
-        """The solver adds up; where the simulated peak is higher than the sum, the limit is drawn tighter."""
-        best = attempt(recompute, [None] * n_stages)
-        excess = overdrawn(best, limit)
-        if not any(excess):
-            return best, chosen(best)
-        best = attempt(recompute, limit)
-        excess = overdrawn(best, limit)
-        tight = list(limit)
-        for _ in range(_TIGHTENINGS):
-            if not any(excess):
-                break
-            tight = [None if t is None else t - e for t, e in zip(tight, excess, strict=True)]
-            try:
-                result = attempt(recompute, tight)
-            except (InfeasiblePlanError, ValueError):
-                break
-            found = overdrawn(result, limit)
-            if sum(found) < sum(excess):
-                best = result
-            excess = found
-        best, again = in_part(best, limit) if recompute == "auto" else (best, chosen(best))
-        if any(overdrawn(best, limit, again)):
-            log.warning(
-                "at its fullest moment a stage needs more memory than its limit; the report says how much"
-            )
-        return best, again
-
-    def in_part(result: Partition, limit: Sequence[float | None]) -> tuple[Partition, tuple[Recompute, ...]]:
-        """The same, or another partition, where stages compute no more again than they need to."""
-        candidates: list[tuple[Partition, tuple[Recompute, ...]]] = []
-        with suppress(InfeasiblePlanError):
-            for found in (result, attempt("partly", limit)):
-                keeping = costs_of(found, [False] * n_stages)
-                again = as_needed(captured, graph, found, keeping, limit, training)
-                if not any(overdrawn(found, limit, again)):
-                    candidates.append((found, again))
-        if not any(overdrawn(result, limit)):
-            candidates.insert(0, (result, chosen(result)))
-        ticks = [max(cost.tick for cost in costs_of(*candidate)) for candidate in candidates]
-        found, again = candidates[ticks.index(min(ticks))] if candidates else (result, chosen(result))
-        if again == chosen(found):
-            return found, again
-        bound = min(result.lower_bound, attempt("at best", limit).lower_bound)
-        return replace(found, lower_bound=bound, reason=""), again
-
-    if limits is not None:
-        result, again = fit(limits)
-    else:
-        try:
-            result, again = fit(default_limits([specs[i] for i in index]))
-        except InfeasiblePlanError as e:
-            log.warning("no plan fits the devices' memory; planning without that limit. %s", e)
-            result = attempt(True if recompute == "auto" else recompute, [None] * n_stages)
-            again = chosen(result)
+    fit = Fit(captured, graph, index, training, recompute, attempt)
+    try:
+        result, again = fit.into(limits or default_limits([specs[i] for i in index]))
+    except InfeasiblePlanError as e:
+        if limits is not None:
+            raise
+        log.warning("no plan fits the devices' memory; planning without that limit. %s", e)
+        most = True if recompute == "auto" else recompute
+        result, again = Fitted.as_solved(attempt(most, [None] * n_stages))
     edges = [(u, v) for u, v, data in graph.edges(data=True) if data.get("precedence", True)]
     plan = Plan(
         n_stages=n_stages,

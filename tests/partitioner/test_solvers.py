@@ -235,7 +235,7 @@ def test_a_core_bounds_its_problem_and_groups_can_be_put_back(seed: int) -> None
 def test_neighbours_are_downsets(seed: int) -> None:
     problem = random_problem(seed)
     stage = all_partitions(problem)[-5]
-    found = neighbourhood(problem, boundaries(problem, stage), np.random.default_rng(0))
+    found = neighbourhood(problem, boundaries(problem, stage))
     every = {tuple(r) for r in downsets(problem).tolist()}
     assert {tuple(r) for r in found.tolist()} <= every
     assert {tuple(r) for r in boundaries(problem, stage).tolist()} <= {tuple(r) for r in found.tolist()}

@@ -86,7 +86,7 @@ def _events_of_model(task: Task, traced: Traced, training: bool, watched: int = 
     world = task.world()
     watcher = _Watcher(model, world, traced, watched)
     with task.run(training), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
-        watcher.log = log = _started(task, model, world, watcher.where)
+        watcher.log = log = _started(model, world, watcher.where)
         inputs = _inputs(task, world, log)
         args, kwargs = task.signature.unflatten(inputs)
         watcher.found = dict(model.named_buffers())
@@ -110,7 +110,7 @@ def _events_of_graph(task: Task, traced: Traced, training: bool) -> tuple[list[E
     world = task.world()
     runner = _Runner(model, traced, world)
     with task.run(training), world.inhabited_by(model), torch.set_grad_enabled(task.grad):
-        runner.log = log = _started(task, model, world, runner.where)
+        runner.log = log = _started(model, world, runner.where)
         inputs = _inputs(task, world, log)
         with torch.compiler.set_stance("force_eager"), observed(Observer(), model), log:
             _seed()
@@ -137,9 +137,7 @@ def _held_by(model: nn.Module, traced: Traced) -> list[torch.Tensor]:
     return held
 
 
-def _started(
-    task: Task, model: nn.Module, world: FakeWorld, where: Callable[[int], tuple[str, str]]
-) -> OperatorLog:
+def _started(model: nn.Module, world: FakeWorld, where: Callable[[int], tuple[str, str]]) -> OperatorLog:
     log = OperatorLog(world, where)
     for p in model.parameters():  # fake ones; what is frozen now may be trained later
         if p.is_floating_point() or p.is_complex():

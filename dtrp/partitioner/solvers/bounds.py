@@ -47,7 +47,7 @@ def stage_work(problem: Problem) -> tuple[Floats, Floats]:
     return work, fixed
 
 
-def group_bound(problem: Problem, work: Floats, fixed: Floats) -> Bound:
+def group_bound(work: Floats, fixed: Floats) -> Bound:
     """The heaviest group on the stage that suits it best."""
     alone = np.min(work + fixed[:, None], axis=0)
     g = int(np.argmax(alone))
@@ -114,4 +114,4 @@ def simple_bound(problem: Problem) -> Bound:
     if problem.n == 0:
         return Bound(0.0, "balance")
     work, fixed = stage_work(problem)
-    return max(group_bound(problem, work, fixed), balance_bound(work, fixed), key=lambda b: b.value)
+    return max(group_bound(work, fixed), balance_bound(work, fixed), key=lambda b: b.value)

@@ -30,7 +30,7 @@ def local_search(state: State, windows: Windows, clock: Clock, seed: int, *, pat
     shaken, in_vain = None, 0
     while in_vain < patience and not state.optimal and not clock.expired:
         start = state.stage if shaken is None else shaken
-        member = neighbourhood(problem, boundaries(problem, start), random)
+        member = neighbourhood(problem, boundaries(problem, start))
         try:
             found = ChainProgram(problem, windows, member).solve(state.load * (1 - 1e-9), clock)
         except OutOfTime:
@@ -47,7 +47,7 @@ def boundaries(problem: Problem, stage: Ints) -> Bools:
     return stage[None, :] < np.arange(1, problem.n_stages)[:, None]
 
 
-def neighbourhood(problem: Problem, member: Bools, random: np.random.Generator) -> Bools:
+def neighbourhood(problem: Problem, member: Bools) -> Bools:
     """Some down-sets and their neighbours, each once."""
     below = problem.descendants
     work = np.max([c for alike in problem.stage_types for c, _ in problem.work(alike[0])], axis=0)
