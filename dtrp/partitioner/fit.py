@@ -93,7 +93,7 @@ class Fit:
             for found in (whole.partition, self.solve("partly", limits)):
                 keeping = self._costs(Fitted(found, (False,) * len(limits)))
                 again = as_needed(self.captured, self.graph, found, keeping, limits, self.training)
-                if not any(self._overdrawn(candidate := Fitted(found, tuple(again)), limits)):
+                if not any(self._overdrawn(candidate := Fitted(found, again), limits)):
                     candidates.append(candidate)
         best = min(candidates, key=lambda c: max(cost.tick for cost in self._costs(c)), default=whole)
         if best.recompute == Fitted.as_solved(best.partition).recompute:
