@@ -137,7 +137,7 @@ class CostWalk:
 
     def _gradient(self, node: fx.Node, args: Any, kwargs: Any) -> NodeCost:
         """The cost of ``torch.autograd.grad``: the backward pass of what it differentiates."""
-        inside = [self.costs[n] for n in region_of(node) if n in self.costs]
+        inside = [self.costs[n] for n in region_of(node, self.module) if n in self.costs]
         forward = tuple(op for cost in inside for op in cost.backward)
         twice = tuple(op for cost in inside for op in (*cost.forward, *cost.backward))
         return replace(self._unknown(node, args, kwargs), forward=forward, backward=twice)

@@ -130,7 +130,8 @@ class _Clock:
         times: dict[str, Any] = {"sweep": sweep}
         forward, backward = (_least(runs, which, overhead * which) for which in (0, 1))
         for node in filter(is_gradient, self.nodes):  # it is the backward pass of others, and its own theirs
-            inside = [n.name for n in region_of(node) if n.name in self.costs and n is not node]
+            region = region_of(node, model)
+            inside = [n.name for n in region if n.name in self.costs and n is not node]
             forward[node.name] = sum(backward[n] for n in inside)
             backward[node.name] = sum(forward[n] + backward[n] for n in inside)
         for node in self.costs:

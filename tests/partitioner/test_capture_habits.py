@@ -355,6 +355,25 @@ def test_gradients_inside_forward_are_trained(forward, x):
         torch.testing.assert_close(outer.get_parameter(name), p, rtol=0, atol=0, msg=name)
 
 
+def test_gradients_for_a_parameter_under_its_other_name(x):
+    """A tied layer uses the parameter as its own; it belongs to the region like the layer that is named."""
+
+    def forward(m, x):
+        slope = torch.autograd.grad(m.tied(x).tanh().mean(), m.a.weight, create_graph=True)[0]
+        return m.b(nn.functional.linear(x, m.a.weight - 0.1 * slope))
+
+    model = Model(forward)
+    model.tied = nn.Linear(4, 4)
+    model.tied.weight = model.a.weight
+    expected = model(x).detach()
+    for costs in ("analytic", "measured"):
+        pipe = dtrp.compile(model, n_gpus=3, devices=["cpu"] * 3, example_inputs=(x.clone(),), costs=costs)
+        with torch.no_grad():
+            torch.testing.assert_close(pipe(x), expected, rtol=0, atol=0)
+        stages = {data["stage"] for name, data in pipe.graph.nodes(data=True) if name in ("tied", "grad")}
+        assert len(stages) == 1
+
+
 class Normed(nn.Module):
     def __init__(self, norm):
         super().__init__()

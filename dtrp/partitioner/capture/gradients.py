@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, Node, map_arg
 from torch.fx.node import has_side_effect
 
@@ -44,11 +45,13 @@ def is_gradient(node: Node) -> bool:
     return node.target is torch.autograd.grad
 
 
-def region_of(gradient: Node) -> list[Node]:
+def region_of(gradient: Node, model: nn.Module) -> list[Node]:
     """The nodes between what is differentiated for and what is differentiated, in order, and itself."""
     outputs, inputs = (_nodes(_argument(gradient, i, name)) for i, name in enumerate(("outputs", "inputs")))
-    # Parameters: layers use them by themselves, and each use by name has a node of its own.
-    owned = {str(n.target) for n in inputs if n.op == "get_attr"}
+    # Parameters: layers use them by themselves, uses by name are nodes, tied ones have several names.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = [parameters.get(str(n.target)) for n in inputs if n.op == "get_attr"]
+    owned = {name for name, p in parameters.items() if any(p is w for w in wanted)}
     before = _ancestors(outputs)
     found = [n for n in inputs if n.op.startswith("call")]
     reached = {*inputs, *(n for n in gradient.graph.find_nodes(op="get_attr") if n.target in owned)}
@@ -72,12 +75,12 @@ def regions(graph: Graph) -> Iterator[list[Node]]:
         yield region
 
 
-def enclose(graph: Graph, describe: Callable[[Node, Any], None]) -> None:
-    """Mark the regions of a finished graph as the module's docstring shows; ``describe`` new nodes."""
+def enclose(graph: Graph, model: nn.Module, describe: Callable[[Node, Any], None]) -> None:
+    """Mark the regions of the model's graph as the module's docstring shows; ``describe`` new nodes."""
     gradients = [n for n in graph.nodes if is_gradient(n)]
     order = {n: i for i, n in enumerate(graph.nodes)}
     spans: list[tuple[int, int]] = []
-    for region in map(region_of, gradients):
+    for region in (region_of(gradient, model) for gradient in gradients):
         first, last = order[region[0]], order[region[-1]]
         while spans and spans[-1][1] >= first:  # one inside the other, such as second derivatives
             first = min(first, spans.pop()[0])
@@ -90,11 +93,11 @@ def enclose(graph: Graph, describe: Callable[[Node, Any], None]) -> None:
         with graph.inserting_after(nodes[last]):
             describe(graph.call_function(gradients_back, (on,)), None)
     for gradient in gradients:
-        _start_anew(gradient, describe)
+        _start_anew(gradient, model, describe)
 
 
-def _start_anew(gradient: Node, describe: Callable[[Node, Any], None]) -> None:
-    region = region_of(gradient)
+def _start_anew(gradient: Node, model: nn.Module, describe: Callable[[Node, Any], None]) -> None:
+    region = region_of(gradient, model)
     for source in _nodes(_argument(gradient, 1, "inputs")):
         if source.op == "get_attr" or not source.meta["val"].requires_grad:
             continue

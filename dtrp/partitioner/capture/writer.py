@@ -116,7 +116,7 @@ class GraphWriter:
         """End the graph with the flat output."""
         node = self.graph.output(tuple(self.argument(leaf) for leaf in leaves))
         self._describe(node, tuple(leaves))
-        enclose(self.graph, self._describe)
+        enclose(self.graph, self._model, self._describe)
 
     def _describe(self, node: Node, value: Any) -> None:
         node.meta["val"] = light(value)
