@@ -94,7 +94,8 @@ def compile(
         Devices of each stage, as ``(1, 4, 2, 1)``, all of one kind: they take the parts of every batch in
         turn, and add up their gradients before the update. ``devices`` then names them all, stage by stage.
         What is trained is what stages of one device each train in as many parts, but for rounding
-        (`PartitionReport.layouts` compares such numbers). With worker processes; inline each stage runs once.
+        (`PartitionReport.layouts` compares such numbers). Inline each stage runs once; a launcher starts as
+        many processes as there are devices.
 
     Returns
     -------
@@ -209,11 +210,6 @@ def _groups(
         raise ValueError(f"replicas={short(replicas)}: expected an int >= 1, or one for each stage")
     if n_gpus is not None and len(each) != n_gpus:
         raise ValueError(f"replicas={replicas!r}: expected an int, or one for each of the {n_gpus} stages")
-    if launched.world_size() > 1:
-        raise ValueError(
-            "replicas under a launcher: leave them out, and start a multiple of n_gpus processes, each "
-            "pipeline with batches of its own (docs/cluster.md)"
-        )
     if devices is not None and len(devices) != sum(each):
         raise ValueError(f"{len(devices)} devices for stages of {' + '.join(map(str, each))}: name each one")
     places = _places(sum(each), devices)

@@ -54,10 +54,10 @@ def choose_order(
     if parts == "auto":
         parts = most_parts(stages, training, config, samples, least)
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
-    if why and config.replicas:
+    if why and config.replicas and chosen == "auto":
         raise ValueError(
-            f"stages of several devices share out the parts of a batch, and this one cannot be cut: {why}; "
-            f"give each stage one device"
+            f"stages of several devices share out the parts of a batch, and this one is not cut by itself: "
+            f"{why}; give each stage one device, or micro_batches=n if that is meant"
         )
     if why and chosen == "auto":
         parts = 1

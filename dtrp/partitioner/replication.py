@@ -74,7 +74,7 @@ class Layout:
 
     @property
     def alike(self) -> bool:
-        """Whether all stages have as many devices: then a launcher can start them as replicas, too."""
+        """Whether all stages have as many devices."""
         return len(set(self.replicas)) == 1
 
     @property
@@ -295,8 +295,4 @@ def _how_to_run(layout: Layout) -> str:
     k, replicas = len(layout.replicas), layout.replicas[0] if layout.alike else layout.replicas
     given = "" if replicas == 1 else f", replicas={replicas}"
     parts = layout.micro_batches
-    how = f"To run {layout.name}: dtrp.compile(model, n_gpus={k}{given}), micro_batches={parts}"
-    if layout.alike and replicas != 1:
-        each = parts // layout.replicas[0]
-        how += f" (under a launcher n_gpus={k}, micro_batches={each}, on {sum(layout.replicas)} processes)"
-    return f"{how}."
+    return f"To run {layout.name}: dtrp.compile(model, n_gpus={k}{given}), micro_batches={parts}."

@@ -46,15 +46,16 @@ Work = Any  # torch's is not typed
 
 
 class GroupLinks:
-    """One stage's ends.
+    """One process's ends.
 
     Parameters
     ----------
-    stage : int
+    process : int
+        Its number in its pipeline.
     pairs : iterable of (int, int)
-        Who sends to whom in this pipeline.
+        Who sends to whom there.
     down, up : ProcessGroup
-        gloo's, of the pipeline's stages: to later ones, and to earlier ones.
+        gloo's, of the pipeline's processes: to those of later stages, and of earlier ones.
     payload : (ProcessGroup, ProcessGroup), optional
         Likewise, for payloads that stay on ``device``; without: payloads travel through host memory.
     carrying : collection of (int, int)
@@ -63,7 +64,7 @@ class GroupLinks:
 
     def __init__(
         self,
-        stage: int,
+        process: int,
         pairs: Iterable[tuple[int, int]],
         down: dist.ProcessGroup,
         up: dist.ProcessGroup,
@@ -72,7 +73,7 @@ class GroupLinks:
         carrying: Collection[tuple[int, int]] = (),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.stage, self.on_host = stage, payload is None
+        self.process, self.on_host = process, payload is None
         place = self._device = torch.device("cpu" if payload is None else device)
         self.news: News | None = None
         groups, payloads = (down, up), payload or (down, up)
@@ -83,9 +84,9 @@ class GroupLinks:
         for source, target in sorted(pairs):
             way = int(source > target)
             end = (groups[way], payloads[way], abs(source - target) + 2, place)
-            if source == stage:
+            if source == process:
                 self._senders[target] = _Sender(target, *end, on_host=self.on_host)
-            elif target == stage:
+            elif target == process:
                 self._receivers[source] = _Receiver(source, *end, beside, on_host=self.on_host)
         if payload is not None:
             self._greet(sorted(carrying), payload)
@@ -98,9 +99,9 @@ class GroupLinks:
         now, in one order, rather than when others wait for them. What it refuses is to be read as it is."""
         for source, target in pairs:
             group, one = payload[int(source > target)], torch.zeros(1, device=self._device)
-            if source == self.stage:
+            if source == self.process:
                 group.send([one], target, 0).wait()
-            elif target == self.stage:
+            elif target == self.process:
                 group.recv([one], source, 0).wait()
 
     @property
@@ -108,7 +109,7 @@ class GroupLinks:
         return next((target for target, sender in self._senders.items() if sender.full), None)
 
     def allow(self, places: Callable[[int], int]) -> None:
-        """How many messages may be on their way to each stage."""
+        """How many messages may be on their way to each of them."""
         for target, sender in self._senders.items():
             sender.most = places(target)
 
@@ -124,7 +125,7 @@ class GroupLinks:
         inbox, source = self._inboxes[channel], channel.source
         while not inbox:
             kind, message, works, news = self._receivers[source].receive(self._senders.get(source))
-            found = Channel(cast(Kind, KINDS[kind]), source, self.stage)
+            found = Channel(cast(Kind, KINDS[kind]), source, self.process)
             self._inboxes[found].append((message, works))
             if self.news is not None:
                 self.news.unpack(news)

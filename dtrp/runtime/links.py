@@ -37,11 +37,11 @@ class Message(NamedTuple):
 
 
 class LostStage(ConnectionError):
-    """The process at the other end of a channel is gone."""
+    """The process at the other end of a channel is gone: ``peer`` in its pipeline, called ``name``."""
 
-    def __init__(self, stage: int, why: str) -> None:
-        super().__init__(f"lost the connection to stage {stage}: {why}")
-        self.stage, self.why = stage, why
+    def __init__(self, peer: int, why: str, name: str = "") -> None:
+        super().__init__(f"lost the connection to {name or f'stage {peer}'}: {why}")
+        self.peer, self.why = peer, why
 
 
 class Links(Protocol):

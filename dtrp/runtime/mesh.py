@@ -1,8 +1,8 @@
 """This process among those that a launcher started: which stage of which replica, and who it talks to how.
 
-    rank = replica * n_stages + stage
+    rank = replica * n_processes + process        of a pipeline; stage by stage (`Seats`)
 
-The processes stand in a device mesh ("replicate", "stage"). Notes, and all that is gathered or agreed on, go
+Notes, and all that is gathered or agreed on, go
 by gloo, whatever the stages' devices are. Each direction of a pipeline has a communicator of its own: with
 one for both, activations and gradients could wait for each other in a circle.
 
@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from .. import accelerators
 from . import launched
+from .routed import Seats
 from .transfer import dumps, loads
 
 _c10d: Any = dist  # what it exports, but does not say so
@@ -49,14 +49,16 @@ class Mesh:
 
     Parameters
     ----------
-    n_stages : int
-        Of a pipeline. Twice as many processes make two replicas of it.
+    seats : Seats
+        Of a pipeline. Twice as many processes make two replicas of it, where each stage has one.
 
     Attributes
     ----------
-    rank, size, stage, replica, replicas : int
+    rank, size, process, stage, replica, replicas : int
+    leads : bool
+        Whether this process speaks for its stage of this replica: its first one.
     pipeline, peers, sums : ProcessGroup
-        The stages of this replica; this stage in all replicas, twice.
+        The processes of this replica; those of this stage, in all replicas, twice.
     down, up : ProcessGroup
         Of the pipeline, for what goes to later stages, and to earlier ones.
     everyone : ProcessGroup
@@ -68,26 +70,23 @@ class Mesh:
     Raises
     ------
     ValueError
-        The number of processes is no multiple of the number of stages.
+        The number of processes makes no whole pipelines.
     """
 
-    def __init__(self, n_stages: int) -> None:
-        check(n_stages)
+    def __init__(self, seats: Seats) -> None:
+        check(seats)
         self.address = _address()
         if not dist.is_initialized():
             rank, size = launched.rank(), launched.world_size()
             dist.init_process_group(_backend(), store=_store(rank, size), rank=rank, world_size=size)
         self.by_agent = _by_agent()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.n_stages, self.replicas = n_stages, self.size // n_stages
-        self.replica, self.stage = divmod(self.rank, n_stages)
-        self.mesh = init_device_mesh(
-            "cpu",
-            (self.replicas, n_stages),
-            mesh_dim_names=("replicate", "stage"),
-            backend_override={"replicate": "gloo", "stage": "gloo"},
-        )
-        self.pipeline, self.peers = self.mesh.get_group("stage"), self.mesh.get_group("replicate")
+        self.seats, self.n_processes, self.n_stages = seats, len(seats.stages), len(seats.replicas)
+        self.replicas = self.size // self.n_processes
+        self.replica, self.process = divmod(self.rank, self.n_processes)
+        self.stage = seats.stages[self.process]
+        self.leads = self.process == seats.firsts[self.stage]
+        self.pipeline, self.peers = _group(self._by_replica), _group(self._by_stage)
         self._make_ways()
         self.sums = _group(self._by_stage)
         self.everyone = _group([list(range(self.size))])
@@ -104,12 +103,14 @@ class Mesh:
     @property
     def _by_replica(self) -> list[list[int]]:
         """All ranks, pipeline by pipeline."""
-        return [list(range(first, first + self.n_stages)) for first in range(0, self.size, self.n_stages)]
+        n = self.n_processes
+        return [list(range(first, first + n)) for first in range(0, self.size, n)]
 
     @property
     def _by_stage(self) -> list[list[int]]:
         """All ranks, together those that have the same stage."""
-        return [list(range(k, self.size, self.n_stages)) for k in range(self.n_stages)]
+        starts = range(0, self.size, self.n_processes)
+        return [[start + i for start in starts for i in self.seats.of(k)] for k in range(self.n_stages)]
 
     def renew(self) -> None:
         """Other ways for other stages: in the old ones, receives are posted for what will not come."""
@@ -131,9 +132,12 @@ class Mesh:
 
     def name(self, rank: int) -> str:
         """What to call a rank in messages."""
-        replica, stage = divmod(rank, self.n_stages)
+        replica, process = divmod(rank, self.n_processes)
         whose = f" of replica {replica}" if self.replicas > 1 else ""
-        return f"stage {stage}{whose} (rank {rank} on {self.addresses[rank]})"
+        return f"{self.seats.name(process)}{whose} (rank {rank} on {self.addresses[rank]})"
+
+    def stage_of(self, rank: int) -> int:
+        return self.seats.stages[rank % self.n_processes]
 
     def names(self) -> list[str]:
         return [self.name(rank) for rank in range(self.size)]
@@ -157,7 +161,7 @@ class Mesh:
     # ---- what several say or do together -------------------------------------------------------------------
 
     def gather(self, what: str, value: Any, *, all_replicas: bool = False) -> list[Any]:
-        """``value`` of every stage of this pipeline (or of every rank), in order, on each of them.
+        """``value`` of every stage of this pipeline (or of every rank), in order, on each rank.
 
         Raises
         ------
@@ -165,16 +169,18 @@ class Mesh:
             Another rank asks something else at this point.
         """
         group = self.everyone if all_replicas else self.pipeline
-        given: list[Any] = [None] * (self.size if all_replicas else self.n_stages)
+        given: list[Any] = [None] * (self.size if all_replicas else self.n_processes)
         dist.all_gather_object(given, (what, dumps(value)), group=group)
-        first = 0 if all_replicas else self.replica * self.n_stages
+        first = 0 if all_replicas else self.rank - self.process
         for i, (other, _) in enumerate(given):
             if other != what:
                 raise RuntimeError(
                     f"{self.name(first + i)} is at {other} where {self.name(self.rank)} is at {what}: a "
                     f"script must make the same calls to its trainer on every rank"
                 )
-        return [loads(data) for _, data in given]
+        return [
+            loads(data) for _, data in (given if all_replicas else map(given.__getitem__, self.seats.firsts))
+        ]
 
     def first(self, what: str, function: Callable[[], Any]) -> Any:
         """What ``function`` gives on rank 0, on every rank; there alone it is called.
@@ -204,8 +210,8 @@ class Mesh:
     def in_turn(self, give: Callable[[], Any]) -> Iterator[Any]:
         """What ``give`` gives in each stage of this pipeline, one after the other, on all of them: at most
         one stage's is held at a time. Stages get their own untouched."""
-        for k in range(self.n_stages):
-            mine = k == self.stage
+        for k in self.seats.firsts:
+            mine = k == self.process
             value = give() if mine else None
             data = torch.frombuffer(bytearray(dumps(value)), dtype=torch.uint8) if mine else None
             size = torch.tensor([0 if data is None else data.numel()], device="cpu")
@@ -254,7 +260,7 @@ class Mesh:
                 dist.destroy_process_group(group)
 
 
-def check(n_stages: int) -> None:
+def check(seats: Seats) -> None:
     """Refuse a number of processes that makes no whole pipelines.
 
     Raises
@@ -270,10 +276,14 @@ def check(n_stages: int) -> None:
             "MASTER_PORT are not set): run the script as torchrun --nproc-per-node N train.py, or use "
             "executor='workers'"
         )
-    if size % n_stages:
+    n = len(seats.stages)
+    if n > len(seats.replicas) and size != n:
+        each = " + ".join(map(str, seats.replicas))
+        raise ValueError(f"{size} processes for stages of {each}: start {n}, as each has a device of its own")
+    if size % n:
         raise ValueError(
-            f"{size} processes cannot make pipelines of {n_stages} stages: start a multiple of {n_stages} "
-            f"processes, or give n_gpus={size} (or a divisor of it)"
+            f"{size} processes cannot make pipelines of {n} stages: start a multiple of {n} processes, or "
+            f"give n_gpus={size} (or a divisor of it)"
         )
 
 

@@ -22,10 +22,10 @@ Item = Loss | Skip
 
 
 class News:
-    """One stage's knowledge. ``ask``: what the stage itself has to say."""
+    """One process's knowledge. ``ask``: what its stage itself has to say."""
 
-    def __init__(self, stage: int, ask: Callable[[], Sequence[Item]]) -> None:
-        self.stage, self.ask = stage, ask
+    def __init__(self, process: int, ask: Callable[[], Sequence[Item]]) -> None:
+        self.process, self.ask = process, ask
         self.known: tuple[list[Item], list[Item]] = ([], [])
         self._sent: dict[int, int] = defaultdict(int)  # to each stage, of the list that goes there
         self._taken, self._common = [0, 0], [0, 0]  # how many were given on; how many all stages know
@@ -38,7 +38,7 @@ class News:
     def pack(self, target: int) -> bytes:
         """What a note to ``target`` is to carry."""
         self.add(self.ask())
-        kind = LOSSES if target < self.stage else SKIPS
+        kind = LOSSES if target < self.process else SKIPS
         known, start = self.known[kind], self._sent[target]
         items = known[start : start + MOST]
         self._sent[target] = start + len(items)

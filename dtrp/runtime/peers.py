@@ -125,10 +125,10 @@ class Peers:
             stuck = self._watch.look() if self.failure is None else None
             if stuck is not None:
                 rank, text = stuck
-                self._to_tell = Failure(text, rank % self.mesh.n_stages, "")
+                self._to_tell = Failure(text, self.mesh.stage_of(rank), "")
                 self._tell.set()
                 self._failed.wait(self._grace)
-                self._fail(Failure(text, rank % self.mesh.n_stages, ""))
+                self._fail(Failure(text, self.mesh.stage_of(rank), ""))
             if self.failure is not None:
                 self.mesh.poison()
                 return
@@ -144,7 +144,7 @@ class Peers:
             f"{mesh.store_address} does not answer. Its process may be stopped, its host down, or the link "
             f"cut"
         )
-        return Failure(text, gone[0] % mesh.n_stages if gone else None, "")
+        return Failure(text, mesh.stage_of(gone[0]) if gone else None, "")
 
     def _fail(self, failure: Failure) -> None:
         if self.failure is None:
@@ -164,14 +164,14 @@ class Peers:
 
     def cause(self, error: BaseException) -> Failure:
         """Why an operation with others failed: as the first says that gave a reason, or whose end it is."""
-        rank = error.stage + self.mesh.rank - self.mesh.stage if isinstance(error, LostStage) else None
+        rank = error.peer + self.mesh.rank - self.mesh.process if isinstance(error, LostStage) else None
         # Whose connection broke says the error; in an operation of all, the silence has to.
         if not self._failed.wait(self._grace if rank is not None else self.limit + self._grace):
             if self._lost:  # what has had the store is gone, before whoever noticed that
                 self._fail(self._cut_off())
                 return self._cut_off()
             whom = "another rank" if rank is None else self.mesh.name(rank)
-            stage = None if rank is None else rank % self.mesh.n_stages
+            stage = None if rank is None else self.mesh.stage_of(rank)
             text = f"{whom} is gone: its process died, or the connection broke ({_first_line(error)})"
             return self.report(Failure(text, stage, ""))
         assert self.failure is not None

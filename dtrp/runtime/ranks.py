@@ -1,7 +1,7 @@
 """One stage in this process, the others in processes that a launcher started with the same script.
 
 Every rank runs the script and makes the same calls to its trainer; each takes of a batch what its stage
-needs.
+needs, where a stage has several processes what it is this one's turn to compute (`Seats`).
 What is asked of all stages is asked on every rank at once (`Mesh`): between rounds nothing holds the ranks
 together, so one may be a few batches ahead of another.
 """
@@ -34,6 +34,7 @@ from .processes import carrying, talking
 from .program import StageProgram
 from .random import pass_seed
 from .replicas import Group, Replicas
+from .routed import Routed
 from .stage import Stage, finish
 from .stats import StageStats
 from .training_state import SECTIONS
@@ -76,30 +77,40 @@ class Ranks:
         self._warned = False
         # Of a model on the meta device each rank holds its own stage alone.
         self.partial = any(t.is_meta for p in programs for t in p.module.parameters())
-        mine = programs[mesh.stage]
-        mine = private(replace(mine, device=place(mine.device)), apart=not self.partial)
+        mine, turn = programs[mesh.stage], mesh.seats.turn(mesh.process)
+        device = mine.devices[turn[0]] if mine.devices else mine.device
+        mine = private(replace(mine, device=place(device)), apart=not self.partial)
+        self._slots = 0  # that went in
         with self._told("starting"):
             if accelerators.is_one(mine.device):
                 accelerators.use(mine.device)
             ways = mesh.on_device(mine.device)
             self.links = GroupLinks(
-                mesh.stage,
-                talking(mine, config),
+                mesh.process,
+                mesh.seats.pairs(talking(mine, config)),
                 mesh.down,
                 mesh.up,
                 payload=None if ways is None else (ways.down, ways.up),
-                carrying=carrying(mine),
+                carrying=mesh.seats.pairs(carrying(mine)),
                 device=mine.device,
             )
             self.replicas = None
-            if mesh.replicas > 1:
+            apart = mesh.replicas > 1  # each pipeline with batches of its own, all by the same list
+            if mesh.peers.size() > 1:
                 sums, at = (mesh.sums, "cpu") if ways is None else (ways.sums, mine.device)
-                self.replicas = Replicas(Group(mesh.peers), Group(sums), at)
-            join_norms(mine.module, self.replicas)
-            seed = self._own_seed(seed)
-            self.stage = Stage(mine, config, self.links, seed=seed, record=record, replicas=self.replicas)
-        self.links.allow(self.stage.places)
-        self.news_of = self.links.news = News(mesh.stage, self.stage.answers.news)
+                self.replicas = Replicas(Group(mesh.peers, overlaps=apart), Group(sums, overlaps=apart), at)
+            join_norms(mine.module, self.replicas if apart else None)
+            stage = self.stage = Stage(
+                mine,
+                config,
+                Routed(self.links, mesh.seats, mesh.process) if config.replicas else self.links,
+                seed=self._own_seed(seed),
+                record=record,
+                replicas=self.replicas,
+                turn=turn,
+            )
+        self.links.allow(lambda other: stage.places(mesh.seats.stages[other]))
+        self.news_of = self.links.news = News(mesh.process, stage.answers.news)
         peers.stage = self.stage
 
     # ---- training ------------------------------------------------------------------------------------------
@@ -107,8 +118,12 @@ class Ranks:
     def feed(self, feeds: Sequence[Feed]) -> None:
         """A slot goes in; ``feeds[k]`` is what stage k gets of it."""
         self._digest = _digest(feeds, self._digest)
-        feed = feeds[self.mesh.stage]
-        feed = feed._replace(inputs=owned(feed.inputs), target=owned(feed.target))
+        feed, seats = feeds[self.mesh.stage], self.mesh.seats
+        if seats.at(self.mesh.stage, self._slots) == self.mesh.process:
+            feed = feed._replace(inputs=owned(feed.inputs), target=owned(feed.target))
+        else:
+            feed = feed._replace(inputs=(), target=None)
+        self._slots += 1
         with self._told("a round", draws=True):
             finish(self.stage.feed(feed))
 
@@ -116,6 +131,7 @@ class Ranks:
         """Until nothing is in flight in this stage."""
         with self._told("draining", draws=True):
             finish(self.stage.drain(close_group=close_group))
+        self._slots += bool(close_group)  # as the stage counts
 
     def weight(self, count: int) -> float:
         """This replica's share in a mini-batch, of which it has so many."""
@@ -135,20 +151,20 @@ class Ranks:
             if wait:
                 self.news_of.add(self.stage.answers.news(wait=True))
                 given = self.mesh.gather("flush", (self.news_of.rest(), self._digest), all_replicas=True)
-                first = self.mesh.rank - self.mesh.stage
-                ours = given[first : first + self.mesh.n_stages]
+                first, n = self.mesh.rank - self.mesh.process, self.mesh.n_processes
+                ours = given[first : first + n]
                 self.news_of.learn([rest for rest, _ in ours])
                 self._compare([digest for _, digest in ours])
-                self._look_for_copies([digest for _, digest in given[:: self.mesh.n_stages]])
+                self._look_for_copies([digest for _, digest in given[::n]])
             return self.news_of.take()
 
     def _compare(self, digests: Sequence[int]) -> None:
         """Stages that were given different batches would train on nonsense without a word."""
-        for stage, digest in enumerate(digests):
+        first = self.mesh.rank - self.mesh.process
+        for process, digest in enumerate(digests):
             if digest != digests[0]:
                 raise WorkerError(
-                    f"rank {self.mesh.rank - self.mesh.stage} and rank "
-                    f"{self.mesh.rank - self.mesh.stage + stage} were given different batches, but belong to "
+                    f"rank {first} and rank {first + process} were given different batches, but belong to "
                     f"one pipeline: shuffle alike on every rank (DataLoader(..., generator="
                     f"torch.Generator().manual_seed(0))), or give the loader sampler=trainer.sampler(dataset)"
                 )
@@ -173,7 +189,9 @@ class Ranks:
         try:
             for feeds in batches:
                 with self._told("evaluating", draws=True):
-                    result = finish(self.stage.answers.evaluate(feeds[self.mesh.stage]))
+                    result = None
+                    if self.mesh.leads:
+                        result = finish(self.stage.answers.evaluate(feeds[self.mesh.stage]))
                     if measure is None:
                         result = self.mesh.gather("predict", result)[-1]
                 if measure is None:
@@ -184,7 +202,7 @@ class Ranks:
                 return
             with self._told("evaluating"):
                 results.append(self.stage.answers.totals())
-                results = results if self.stage.program.is_last else []
+                results = results if self.stage.program.is_last and self.mesh.leads else []
                 given = self.mesh.gather("evaluate", results, all_replicas=True)
         finally:
             self.stage.answers.end_evaluation()

@@ -28,12 +28,10 @@ BYTES = 25 * 2**20  # of a bucket, as DistributedDataParallel has them
 
 
 class Group:
-    """Replicas as a process group of torch.distributed."""
+    """Replicas as a process group of torch.distributed. ``overlaps``: sums go on beside other work."""
 
-    overlaps = True  # sums go on beside other work
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self.rank = group, group.rank()
+    def __init__(self, group: dist.ProcessGroup, *, overlaps: bool) -> None:
+        self._group, self.rank, self.overlaps = group, group.rank(), overlaps
 
     def sum(self, tensor: Tensor) -> Any:
         """Each replica's, in place, once what is returned was waited for; in one order in all of them."""
@@ -137,8 +135,9 @@ class Replicas:
 
     def joint_loss(self, value: Tensor) -> Tensor:
         """Over all replicas; no host waits for a device. Comes before the gradients of its own pass, and
-        behind those of the last, so that it can go their way."""
-        total = value.detach().to(self.device, copy=True)
+        behind those of the last, so that it can go their way. In float64: who has no part of a batch does
+        not know in what the others' losses are."""
+        total = value.detach().to(self.device, torch.float64, copy=True)
         self.sums.sum(total).wait()
         return total
 

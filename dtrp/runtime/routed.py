@@ -15,9 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from .links import Channel, LostStage, Message
-from .shared import SharedLinks
+
+if TYPE_CHECKING:
+    from .group_links import GroupLinks
+    from .shared import SharedLinks
 
 OF_ALL = ("norm", "tied-sum")
 
@@ -52,9 +56,8 @@ class Seats:
         return self.firsts[stage] + slot % self.replicas[stage]
 
     def pairs(self, stages: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
-        """Who sends to whom where these stages do; a stage's own processes all do."""
-        together = {*stages, *((k, k) for k in range(len(self.replicas)))}
-        return {(i, j) for a, b in together for i in self.of(a) for j in self.of(b) if i != j}
+        """Who sends to whom where these stages do."""
+        return {(i, j) for a, b in stages for i in self.of(a) for j in self.of(b) if i != j}
 
     def name(self, process: int) -> str:
         """What to call it in messages."""
@@ -65,7 +68,7 @@ class Seats:
 class Routed:
     """One process's links to stages, over its lines to processes."""
 
-    def __init__(self, links: SharedLinks, seats: Seats, process: int) -> None:
+    def __init__(self, links: SharedLinks | GroupLinks, seats: Seats, process: int) -> None:
         self.links, self.seats, self.process = links, seats, process
         self.turn = seats.turn(process)
 
@@ -96,7 +99,7 @@ class Routed:
         try:
             return self.links.take(Channel(channel.kind, source, self.process))
         except LostStage as e:
-            raise LostStage(channel.source, e.why) from None
+            raise LostStage(e.peer, e.why, seats.name(e.peer)) from None
 
     def waiting(self) -> int:
         return self.links.waiting()

@@ -41,6 +41,7 @@ from .loss import held_loss
 from .optim import JOINT, UNREAD, OptimizerKind, unread_options
 from .program import StageProgram, trained
 from .rebalance import Move
+from .routed import Seats
 from .run_state import RunState, check_builds, model_groups
 from .world import join
 
@@ -90,7 +91,8 @@ class Run:
         if unread := unread_options(optimizer):
             log.warning(UNREAD, type(optimizer).__name__, ", ".join(unread))
         self.expected = compiled.expect(config, self._kind)
-        self.world = join(launch.executor, compiled.n_stages, float(launch.watchdog))
+        seats = Seats(config.replicas or (1,) * compiled.n_stages)
+        self.world = join(launch.executor, seats, float(launch.watchdog))
         first = self.world.rank == 0  # who shows and writes
         self.loggers = Loggers(launch.logger, launch.tensorboard) if first else Loggers(None)
         self.closed = False

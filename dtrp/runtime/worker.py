@@ -116,7 +116,7 @@ class Worker:
                     continue
                 self.failed = True
                 self._say_news()  # of the batches that went well
-                self.voice.fail(e, e.stage if isinstance(e, LostStage) else None)
+                self.voice.fail(e, e.peer if isinstance(e, LostStage) else None)
                 self.links.close(but=CALLER)  # peers that wait for this stage wait in vain
 
     def _feed(self, message: Message) -> None:

@@ -77,7 +77,8 @@ class Workers:
             log.info("no CUDA devices are used: %d stages run on CPU worker processes", len(programs))
         self.n_stages = len(programs)
         self.seats = Seats(config.replicas or (1,) * self.n_stages)
-        pairs = self.seats.pairs(talking(programs[0], config))
+        together = ((k, k) for k in range(self.n_stages))  # a stage's own processes
+        pairs = self.seats.pairs({*talking(programs[0], config), *together})
         programs = [replace(p, device=device) for p in programs for device in p.devices or (p.device,)]
         self.n = len(programs)  # processes
         self._slots = 0  # that went in

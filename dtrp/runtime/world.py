@@ -31,6 +31,7 @@ from .joint_norm import alone, synchronises
 from .materialise import materialise
 from .program import StageProgram
 from .random import random_state, set_random_state
+from .routed import Seats
 from .run_state import RunState, concerns
 from .training_state import SECTIONS
 
@@ -128,12 +129,12 @@ class _Asked:
 class Together(Alone):
     """This process is one of several."""
 
-    def __init__(self, n_stages: int, watchdog: float) -> None:
+    def __init__(self, seats: Seats, watchdog: float) -> None:
         from .mesh import Mesh
         from .peers import Peers
 
         super().__init__("torchrun", watchdog)
-        self.mesh = Mesh(n_stages)
+        self.mesh = Mesh(seats)
         self.peers = Peers(self.mesh, watchdog)
         self.rank = self.mesh.rank
         self.replicas = self.mesh.replicas, self.mesh.replica
@@ -145,7 +146,9 @@ class Together(Alone):
         self._open.enter_context(alone())
         if self.rank == 0:
             replicas = f", {self.mesh.replicas} times" if self.mesh.replicas > 1 else ""
-            log.info("%d stages on as many ranks of a launcher%s", n_stages, replicas)
+            log.info(
+                "%d stages on %d ranks of a launcher%s", self.mesh.n_stages, self.mesh.n_processes, replicas
+            )
 
     def prepare(self, compiled: Planning, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Rank 0 plans, the others follow: a search that ends by the clock may find something else here. What
@@ -268,7 +271,7 @@ class Together(Alone):
         parts = self.stages.parts(run.owner.first_names())
         content = run.gather(parts).to_write(run.owner)
         holders = self.stages.holders()
-        content |= only(content, lambda name: holders.get(name, 0) == self.mesh.stage)
+        content |= only(content, lambda name: self.mesh.leads and holders.get(name, 0) == self.mesh.stage)
         if self.rank != 0:  # what is nobody's in particular is rank 0's to write
             ours = {"model", "extra", "loss", *SECTIONS}
             content = {section: v for section, v in content.items() if section in ours}
@@ -305,7 +308,7 @@ class Together(Alone):
                 self.mesh.close()
 
 
-def join(executor: str, n_stages: int, watchdog: float) -> Alone:
+def join(executor: str, seats: Seats, watchdog: float) -> Alone:
     """Alone, or together with others, as the user asked and the environment says.
 
     Raises
@@ -314,5 +317,5 @@ def join(executor: str, n_stages: int, watchdog: float) -> Alone:
         The number of processes makes no whole pipelines.
     """
     if executor == "torchrun" or (executor == "auto" and launched.world_size() > 1):
-        return Together(n_stages, watchdog)
+        return Together(seats, watchdog)
     return Alone(executor, watchdog)

@@ -431,7 +431,7 @@ def test_a_closed_peer_wakes_who_waits_for_it(doing: str, wait: Any) -> None:
     with pytest.raises(LostStage, match="lost the connection to stage 1: ") as caught:
         use()
     closing.join()
-    assert caught.value.stage == 1
+    assert caught.value.peer == 1
     with pytest.raises(LostStage):
         ends[0].send(FORWARD, Message(0, [1]))
     ends[0].close()

@@ -257,7 +257,7 @@ def test_a_batch_that_cannot_be_cut_is_refused() -> None:
         return output.std(0).sum()
 
     with (
-        pytest.raises(ValueError, match="this one cannot be cut"),
+        pytest.raises(ValueError, match="this one is not cut by itself"),
         trainer(pipeline((1, 2, 1)), "workers", spread, micro_batches="auto") as t,
     ):
         t.step(*data(1)[0])

@@ -12,6 +12,7 @@ import torch
 
 import dtrp
 from dtrp.runtime import mesh, world
+from dtrp.runtime.routed import Seats
 
 from .ranks import Ranks, ended, run
 from .test_rebalance import two_plans
@@ -120,7 +121,8 @@ def test_ranks_with_a_device_each_have_communicators_for_it(
     monkeypatch.setattr(mesh.accelerators, "identity", lambda device: "GPU-1")
     monkeypatch.setattr(mesh, "_group", lambda ranks, backend: (ranks, backend))
     ranks = object.__new__(mesh.Mesh)
-    ranks.address, ranks.replica, ranks.stage, ranks.n_stages, ranks.size = "here", 0, 0, 2, 2
+    ranks.seats, ranks.n_stages, ranks.n_processes = Seats((1, 1)), 2, 2
+    ranks.address, ranks.size = "here", 2
     mine = "mps" if kind == "mps" else "cuda"  # of which torch names gloo
     found = [("here", "GPU-1", mine), ("here", other, kind)]
     monkeypatch.setattr(ranks, "gather", lambda what, place, all_replicas: found)
@@ -395,7 +397,8 @@ def test_who_waits_for_one_is_woken_also_when_another_has_left(tmp_path: Path) -
     script = """
     import threading
     from dtrp.runtime.mesh import Mesh
-    mesh = Mesh(3)
+    from dtrp.runtime.routed import Seats
+    mesh = Mesh(Seats((1, 1, 1)))
     mesh.barrier()
     if rank == 0:
         os._exit(0)
