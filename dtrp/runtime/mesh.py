@@ -2,9 +2,9 @@
 
     rank = replica * n_processes + process        of a pipeline; stage by stage (`Seats`)
 
-Notes, and all that is gathered or agreed on, go
-by gloo, whatever the stages' devices are. Each direction of a pipeline has a communicator of its own: with
-one for both, activations and gradients could wait for each other in a circle.
+Notes, and all that is gathered or agreed on, go by gloo, whatever the stages' devices are. Each direction of
+a pipeline has a communicator of its own: with one for both, activations and gradients could wait for each
+other in a circle.
 
 No operation here has a time limit of its own: a stage may compute for hours. Who waits in vain is woken by
 `poison`, when peers.py finds that somebody is gone.
@@ -137,6 +137,7 @@ class Mesh:
         return f"{self.seats.name(process)}{whose} (rank {rank} on {self.addresses[rank]})"
 
     def stage_of(self, rank: int) -> int:
+        """Which stage that rank has, of whatever replica."""
         return self.seats.stages[rank % self.n_processes]
 
     def names(self) -> list[str]:
@@ -178,9 +179,8 @@ class Mesh:
                     f"{self.name(first + i)} is at {other} where {self.name(self.rank)} is at {what}: a "
                     f"script must make the same calls to its trainer on every rank"
                 )
-        return [
-            loads(data) for _, data in (given if all_replicas else map(given.__getitem__, self.seats.firsts))
-        ]
+        who = range(self.size) if all_replicas else self.seats.firsts
+        return [loads(given[i][1]) for i in who]
 
     def first(self, what: str, function: Callable[[], Any]) -> Any:
         """What ``function`` gives on rank 0, on every rank; there alone it is called.
@@ -252,7 +252,7 @@ class Mesh:
 
     def close(self) -> None:
         """Let go of the groups that this run made."""
-        self._drop((self.down, self.up, self.sums, self.everyone, *self.on_devices))
+        self._drop((*self._groups(), *self.on_devices))
 
     def _drop(self, groups: Iterable[dist.ProcessGroup]) -> None:
         for group in groups:

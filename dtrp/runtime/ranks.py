@@ -1,7 +1,7 @@
 """One stage in this process, the others in processes that a launcher started with the same script.
 
 Every rank runs the script and makes the same calls to its trainer; each takes of a batch what its stage
-needs, where a stage has several processes what it is this one's turn to compute (`Seats`).
+needs, and of the slots of a stage of several ranks its own (`Seats`).
 What is asked of all stages is asked on every rank at once (`Mesh`): between rounds nothing holds the ranks
 together, so one may be a few batches ahead of another.
 """

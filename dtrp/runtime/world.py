@@ -145,10 +145,9 @@ class Together(Alone):
         self._open = contextlib.ExitStack()
         self._open.enter_context(alone())
         if self.rank == 0:
+            stages, ranks = self.mesh.n_stages, self.mesh.n_processes
             replicas = f", {self.mesh.replicas} times" if self.mesh.replicas > 1 else ""
-            log.info(
-                "%d stages on %d ranks of a launcher%s", self.mesh.n_stages, self.mesh.n_processes, replicas
-            )
+            log.info("%d stages on %d ranks of a launcher%s", stages, ranks, replicas)
 
     def prepare(self, compiled: Planning, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Rank 0 plans, the others follow: a search that ends by the clock may find something else here. What

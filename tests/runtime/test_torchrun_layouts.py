@@ -80,6 +80,18 @@ def test_any_numbers_of_ranks(tmp_path: Path, replicas: tuple[int, ...]) -> None
     assert said.count("SAME") == sum(replicas)
 
 
+@pytest.mark.slow
+def test_payloads_that_stay_on_their_devices(tmp_path: Path) -> None:
+    """By communicators that know no tags, from several ranks of a stage; gloo stands in NCCL's place."""
+    ways = """
+    from dtrp.runtime import mesh
+
+    three = lambda self: (self._by_replica, self._by_replica, self._by_stage)
+    mesh.Mesh.on_device = lambda self, device: mesh.OnDevice(*map(mesh._group, three(self)))
+    """
+    assert run(tmp_path, 4, ways + COMPARED.replace("LAYOUT", "(1, 2, 1)")).count("SAME") == 4
+
+
 def test_saved_in_the_middle_of_a_group_and_loaded_in_another_layout(tmp_path: Path) -> None:
     """As a file and as a folder, of which each tensor is one rank's to write."""
     script = (
