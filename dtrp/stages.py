@@ -45,7 +45,7 @@ def submodules_of(module: fx.GraphModule) -> tuple[str, ...]:
     names = []
     for node in module.graph.nodes:
         target = str(node.target)
-        if node.op == "call_module" and not target.startswith("_rebuild_"):
+        if node.op == "call_module":
             names.append(target)
         elif node.op == "get_attr" and "." in target:
             names.append(target.rpartition(".")[0])

@@ -5,8 +5,7 @@ which storages it reads, makes and writes, and whether it draws random numbers. 
 
 - **groups**: nodes that must share a stage. Between stages a value is a copy, so a tensor and everything
   that touches it up to the last in-place write to it stay together; so do all users of a buffer that is
-  updated; and a value that cannot travel (anything but tensors, numbers and containers of them) stays with
-  its users.
+  updated; and a value that cannot travel (anything but tensors and numbers) stays with its users.
 - **order**: pairs ``(u, v)`` with stage(u) <= stage(v) beyond the data edges. Whoever reads a tensor after
   an in-place write comes after the writer; random operations keep the program's order, so that the stages,
   run one after the other, draw the same numbers as the model; and so do the users of one value through
@@ -19,14 +18,12 @@ which storages it reads, makes and writes, and whether it draws random numbers. 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from .capture.custom import same_form
 from .capture.gradients import regions
@@ -37,7 +34,7 @@ from .capture.operators import Access
 from .eval_rules import rules_of_eval, units, without_cycles
 
 TRAVELS = (torch.Tensor, bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
-"""Leaves that a link can carry from stage to stage."""
+"""What a link can carry from stage to stage."""
 
 CALLS = ("call_function", "call_method", "call_module")
 
@@ -153,18 +150,13 @@ def _summing_order(accesses: Sequence[Access]) -> list[tuple[str, str]]:
 
 
 def _untransferable(gm: fx.GraphModule) -> list[set[str]]:
-    """Groups that keep a value which cannot travel, or is only taken apart, beside its users."""
+    """Groups that keep a value which cannot travel, or would have to be taken apart, beside its users."""
     groups = []
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        leaves = pytree.tree_leaves(node.meta.get("val"))
-        users = [u.name for u in node.users if u.op != "output"]
-        if not all(isinstance(leaf, TRAVELS) for leaf in leaves):
-            groups.append({node.name, *users})
-        elif not isinstance(node.meta.get("val"), TRAVELS):
-            items = [u.name for u in node.users if u.op == "call_function" and u.target is operator.getitem]
-            groups.append({node.name, *items})
+        if not isinstance(node.meta.get("val"), TRAVELS):
+            groups.append({node.name, *(u.name for u in node.users if u.op != "output")})
         checks = [u.name for u in node.users if u.target is same_form or isinstance(u.target, Left)]
         groups.append({node.name, *checks})
     return groups

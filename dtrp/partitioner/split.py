@@ -2,8 +2,7 @@
 
 Any DAG can be cut: a value goes straight from the stage that makes it to each stage that uses it, also over
 several stages; model inputs go straight from the caller to where they are used. A parameter that several
-stages use appears in each of them under its original name. A value that is a container travels as its
-leaves and is put together again where it is used.
+stages use appears in each of them under its original name. Containers stay where they are made (`hazards`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import PlanMismatchError
 from ..wiring import CALLER, Constant, Source, StageWires, Wiring
@@ -76,7 +74,7 @@ def split(captured: Captured, plan: Plan, hazards: Hazards) -> Split:
         return Split(train, train)
     eval_hazards = hazards.evaluate or hazards
     eval_stage_of = align(captured.train, captured.eval, stage_of, plan.n_stages, eval_hazards)
-    return Split(train, split_graph(captured.eval, eval_stage_of, plan.n_stages, frozenset(), "eval"))
+    return Split(train, split_graph(captured.eval, eval_stage_of, plan.n_stages, frozenset()))
 
 
 def reached_by_training(graph: ModeGraph) -> frozenset[str]:
@@ -105,14 +103,10 @@ def split_graph(
     stage_of: Mapping[str, int],
     n_stages: int,
     differentiable: Collection[str],
-    tag: str = "train",
 ) -> SplitGraph:
-    """Cut one graph; ``stage_of`` covers its call nodes, legally.
-
-    ``differentiable`` names the nodes through which gradient flows; ``tag`` keeps the modules that this
-    adds apart from those of another mode.
-    """
-    builders = [_StageBuilder(graph.module, k, tag) for k in range(n_stages)]
+    """Cut one graph; ``stage_of`` covers its call nodes, legally. ``differentiable`` names the nodes through
+    which gradient flows."""
+    builders = [_StageBuilder(graph.module, k) for k in range(n_stages)]
     placeholders = {n: i for i, n in enumerate(graph.module.graph.find_nodes(op="placeholder"))}
 
     def value(node: fx.Node, stage: int) -> fx.Node:
@@ -123,10 +117,9 @@ def split_graph(
         if node.op == "get_attr":
             builder.here[node] = builder.copy(node, value)
         elif node.op == "placeholder":
-            builder.here[node] = builder.argument(node, [Source(CALLER, placeholders[node])], node.name)
+            builder.here[node] = builder.argument(node, Source(CALLER, placeholders[node]))
         else:
-            sources = builders[stage_of[node.name]].give(node)
-            builder.here[node] = builder.argument(node, sources, node.name)
+            builder.here[node] = builder.argument(node, builders[stage_of[node.name]].give(node))
         return builder.here[node]
 
     for node in graph.module.graph.nodes:
@@ -145,7 +138,7 @@ def split_graph(
             # A parameter that is itself an output is given by the last stage.
             home = builders[stage_of[leaf.name] if leaf.op != "get_attr" else n_stages - 1]
             value(leaf, home.stage)
-            result.extend(home.give(leaf))
+            result.append(home.give(leaf))
     finished = [builder.finish(differentiable) for builder in builders]
     return SplitGraph(
         tuple(module for module, _ in finished),
@@ -153,35 +146,17 @@ def split_graph(
     )
 
 
-class Rebuild(nn.Module):
-    """Puts a container that travelled as its leaves together again."""
-
-    def __init__(self, spec: pytree.TreeSpec) -> None:
-        super().__init__()
-        self.spec = spec
-
-    def forward(self, *leaves: Any) -> Any:
-        return pytree.tree_unflatten(list(leaves), self.spec)
-
-
-def tree_leaf(tree: Any, index: int) -> Any:
-    """One leaf of a container, for values that travel as their leaves."""
-    return pytree.tree_leaves(tree)[index]
-
-
 class _StageBuilder:
     """One stage's graph while it grows."""
 
-    def __init__(self, root: fx.GraphModule, stage: int, tag: str) -> None:
+    def __init__(self, root: fx.GraphModule, stage: int) -> None:
         self.root = root
         self.stage = stage
-        self.tag = tag
         self.graph = fx.Graph()
         self.here: dict[fx.Node, fx.Node] = {}  # original node -> its value in this graph
         self.inputs: list[tuple[Source, fx.Node]] = []
-        self.given: dict[fx.Node, list[Source]] = {}
-        self.outputs: list[tuple[str, fx.Node, fx.Node]] = []  # name, node here, original
-        self.rebuilders: dict[str, nn.Module] = {}
+        self.given: dict[fx.Node, Source] = {}
+        self.outputs: list[tuple[fx.Node, fx.Node]] = []  # original, node here
         self.first: fx.Node | None = None
 
     def copy(self, node: fx.Node, value: Any) -> fx.Node:
@@ -191,68 +166,41 @@ class _StageBuilder:
         self.first = self.first or copied
         return copied
 
-    def argument(self, node: fx.Node, sources: list[Source], name: str) -> fx.Node:
-        """A value that arrives from outside: one placeholder per leaf, then the container again."""
-        leaves, spec = pytree.tree_flatten(node.meta.get("val"))
-        single = _is_leaf(node)
-        arrived = []
-        for i, source in enumerate(sources):
-            with self._front():
-                placeholder = self.graph.placeholder(name if single else f"{name}_{i}")
-            placeholder.meta = {**node.meta, "val": leaves[i] if i < len(leaves) else None}
-            self.inputs.append((source, placeholder))
-            arrived.append(placeholder)
-        if single:
-            return arrived[0]
-        target = f"_rebuild_{self.tag}_{node.name}"
-        self.rebuilders[target] = Rebuild(spec)
-        rebuilt = self.graph.call_module(target, tuple(arrived))
-        rebuilt.meta = dict(node.meta)
-        self.first = self.first or rebuilt
-        return rebuilt
+    def argument(self, node: fx.Node, source: Source) -> fx.Node:
+        """A value that arrives from outside."""
+        with self._front():
+            placeholder = self.graph.placeholder(node.name)
+        placeholder.meta = dict(node.meta)
+        self.inputs.append((source, placeholder))
+        return placeholder
 
     def _front(self) -> AbstractContextManager[Any]:
         return self.graph.inserting_before(self.first) if self.first else nullcontext()
 
-    def give(self, node: fx.Node) -> list[Source]:
-        """The sources under which this stage gives ``node``'s leaves; adds outputs on first use."""
+    def give(self, node: fx.Node) -> Source:
+        """The source under which this stage gives ``node``'s value; adds an output on first use."""
         if node not in self.given:
-            here = self.here[node]
-            nodes = [here]
-            if not _is_leaf(node):
-                leaves = pytree.tree_leaves(node.meta["val"])
-                nodes = [self.graph.call_function(tree_leaf, (here, i)) for i in range(len(leaves))]
-                for leaf, taken in zip(leaves, nodes, strict=True):
-                    taken.meta = {**node.meta, "val": leaf}
-            names = [node.name if len(nodes) == 1 else f"{node.name}[{i}]" for i in range(len(nodes))]
-            start = len(self.outputs)
-            self.outputs += [(name, n, node) for name, n in zip(names, nodes, strict=True)]
-            self.given[node] = [Source(self.stage, start + i) for i in range(len(nodes))]
+            self.given[node] = Source(self.stage, len(self.outputs))
+            self.outputs.append((node, self.here[node]))
         return self.given[node]
 
     def finish(self, differentiable: Collection[str]) -> tuple[fx.GraphModule, StageWires]:
-        self.graph.output(tuple(n for _, n, _ in self.outputs))
+        self.graph.output(tuple(here for _, here in self.outputs))
         self.graph.lint()
-        held = attributes(self.root, self.graph) | self.rebuilders
-        module = fx.GraphModule(held, self.graph, class_name=f"Stage{self.stage}")
+        module = fx.GraphModule(
+            attributes(self.root, self.graph), self.graph, class_name=f"Stage{self.stage}"
+        )
         module.training = self.root.training
         order = {n: i for i, n in enumerate(self.graph.find_nodes(op="placeholder"))}
         inputs = sorted(self.inputs, key=lambda pair: order[pair[1]])
         return module, StageWires(
             inputs=tuple(source for source, _ in inputs),
-            outputs=tuple(name for name, _, _ in self.outputs),
+            outputs=tuple(original.name for original, _ in self.outputs),
             differentiable=tuple(
                 original.name in differentiable and _carries_gradient(here.meta.get("val"))
-                for _, here, original in self.outputs
+                for original, here in self.outputs
             ),
         )
-
-
-def _is_leaf(node: fx.Node) -> bool:
-    """Whether the node's value is no container."""
-    value = node.meta.get("val")
-    leaves = pytree.tree_leaves(value)
-    return len(leaves) == 1 and leaves[0] is value
 
 
 def _carries_gradient(value: Any) -> bool:
@@ -262,15 +210,7 @@ def _carries_gradient(value: Any) -> bool:
 def attributes(root: nn.Module, graph: fx.Graph) -> dict[str, Any]:
     """Modules, parameters and tensors that ``graph`` uses, by their original qualified names."""
     targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    return {t: operator.attrgetter(t)(root) for t in sorted(targets) if _has(root, t)}
-
-
-def _has(root: nn.Module, name: str) -> bool:
-    try:
-        operator.attrgetter(name)(root)
-    except AttributeError:  # a `Rebuild` of this split
-        return False
-    return True
+    return {t: operator.attrgetter(t)(root) for t in sorted(targets)}
 
 
 def _check(graph: ModeGraph, stage_of: Mapping[str, int], n_stages: int, hazards: Hazards) -> None:

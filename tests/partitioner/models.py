@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class InPlace(nn.Module):
@@ -115,6 +118,42 @@ class Constants(nn.Module):
         return x, self.scale, (h * self.scale).argmax(dim=1), 3, None
 
 
+@dataclass
+class Encoded:
+    """A container that pytree opens, as libraries register theirs."""
+
+    h: Tensor
+    rest: Tensor
+
+
+pytree.register_pytree_node(Encoded, lambda e: ([e.h, e.rest], None), lambda parts, _: Encoded(*parts))
+
+
+class Reader(nn.Module):
+    """Takes the container as one, and is kept whole: data decides in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, encoded: Encoded) -> Tensor:
+        if encoded.h.detach().sum() > 1e9:
+            return encoded.rest
+        return self.linear(encoded.h) + encoded.rest
+
+
+class OneContainerForSeveral(nn.Module):
+    """Parts that are far apart take the same container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.near, self.between, self.far = nn.Linear(8, 8), Reader(), nn.Linear(8, 8), Reader()
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoded = Encoded(self.first(x), x * 2)
+        return self.between(self.near(encoded)) + self.far(encoded)
+
+
 CASES = {
     "in_place": (InPlace, lambda: ((torch.randn(3, 8),), {})),
     "skips": (
@@ -125,5 +164,6 @@ CASES = {
     "containers": (ContainersAndNumbers, lambda: ((torch.randn(3, 5, 4),), {})),
     "by_mode": (ByMode, lambda: ((torch.randn(5, 8),), {})),
     "shared_norm": (SharedNorm, lambda: ((torch.randn(5, 8),), {})),
+    "one_container": (OneContainerForSeveral, lambda: ((torch.randn(3, 8),), {})),
     "constants": (Constants, lambda: ((torch.randn(5, 8),), {})),
 }
