@@ -60,7 +60,7 @@ def studied(model, x, later=(), **options):
     captured = capture(model, (x,))
     names = {n.name: int(n.name in later) for n in captured.eval.module.graph.nodes}
     assert set(later) <= set(names)
-    graph = split_graph(captured.eval, names, 2, find_hazards(captured).differentiable, "eval")
+    graph = split_graph(captured.eval, names, 2, find_hazards(captured).differentiable)
     return study(graph, captured.model, captured.signature, [x], dynamic=True, **options)
 
 
