@@ -249,9 +249,9 @@ def test_runs_that_processes_cannot_share_are_refused(knobs: dict[str, Any], why
         trainer(pipeline((1, 3, 1)), "workers", **knobs)
 
 
-def test_a_batch_that_cannot_be_cut_is_refused() -> None:
+def test_a_batch_that_cannot_be_cut_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     """A loss that is no mean over samples trains something else in parts, and whole batches leave all but
-    one process idle."""
+    one process idle. With a number of parts it is what was asked for, and warned of."""
 
     def spread(output: Tensor, target: Tensor) -> Tensor:
         return output.std(0).sum()
@@ -261,6 +261,10 @@ def test_a_batch_that_cannot_be_cut_is_refused() -> None:
         trainer(pipeline((1, 2, 1)), "workers", spread, micro_batches="auto") as t,
     ):
         t.step(*data(1)[0])
+    with trainer(pipeline((1, 2, 1)), "inline", spread, micro_batches=2) as t:
+        t.step(*data(1)[0])
+        t.flush()
+    assert "micro_batches=2 may change what is trained" in caplog.text
 
 
 LAYOUTS = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple)
