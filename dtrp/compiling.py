@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,14 +13,13 @@ from torch import nn
 
 from . import accelerators, loop_cost
 from .errors import CaptureError
+from .layout import assumed, grouped
 from .names import known_arguments, one_of
-from .orders import least_parts
 from .partitioner.compiler import Request, device_specs, threads_per_stage
 from .partitioner.devices import LoopCost
 from .partitioner.example import call_arguments
 from .partitioner.links import parse_links
 from .partitioner.plan import Plan
-from .partitioner.training import ASSUMED, Training
 from .pipeline import Pipeline
 from .runtime import launched
 from .runtime.config import short
@@ -49,7 +46,7 @@ def compile(
     plan: str | os.PathLike[str] | Plan | None = None,
     speed: Sequence[float] | None = None,
     split_linear: bool = False,
-    replicas: int | Sequence[int] = 1,
+    replicas: int | Sequence[int] | Literal["auto"] | None = None,
 ) -> Pipeline:
     """Cut a model into balanced stages, ready to be trained as a decoupled pipeline.
 
@@ -58,8 +55,8 @@ def compile(
     model : nn.Module
         Any model. It keeps its parameters: the pipeline shares them.
     n_gpus : int, optional
-        Number of stages. Default: the processes that a launcher started, else the CUDA devices that are
-        there, else 2.
+        Number of stages, or, with ``replicas="auto"``, of devices. Default: the processes that a launcher
+        started, else the CUDA devices that are there, else 2.
     example_inputs : Tensor, tuple or dict, optional
         One call's arguments: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         Without them the pipeline plans at its first batch.
@@ -90,12 +87,13 @@ def compile(
         head does, may be computed in parts of its rows, so that several stages share it, its weight tied
         between them; which, and in how many parts, says ``plan.divided``. Results are the model's but for
         rounding then; otherwise they are the same to the bit where torch's own operators are.
-    replicas : int or sequence of int
+    replicas : int, sequence of int or "auto", optional
         Devices of each stage, as ``(1, 4, 2, 1)``, all of one kind: they take the parts of every batch in
         turn, and add up their gradients before the update. ``devices`` then names them all, stage by stage.
-        What is trained is what stages of one device each train in as many parts, but for rounding
-        (`PartitionReport.layouts` compares such numbers). Inline each stage runs once; a launcher starts as
-        many processes as there are devices.
+        What is trained is what stages of one device each train in as many parts, but for rounding. Inline
+        each stage runs once; a launcher starts as many processes as there are devices. ``"auto"``: ``n_gpus``
+        (or ``devices``) says how many there are, and the best layout of `PartitionReport.layouts` how many
+        stages share them; ``report.notes`` say why. Default: as ``plan`` says, else one.
 
     Returns
     -------
@@ -121,9 +119,16 @@ def compile(
         raise TypeError(f"plan must be a path or a dtrp.Plan, got {type(plan).__name__}")
     if n_gpus is None and devices is None and plan is not None:
         n_gpus = plan.n_stages
-    places, groups = _groups(n_gpus, devices, replicas)
-    if groups and (speed is not None or isinstance(bandwidth, Mapping)):
+    if replicas is None:
+        replicas = (() if plan is None else plan.replicas) or 1
+    spread = isinstance(replicas, str)
+    if spread:
+        _check_spread(replicas, plan, example_inputs, memory_limit)
+    places, groups = _groups(n_gpus, devices, 1 if spread else replicas)
+    if (groups or spread) and (speed is not None or isinstance(bandwidth, Mapping)):
         raise ValueError("replicas with speed, or with several nodes: such stages are for like devices")
+    if (groups or spread) and len({place.type for group in (places, *groups) for place in group}) > 1:
+        raise ValueError("replicas on devices of several kinds: the devices of all stages must be alike")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute={recompute!r}: expected True, False or 'auto'")
     one_of("costs", costs, COSTS)
@@ -145,10 +150,11 @@ def compile(
             plan,
             loop=_loop(places, several=len(places) > 1 or bool(groups)),
             speed=speeds,
-            arranged=ranked or bool(groups),
+            arranged=ranked or spread or bool(groups),
             split_linear=split_linear,
             groups=groups,
-            training=_assumed(groups),
+            spread=spread,
+            training=assumed([len(group) for group in groups]),
         ),
     )
     if costs != "measured" and not any(p.is_meta for p in model.parameters()):
@@ -197,8 +203,8 @@ def _speeds(speed: Any, n_stages: int) -> tuple[float, ...]:
 def _groups(
     n_gpus: int | None, devices: Sequence[str | torch.device] | None, replicas: Any
 ) -> tuple[tuple[torch.device, ...], tuple[tuple[torch.device, ...], ...]]:
-    """Each stage's first device, and, where any has several, all of each."""
-    if replicas is None or (replicas == 1 and isinstance(replicas, int)):
+    """As `grouped`."""
+    if replicas == 1 and isinstance(replicas, int):
         return _places(n_gpus, devices), ()
     _check_count(n_gpus)
     alike = isinstance(replicas, int)
@@ -212,18 +218,27 @@ def _groups(
         raise ValueError(f"replicas={replicas!r}: expected an int, or one for each of the {n_gpus} stages")
     if devices is not None and len(devices) != sum(each):
         raise ValueError(f"{len(devices)} devices for stages of {' + '.join(map(str, each))}: name each one")
-    places = _places(sum(each), devices)
-    if len({place.type for place in places}) > 1:
-        raise ValueError("replicas on devices of several kinds: the devices of all stages must be alike")
-    ends = list(itertools.accumulate(each, initial=0))
-    groups = tuple(places[start:end] for start, end in itertools.pairwise(ends))
-    return tuple(group[0] for group in groups), groups if max(each) > 1 else ()
+    return grouped(_places(sum(each), devices), each)
 
 
-def _assumed(groups: Sequence[Sequence[torch.device]]) -> Training:
-    """How training is taken to go until there is a trainer."""
-    replicas = tuple(map(len, groups))
-    return replace(ASSUMED, replicas=replicas, micro_batches=least_parts(replicas)) if groups else ASSUMED
+def _check_spread(replicas: Any, plan: Plan | None, example_inputs: Any, memory_limit: Any) -> None:
+    """Refuse to share out devices where their numbers cannot be found, or are there."""
+    if replicas != "auto":
+        raise ValueError(f"replicas={replicas!r}: expected an int >= 1, one for each stage, or 'auto'")
+    why = ""
+    if plan is not None:
+        why = "with a plan, which says how many devices each stage has: leave replicas out"
+    elif example_inputs is None:
+        why = "without example_inputs: what stages cost says how many devices each gets"
+    elif isinstance(memory_limit, (list, tuple)):
+        why = "with a memory limit for each stage: give one for all devices"
+    elif launched.world_size() > 1:
+        why = (
+            "under a launcher, where each rank would find numbers of its own: plan once without it, "
+            "pipe.plan.save(path), and give plan=path"
+        )
+    if why:
+        raise ValueError(f"replicas='auto' {why}")
 
 
 def _loop(places: Sequence[torch.device], *, several: bool) -> LoopCost | None:

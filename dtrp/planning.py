@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from .errors import DtrpError
 from .exclusive import EXCLUSIVE
+from .layout import share_out
 from .loss_check import check_loss
 from .loss_reads import LossReads
 from .orders import choose_order, least_parts
@@ -202,11 +203,14 @@ class Planning:
                 base = compile_model(self.model, self.request, args, kwargs)
             self.request = self.request.in_order(base.plan.placement)
             on_host = all(device.type == "cpu" for device in self.request.devices)
-            measured = self.request.costs == "measured" and not (self.request.speed or self.request.groups)
+            given = self.request.speed or self.request.groups or self.request.spread
+            measured = self.request.costs == "measured" and not given
             by_itself = launched.world_size() == 1  # ranks would all try at once, each with all stages
+            tensors = base.captured.signature.flatten(args, kwargs)
             if measured and on_host and by_itself:
-                tensors = base.captured.signature.flatten(args, kwargs)
                 base = tried(base, self.request, self.model, tensors)
+            if self.request.spread:
+                base, self.request = share_out(base, self.request, tensors)
             self.form = self._new_form(base.captured.signature)
             self._variants.update({(self.form, f, True): base for f in (found, base.captured.flags)})
             whole = {kept.module for kept in base.captured.kept_whole}

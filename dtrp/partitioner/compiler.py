@@ -48,6 +48,7 @@ class Request:
     arranged: bool = False  # the order of devices is that of the stages
     placement: tuple[int, ...] = ()  # which of the devices that the user gave each stage then has
     groups: tuple[tuple[torch.device, ...], ...] = ()  # all devices of each stage, where some have several
+    spread: bool = False  # fewer stages may have several devices each; decided once the stages are planned
 
     @property
     def replicas(self) -> tuple[int, ...]:
@@ -107,18 +108,18 @@ def compile_model(
             )
         captured = capture(model, args, kwargs, opened=plan.opened, divided=plan.divided)
         plan.check(captured, len(request.devices))
-        return _cut(captured, request.in_order(plan.placement))
+        return cut(captured, request.in_order(plan.placement))
 
     def finer(found: Compiled, opened: Collection[str], divided: Mapping[str, int]) -> Compiled:
         try:
-            other = _cut(capture(model, args, kwargs, opened=opened, divided=divided), request)
+            other = cut(capture(model, args, kwargs, opened=opened, divided=divided), request)
         except CaptureError as e:
             log.info("%s cannot be opened for a better balance: %s", ", ".join([*opened, *divided]), e)
             return found
         return min(found, other, key=lambda compiled: compiled.report.tick_time)
 
     n_stages = len(request.devices)
-    compiled = _cut(capture(model, args, kwargs), request)
+    compiled = cut(capture(model, args, kwargs), request)
     opened = heavy_wholes(compiled.captured, compiled.graph, n_stages)
     if opened:
         compiled = finer(compiled, opened, {})
@@ -141,10 +142,10 @@ def adapt(base: Compiled, captured: Captured, request: Request) -> Compiled:
         )
     except (DtrpError, ValueError) as e:
         log.info("in other modes the model is planned anew: %s", e)
-        return _cut(captured, replace(request, plan=None))
+        return cut(captured, replace(request, plan=None))
 
 
-def _cut(captured: Captured, request: Request) -> Compiled:
+def cut(captured: Captured, request: Request) -> Compiled:
     """The pipe behind capturing."""
     n_stages = len(request.devices)
     hazards = find_hazards(captured)
@@ -166,13 +167,13 @@ def _cut(captured: Captured, request: Request) -> Compiled:
             recompute=request.recompute,
             training=request.training,
         )
-        plan = replace(plan, placement=request.placement)
+        plan = replace(plan, placement=request.placement, replicas=request.replicas)
     else:
         nx.set_node_attributes(graph, dict(plan.stage_of), "stage")
         index = device_indices(graph, devices, n_stages)
         node_of = nodes_of(graph, plan, index)
         profile = make_profile(graph, plan.stage_of, n_stages, devices=index, node_of=node_of)
-        plan = replace(plan, node_of=node_of, profile=profile)
+        plan = replace(plan, node_of=node_of, profile=profile, replicas=request.replicas)
     report = _report(captured, graph, plan, request)
     return Compiled(captured, hazards, graph, plan, split(captured, plan, hazards), report)
 

@@ -63,6 +63,10 @@ class Plan:
         Per stage, its node, where links between nodes are slower; else empty.
     placement : tuple[int, ...]
         Per stage, which of the devices that were given it has, where they are unequal; else empty: in order.
+    replicas : tuple[int, ...]
+        How many devices each stage has, where any has several; else empty: one each.
+    layout : str
+        Why they have so many, where that was left to the planner.
     opened : tuple[str, ...]
         Modules that could stand in the graph as one node each, and were opened for a better balance.
     divided : Mapping[str, int]
@@ -85,6 +89,8 @@ class Plan:
     edited: bool = False
     node_of: tuple[int, ...] = ()
     placement: tuple[int, ...] = ()
+    replicas: tuple[int, ...] = ()
+    layout: str = field(default="", repr=False)
     opened: tuple[str, ...] = ()
     divided: Mapping[str, int] = field(default_factory=dict)
     profile: Profile | None = field(default=None, repr=False, compare=False)
@@ -212,6 +218,8 @@ class Plan:
             "edited": self.edited,
             "node_of": list(self.node_of),
             "placement": list(self.placement),
+            "replicas": list(self.replicas),
+            "layout": self.layout,
             "opened": list(self.opened),
             "divided": dict(self.divided),
             "profile": None if self.profile is None else self.profile.to_dict(),
@@ -266,6 +274,8 @@ class Plan:
             edited=data["edited"],
             node_of=tuple(data.get("node_of", ())),
             placement=tuple(data.get("placement", ())),
+            replicas=tuple(data.get("replicas", ())),
+            layout=data.get("layout", ""),
             opened=tuple(data.get("opened", ())),
             divided=data.get("divided", {}),
             profile=None if (profile := data.get("profile")) is None else Profile.from_dict(profile),
@@ -290,6 +300,10 @@ class Plan:
             raise ValueError(f"a plan needs at least one stage; got n_stages={self.n_stages!r}")
         if len(self.recompute) != self.n_stages:
             raise ValueError(f"recompute has {len(self.recompute)} entries for {self.n_stages} stages")
+        if len(self.replicas) not in (0, self.n_stages) or not all(r >= 1 for r in self.replicas):
+            raise ValueError(
+                f"replicas={self.replicas} for {self.n_stages} stages: expected one >= 1 for each"
+            )
         for stage in self.stage_of.values():
             self._check_stage(stage)
         empty = sorted(set(range(self.n_stages)) - set(self.stage_of.values()))

@@ -276,13 +276,17 @@ class PartitionReport:
             points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load, prices))
         return points
 
-    def layouts(self, n_devices: int | None = None, *, time_limit: float = 2.0) -> list[Layout]:
+    def layouts(
+        self, n_devices: int | None = None, *, most_parts: int = 1 << 30, time_limit: float = 2.0
+    ) -> list[Layout]:
         """Other ways to use as many devices: fewer stages on several devices each, down to data parallelism.
 
         Parameters
         ----------
         n_devices
             How many, all like the first stage's. Default: one per stage of this plan.
+        most_parts
+            Into which a batch can be cut, such as its number of samples; 1: not at all.
         time_limit
             Seconds of planning for each number of stages and of parts.
 
@@ -307,6 +311,7 @@ class PartitionReport:
             order=self._plan.edges,
             training=self._training,
             memory_limit=min(limits, default=None),
+            most_parts=most_parts,
             time_limit=time_limit,
         )
 
@@ -384,7 +389,7 @@ def shared(specs: Sequence[DeviceSpec], replicas: Sequence[int] = ()) -> float:
 
 def single_time(graph: nx.DiGraph, training: Training) -> float:
     """Seconds that plain training on one device takes for a batch."""
-    alone = replace(training, predicts=False, order="bp", micro_batches=1)
+    alone = replace(training, predicts=False, order="bp", micro_batches=1, replicas=())
     (cost,) = stage_costs(graph, dict.fromkeys(graph, 0), (False,), training=alone)
     return cost.compute - cost.loop
 

@@ -240,6 +240,8 @@ def notes(graph: nx.DiGraph, stages: Sequence[StageReport], plan: Plan, training
     if plan.placement:
         order = ", ".join(map(str, plan.placement))
         found.append(f"Devices are unequal; stages have them in this order (of those given): {order}.")
+    if plan.layout:
+        found.append(plan.layout)
     if plan.node_of:
         runs = [[s for s, at in enumerate(plan.node_of) if at == n] for n in sorted({*plan.node_of})]
         shown = "; ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
