@@ -6,11 +6,14 @@ Each model is planned with measured costs, then trained for a few batches, stage
 with one thread (so that the stages do not disturb each other), and each stage's time per tick is compared
 with the prediction for the optimizer that is used.
 
-    python benchmarks/prediction.py --workers [--models resnet20 ...] [--stages 1 2 4]
+    python benchmarks/prediction.py --workers [--models resnet20 ...] [--stages 1 2 4] [--rounds 3]
 
 With worker processes: the time per batch of the whole pipeline, predicted when the model was planned,
 against the clock (the median batch); and each stage's tick against the processor time that it took, which
-other work on the machine hardly touches. The models are those of peers.py, and those above.
+other work on the machine hardly touches. The models are those of peers.py, and those above. Each row is
+planned and run several times (--rounds), all rows once before any a second time, as the speed of a shared
+machine wanders for minutes; its error is that of the median round, with the least and the most beside it.
+Each round tries its stages anew: of earlier ones only the costs of single nodes are kept.
 
 Times are the thread's own, which stop while others have the core; a loaded machine still disturbs them
 through its caches. Peak memory is that of every allocation the profiler sees (see allocations.py).
@@ -20,8 +23,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,8 +41,10 @@ from peers import CASES
 from peers import loss as of_tokens
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import dtrp
+from dtrp.partitioner.calibration import cache_directory
 from dtrp.partitioner.stage_cost import StageCost, stage_costs
 from dtrp.partitioner.training import Training
 from dtrp.runtime import meter
@@ -127,15 +134,25 @@ def run(name: str, n_stages: int, costs: str, recompute: bool | str) -> list[Mea
     return [Measured(*of_stage) for of_stage in zip(predicted, seconds, peak, strict=True)]
 
 
-def throughput(
-    model: nn.Module,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    criterion: Callable[..., torch.Tensor],
-    n_stages: int,
-    costs: str,
-) -> tuple[dtrp.TrainingReport, list[float], float]:
-    """Of a run on worker processes: its report, its stages' processor time and its own, seconds per batch."""
+class Round(NamedTuple):
+    """One run on worker processes, in seconds."""
+
+    predicted: float  # per batch
+    seconds: float
+    ticks: list[float]  # of each stage, predicted
+    spent: list[float]  # processor time of each
+
+
+def throughput(name: str, n_stages: int, costs: str) -> Round:
+    """Plans a model anew, and trains it for a while."""
+    for tried in cache_directory().glob("trial-*"):
+        tried.unlink()
+    torch.manual_seed(0)
+    if name in CASES:
+        model, (x, y), criterion = CASES[name].model(), CASES[name].batches()[0], of_tokens
+    else:
+        model, x, y = MODELS[name]()
+        criterion = loss
     pipe = dtrp.compile(model, n_stages, example_inputs=x, devices=["cpu"] * n_stages, costs=costs)
     optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
     fill = 2 * n_stages
@@ -146,7 +163,7 @@ def throughput(
             trainer.step(x, y)
         trainer.flush()
         before, start, done = trainer.stats, time.perf_counter(), 0
-        while done < fill + 12 or (time.perf_counter() - start < 5 and done < 300):
+        while done < fill + 8 or (time.perf_counter() - start < 4 and done < 300):
             trainer.step(x, y)
             done += 1
         trainer.flush()
@@ -158,40 +175,39 @@ def throughput(
         parts = trainer.config.micro_batches
         assert isinstance(parts, int)
         spent = [s.cpu_time / s.counts["forward"] * parts for s in window]
-        return trainer.report, spent, seconds
+        report = trainer.report
+        return Round(report.predicted_time, seconds, [s.predicted_tick for s in report.stages], spent)
 
 
-def print_throughput(models: Sequence[str], stages: Sequence[int], costs: str) -> None:
+def print_throughput(models: Sequence[str], stages: Sequence[int], costs: str, rounds: int) -> None:
     """A row for each model and number of stages, then the errors."""
-    print(
-        "| model | K | ms per batch, predicted | by the clock | error | ticks, predicted | processor time |"
-    )
-    print("|---|--:|--:|--:|--:|--:|--:|")
-    clock, ticks = [], []
-    for name in models:
-        for n_stages in stages:
-            torch.manual_seed(0)
-            if name in CASES:
-                case = CASES[name]
-                model, (x, y), criterion = case.model(), case.batches()[0], of_tokens
-            else:
-                model, x, y = MODELS[name]()
-                criterion = loss
-            report, spent, seconds = throughput(model, x, y, criterion, n_stages, costs)
-            predicted = [s.predicted_tick for s in report.stages]
-            clock.append(abs(report.predicted_time / seconds - 1))
-            ticks += [abs(p / s - 1) for p, s in zip(predicted, spent, strict=True)]
-            cells = (
-                name,
-                str(n_stages),
-                f"{report.predicted_time * 1e3:.1f}",
-                f"{seconds * 1e3:.1f}",
-                f"{clock[-1]:.1%}",
-                " ".join(f"{p * 1e3:.1f}" for p in predicted),
-                " ".join(f"{s * 1e3:.1f}" for s in spent),
-            )
-            print(f"| {' | '.join(cells)} |", flush=True)
-    for what, values in (("time per batch", clock), ("processor time of a stage", ticks)):
+    found: dict[tuple[str, int], list[Round]] = {row: [] for row in itertools.product(models, stages)}
+    for turn in range(rounds):
+        for row in tqdm(found, desc=f"round {turn + 1} of {rounds}", disable=None):
+            found[row].append(throughput(*row, costs))
+    heads = ("model", "K", "ms per batch, predicted", "clock", "error", "rounds", "ticks, predicted", "spent")
+    print(f"| {' | '.join(heads)} |\n|---|{'--:|' * (len(heads) - 1)}")
+    clock, processor = [], []
+    for (name, n_stages), runs in found.items():
+        errors = sorted(r.predicted / r.seconds - 1 for r in runs)
+        clock.append(abs(statistics.median(errors)))
+        pairs = [list(zip(r.ticks, r.spent, strict=True)) for r in runs]
+        of_stages = list(zip(*pairs, strict=True))
+        processor += [abs(statistics.median(tick / spent - 1 for tick, spent in of)) for of in of_stages]
+        cells = (
+            name,
+            str(n_stages),
+            f"{statistics.median(r.predicted for r in runs) * 1e3:.1f}",
+            f"{statistics.median(r.seconds for r in runs) * 1e3:.1f}",
+            f"{clock[-1]:.1%}",
+            f"{errors[0]:+.0%} to {errors[-1]:+.0%}",
+            *(
+                " ".join(f"{statistics.median(p[i] for p in of) * 1e3:.1f}" for of in of_stages)
+                for i in (0, 1)
+            ),
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
+    for what, values in (("time per batch", clock), ("processor time of a stage", processor)):
         print(f"\n{what}: median error {statistics.median(values):.1%}, most {max(values):.1%}")
 
 
@@ -203,13 +219,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *CASES], default=list(MODELS))
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--workers", action="store_true", help="throughput on worker processes")
+    parser.add_argument("--rounds", type=int, default=3, help="with --workers: runs of each row")
     parser.add_argument("--costs", choices=("analytic", "measured"), default="measured")
     parser.add_argument("--recompute", choices=("auto", "yes", "no"), default="auto")
     args = parser.parse_args()
     recompute = "auto" if args.recompute == "auto" else args.recompute == "yes"
     torch.set_num_threads(1)
     if args.workers:
-        print_throughput(args.models, args.stages, args.costs)
+        with tempfile.TemporaryDirectory() as cache:  # nothing that was measured before counts
+            os.environ["XDG_CACHE_HOME"] = cache
+            print_throughput(args.models, args.stages, args.costs, args.rounds)
         return
     heads = ("ms, predicted", "ms, measured", "error", "balance", "MB, predicted", "MB, measured", "error")
     print("| model | K | " + " | ".join(heads) + " |\n|---|--:|" + "--:|" * len(heads))
