@@ -131,6 +131,20 @@ def test_a_changed_model_keeps_its_layout() -> None:
     assert pipe.n_stages == 2
 
 
+def test_other_numbers_of_stages_are_of_one_device_each(tmp_path: Path) -> None:
+    """They were asked how many devices the third of two stages has; the page, and so notebooks, failed."""
+    report, plain = compiled(2, replicas=(1, 2)).report, compiled(2, replicas=1).report
+    own, other = report.compare([2, 3], orders=True)
+    assert own.tick_time == report.tick_time
+    assert {price.micro_batches for price in own.orders} == {4, 8}  # a part for each device
+    assert len(other.orders) == len(plain.compare([3], orders=True)[0].orders)
+    report.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "cpu x 2" in page
+    assert "average" in page
+    report.plot(tmp_path / "report.png")
+
+
 def test_one_device_alone_is_what_speed_ups_are_relative_to() -> None:
     """As long as that took as long as the first stage's devices together, two looked like one."""
     alone, together = compiled(2, replicas=1), compiled(1, replicas=2)

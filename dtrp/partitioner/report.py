@@ -245,7 +245,7 @@ class PartitionReport:
         """
         if isinstance(ks, int):
             raise TypeError(f"compare({ks!r}): expected numbers of stages, such as [2, 4, 8]")
-        points = []
+        points, alone = [], replace(self._training, replicas=())  # other numbers are of one device each
         before_last = self._plan.recomputes[:-1]
         recompute: bool | str = True if before_last and all(before_last) else "auto"
         for k in ks:
@@ -253,7 +253,9 @@ class PartitionReport:
                 points.append(Scaling(1, self.single_time, 1.0, 1.0))
                 continue
             if k == self.n_stages:
-                prices = self._prices(self._plan.stage_of, self._plan.recompute) if orders else ()
+                prices = (
+                    self._prices(self._training, self._plan.stage_of, self._plan.recompute) if orders else ()
+                )
                 points.append(Scaling(k, self.tick_time, self.speedup, self.balance, prices))
                 continue
             try:
@@ -263,16 +265,16 @@ class PartitionReport:
                     groups=self._plan.groups,
                     order=self._plan.edges,
                     recompute=recompute,
-                    training=self._training,
+                    training=alone,
                     time_limit=time_limit,
                 )
             except (ValueError, InfeasiblePlanError):
                 continue
-            seconds = self._training.batch_time(result.loads, self._graph.graph["specs"][0].shared(k))
+            seconds = alone.batch_time(result.loads, self._graph.graph["specs"][0].shared(k))
             mean = sum(result.loads) / k
             stage_of = {str(node): stage for node, stage in result.stage_of.items()}
             again = [option == RECOMPUTE for option in result.options]
-            prices = self._prices(stage_of, again) if orders else ()
+            prices = self._prices(alone, stage_of, again) if orders else ()
             points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load, prices))
         return points
 
@@ -315,13 +317,17 @@ class PartitionReport:
             time_limit=time_limit,
         )
 
-    def _prices(self, stage_of: Mapping[str, int], recompute: Sequence[Recompute]) -> tuple[OrderPrice, ...]:
-        """The same stages under other orders and numbers of micro-batches."""
+    def _prices(
+        self, how: Training, stage_of: Mapping[str, int], recompute: Sequence[Recompute]
+    ) -> tuple[OrderPrice, ...]:
+        """The same stages under other orders and numbers of micro-batches, which their devices can share."""
         k, found = len(recompute), []
-        cores = self._graph.graph["specs"][0].shared(k)
+        cores = self._graph.graph["specs"][0].shared(sum(how.replicas) or k)
         for order, parts in ORDERS if k > 1 else ORDERS[:1]:
-            predicts = self._training.predicts and order not in EXACT
-            training = replace(self._training, order=order, micro_batches=parts, predicts=predicts)
+            if any(parts % devices for devices in how.replicas):
+                continue
+            predicts = how.predicts and order not in EXACT
+            training = replace(how, order=order, micro_batches=parts, predicts=predicts)
             costs = stage_costs(self._graph, stage_of, recompute, training=training)
             seconds = training.batch_time([cost.tick for cost in costs], cores)
             peak = int(max(cost.peak for cost in costs))

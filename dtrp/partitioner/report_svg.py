@@ -19,6 +19,7 @@ TIME_COLOURS = {
     "update": "#7a6fb0",
     "prediction": "#c39bd3",
     "loop": "#d8c06a",
+    "average": "#57a773",
     "transfer": "#8a8f98",
 }
 MEMORY_COLOURS = {
