@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .orders import least_parts
 from .partitioner.compiler import Compiled, Request, cut, reprice
-from .partitioner.replication import Layout
+from .partitioner.planner import default_limits, memory_limits
+from .partitioner.replication import Layout, layouts
 from .partitioner.training import ASSUMED, Training
 from .partitioner.units import duration
 from .parts_check import differs_in_parts
@@ -41,8 +42,14 @@ def assumed(replicas: Sequence[int]) -> Training:
     return replace(ASSUMED, replicas=tuple(replicas), micro_batches=least_parts(replicas))
 
 
+def as_one(request: Request) -> Request:
+    """Data parallelism on all devices."""
+    firsts, groups = grouped(request.devices, [len(request.devices)])
+    return replace(request, devices=firsts, groups=groups, training=assumed(list(map(len, groups))))
+
+
 def share_out(made: Compiled, request: Request, inputs: Sequence[Tensor]) -> tuple[Compiled, Request]:
-    """The model cut for the best layout of the devices that the stages of ``made`` have one by one.
+    """The model cut for the best layout of the devices that the request names, from any plan of it.
 
     Stages of several devices need batches that may be cut into parts: whether the model treats samples one
     by one is tried here, and the loss, which is not known yet, before the first batch.
@@ -50,17 +57,25 @@ def share_out(made: Compiled, request: Request, inputs: Sequence[Tensor]) -> tup
     stand_in = TrainConfig(mean_of_outputs, partial(torch.optim.SGD, lr=0.0))
     real = not any(t.is_meta for t in (*made.captured.model.parameters(), *inputs))
     whole = differs_in_parts(made, stand_in, inputs, None) if real else ""
-    found = made.report.layouts(most_parts=1 if whole else n_samples(inputs))
-    request = replace(request, spread=False)
-    if not found:
-        return made, request
-    replicas = found[0].replicas
-    why = _why(found, len(request.devices), whole)
-    if len(replicas) < len(request.devices):
-        firsts, groups = grouped(request.devices, replicas)
-        training = assumed([len(group) for group in groups])
-        request = replace(request, devices=firsts, groups=groups, training=training)
+    devices = request.devices
+    n, specs = len(devices), made.graph.graph["specs"][:1]
+    limits = memory_limits(request.memory_limit, n) or default_limits(specs * n)
+    found = layouts(
+        made.graph,
+        n,
+        groups=made.plan.groups,
+        order=made.plan.edges,
+        training=request.training,
+        recompute=request.recompute,
+        memory_limit=limits[0],
+        most_parts=1 if whole else n_samples(inputs),
+    )
+    firsts, groups = grouped(devices, found[0].replicas if found else (1,) * made.plan.n_stages)
+    request = replace(request, devices=firsts, groups=groups, spread=False)
+    request = replace(request, training=assumed(request.replicas))
+    if made.plan.n_stages != len(firsts) or groups:
         made = cut(made.captured, request)
+    why = _why(found, n, whole) if found else ""
     log.info("%s", why)
     made = replace(made, plan=replace(made.plan, layout=why))
     return replace(made, report=reprice(made, request)), request

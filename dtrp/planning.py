@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .errors import DtrpError
 from .exclusive import EXCLUSIVE
-from .layout import share_out
+from .layout import as_one, share_out
 from .loss_check import check_loss
 from .loss_reads import LossReads
 from .orders import choose_order, least_parts
@@ -200,7 +200,12 @@ class Planning:
                     )
             found = training_flags(self.model)  # it may leave others behind
             with alone():
-                base = compile_model(self.model, self.request, args, kwargs)
+                try:
+                    base = compile_model(self.model, self.request, args, kwargs)
+                except ValueError:  # of a small model there are no stages for all
+                    if not self.request.spread:
+                        raise
+                    base = compile_model(self.model, as_one(self.request), args, kwargs)
             self.request = self.request.in_order(base.plan.placement)
             on_host = all(device.type == "cpu" for device in self.request.devices)
             given = self.request.speed or self.request.groups or self.request.spread

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dtrp
+from dtrp import layout
 from dtrp.errors import PlanMismatchError
 from dtrp.partitioner.replication import Layout
-from dtrp.partitioner.report import PartitionReport
 
 from .runtime.toys import SGD, batches, mlp
 
@@ -43,22 +43,22 @@ def trained(pipe: dtrp.Pipeline, executor: str) -> dict[str, Tensor]:
 @pytest.fixture
 def one_and_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the machine, one device and then two are best."""
-    search = PartitionReport.layouts
+    search = layout.layouts
 
-    def layouts(report: PartitionReport, *args: Any, **kwargs: Any) -> list[Layout]:
-        found = search(report, *args, **kwargs)
+    def layouts(*args: Any, **kwargs: Any) -> list[Layout]:
+        found = search(*args, **kwargs)
         return (
             [replace(found[0], replicas=(1, 2), micro_batches=2), *found]
             if kwargs["most_parts"] > 1
             else found
         )
 
-    monkeypatch.setattr(PartitionReport, "layouts", layouts)
+    monkeypatch.setattr(layout, "layouts", layouts)
 
 
 def test_the_best_layout_is_taken_and_told() -> None:
     plain = compiled(4, replicas=1)
-    found = plain.report.layouts(most_parts=8)
+    found = plain.report.layouts()
     pipe = compiled(4)
     best = found[0].replicas
     assert pipe.n_stages == len(best)
@@ -114,6 +114,21 @@ def test_a_model_whose_batches_are_not_cut_gets_no_stages_of_several() -> None:
     (told,) = (note for note in pipe.report.notes if "shared out" in note)
     assert "does not treat samples one by one" in told
     trained(pipe, "inline")
+
+
+def test_more_devices_than_a_model_can_be_cut_for() -> None:
+    """One stage, or two, may have them; who asks for a stage on each is told."""
+    small = nn.Sequential(nn.Linear(8, 6), nn.ReLU()).double()
+    pipe = compiled(8, of=small)
+    assert pipe.n_stages <= 2
+    with pytest.raises(ValueError, match="at most 2 stages"):
+        compiled(8, of=small, replicas=1)
+
+
+def test_what_was_asked_for_holds_in_the_layout() -> None:
+    pipe = compiled(4, recompute=True, memory_limit="1GB")
+    assert all(pipe.plan.recomputes[:-1])
+    assert {stage.memory_limit for stage in pipe.report.stages} == {1e9}
 
 
 @pytest.mark.usefixtures("one_and_two")

@@ -278,17 +278,13 @@ class PartitionReport:
             points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load, prices))
         return points
 
-    def layouts(
-        self, n_devices: int | None = None, *, most_parts: int = 1 << 30, time_limit: float = 2.0
-    ) -> list[Layout]:
+    def layouts(self, n_devices: int | None = None, *, time_limit: float = 2.0) -> list[Layout]:
         """Other ways to use as many devices: fewer stages on several devices each, down to data parallelism.
 
         Parameters
         ----------
         n_devices
             How many, all like the first stage's. Default: one per stage of this plan.
-        most_parts
-            Into which a batch can be cut, such as its number of samples; 1: not at all.
         time_limit
             Seconds of planning for each number of stages and of parts.
 
@@ -313,7 +309,6 @@ class PartitionReport:
             order=self._plan.edges,
             training=self._training,
             memory_limit=min(limits, default=None),
-            most_parts=most_parts,
             time_limit=time_limit,
         )
 
