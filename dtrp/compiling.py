@@ -120,7 +120,8 @@ def compile(
     if n_gpus is None and devices is None and plan is not None:
         n_gpus = plan.n_stages
     if replicas is None:
-        replicas = (() if plan is None else plan.replicas) or 1
+        of_plan = plan is not None and n_gpus in (None, plan.n_stages)  # else the plan says what is wrong
+        replicas = (plan.replicas if plan is not None and of_plan else ()) or 1
     spread = isinstance(replicas, str)
     if spread:
         _check_spread(replicas, plan, example_inputs, memory_limit)

@@ -85,6 +85,8 @@ def test_a_plan_keeps_the_numbers_of_devices(tmp_path: Path) -> None:
     again = compiled(None, replicas=None, plan=tmp_path / "plan.json")
     assert again.plan == pipe.plan
     assert [s.device for s in again.report.stages] == ["cpu", "cpu x 2"]
+    with pytest.raises(PlanMismatchError, match="the plan is for 2 stages, not for 3"):
+        compiled(3, replicas=None, plan=pipe.plan)
     with pytest.raises(ValueError, match="2 devices for stages of 1 \\+ 2"):
         compiled(None, replicas=None, plan=pipe.plan, devices=["cpu"] * 2)
     assert compiled(None, replicas=1, plan=pipe.plan).plan.replicas == ()  # who says one each means it
