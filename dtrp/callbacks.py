@@ -40,6 +40,14 @@ class _Best:
     def __init__(self, monitor: str | None, *, larger: bool, min_delta: float = 0.0) -> None:
         self.monitor, self.larger, self.min_delta = monitor, larger, min_delta
         self.value = -math.inf if larger else math.inf
+        self.heard = 0  # epochs
+
+    def new(self, trainer: Trainer, row: Mapping[str, Any]) -> list[bool]:
+        """Whether epochs since the last call are better than all before, ``row`` last: of a resumed run, all
+        of its epochs."""
+        rows = trainer._run.loop.rows if trainer._run.loop is not None else [row]
+        since, self.heard = [*rows[self.heard : -1], row], len(rows)
+        return [self.improves(one) for one in since]
 
     def improves(self, row: Mapping[str, Any]) -> bool:
         name = self.monitor or ("loss" if "loss" in row else "train_loss")
@@ -74,7 +82,8 @@ class EarlyStopping:
         self.best = _Best(monitor, larger=larger, min_delta=min_delta)
 
     def on_epoch(self, trainer: Trainer, row: Mapping[str, Any]) -> bool:
-        self.waited = 0 if self.best.improves(row) else self.waited + 1
+        for better in self.best.new(trainer, row):
+            self.waited = 0 if better else self.waited + 1
         return self.waited >= self.patience
 
 
@@ -95,7 +104,7 @@ class SaveBest:
         self.path, self.best = path, _Best(monitor, larger=larger)
 
     def on_epoch(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
-        if self.best.improves(row):
+        if self.best.new(trainer, row)[-1]:
             trainer.save(self.path)
 
 

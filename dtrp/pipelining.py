@@ -70,6 +70,7 @@ class _Ends:
         self.wirings = {True: program.train, False: program.evaluate}
         self.copies = program.writes_inputs
         self.signature = compiled.captured.signature
+        self.given: dict[Source, Any] = {}  # what arrived last
 
     def attach(self, module: nn.Module) -> None:
         """Have a module called with what arrives, and give what leaves."""
@@ -83,6 +84,7 @@ class _Ends:
         else:
             sent = wiring.sends[self.stage - 1, self.stage]
             given = {Source(self.stage - 1, n): t for n, t in zip(sent, args, strict=True)}
+        self.given = given
         inputs = tuple(given[source] for source in wiring.stages[self.stage].inputs)
         if self.copies:
             inputs = tuple(x.clone() for x in inputs)
@@ -92,7 +94,11 @@ class _Ends:
         wiring = self.wirings[module.training]
         if not self.last:
             return tuple(outputs[n] for n in wiring.sends[self.stage, self.stage + 1])
-        return wiring.unflatten([outputs[leaf.index] for leaf in wiring.result if isinstance(leaf, Source)])
+        given, self.given = self.given, {}
+        leaves = [leaf for leaf in wiring.result if isinstance(leaf, Source)]
+        return wiring.unflatten(
+            [outputs[leaf.index] if leaf.stage == self.stage else given[leaf] for leaf in leaves]
+        )
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------

@@ -201,3 +201,23 @@ def test_a_mesh_of_other_dimensions_is_refused(mesh: DeviceMesh) -> None:
         pipe.to_pipelining(init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "pp")))
     named = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "stage"))
     assert len(pipe.to_pipelining(named)) == 2
+
+
+class Features(nn.Module):
+    """Gives what an earlier stage makes, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.body(x)
+        return h, self.head(h)
+
+
+def test_outputs_of_the_stage_before_are_given_on(mesh: DeviceMesh) -> None:
+    x = torch.randn(4, 8)
+    pipe = cut(Features(), 2, x, {"body": 0, "head": 1})
+    first, second = pipe.to_pipelining(mesh)
+    given = second.submod(*first.submod(x))
+    assert all(map(torch.equal, given, pipe.model(x)))

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -280,7 +281,7 @@ def _compact(value: Any, where: str) -> Any:
         return type(value)(_compact(v, f"{where}[{i}]") for i, v in enumerate(value))
     if type(value) in _PLAIN or (type(value) is set and all(type(v) in _PLAIN for v in value)):
         return value
-    if hasattr(value, "item") and not isinstance(value, Tensor):  # numpy's numbers
+    if isinstance(value, np.generic):
         return value.item()
     raise CheckpointError(
         f"{where} holds a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved so that "

@@ -234,10 +234,15 @@ def _answers(run: Run, loader: Iterable[Any], measure: Measure | None) -> Genera
         _, tensors, target = run.ready(*call, targets=targets, follow=False)
         return feeds(run.eval_wiring, number, tensors, target)
 
-    for _, calls in groupby(map(as_call, loader), form):
-        first = next(calls)
-        executor, *_ = run.ready(*first, targets=targets)
+    run.not_asked()
+    run.asked = True  # the stages are in eval mode until all is answered
+    try:
+        for _, calls in groupby(map(as_call, loader), form):
+            first = next(calls)
+            executor, *_ = run.ready(*first, targets=targets)
 
-        fed = map(feed, enumerate(chain([first], calls)))  # noqa: B031
-        with run.rescued(), closing(executor.evaluate(fed, measure)) as found:
-            yield from found
+            fed = map(feed, enumerate(chain([first], calls)))  # noqa: B031
+            with run.rescued(), closing(executor.evaluate(fed, measure)) as found:
+                yield from found
+    finally:
+        run.asked = False

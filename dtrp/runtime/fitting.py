@@ -107,10 +107,9 @@ class Loop:
             self.begun = {"random": random_state(), "loader": _state(self.generator)}
         for number, batch in enumerate(loader):
             if number < skip:
+                if number == skip - 1 and now is not None:  # the next batch's own draws begin there
+                    set_random_state(now)
                 continue
-            if now is not None:
-                set_random_state(now)
-                now = None
             self.fed += 1
             yield batch
 

@@ -148,7 +148,8 @@ class Owner:
                 )
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Overwrite tensors and plain attributes with saved ones that `check` has passed."""
+        """Overwrite tensors and plain attributes with saved ones that `check` has passed; attributes that
+        were not saved stay."""
         self.model.load_state_dict(saved["model"], strict=True)
         buffers = dict(self.named_buffers())
         with torch.no_grad():
@@ -156,17 +157,8 @@ class Owner:
                 buffers[name].copy_(value)
         if self.loss is not None:
             self.loss.load_state_dict(saved["loss"], strict=True)
-        self.set_attributes(completed(saved["attributes"], self.attributes()))
-
-
-def completed(
-    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Saved attributes, with those present ones that could not be saved."""
-    return {
-        name: {k: v for k, v in present.get(name, {}).items() if not is_savable(v)} | dict(values)
-        for name, values in saved.items()
-    }
+        present = self.attributes()
+        self.set_attributes({name: present.get(name, {}) | v for name, v in saved["attributes"].items()})
 
 
 def by_name(saved: Mapping[str, Any]) -> dict[str, Any]:

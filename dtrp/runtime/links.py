@@ -91,11 +91,11 @@ def canonical(value: Any) -> Any:
     """A tensor that is dense, owns exactly its memory and carries no graph; other values as they are."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return value
-    value = value.detach()
+    value = value.detach().resolve_conj().resolve_neg()
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     if whole and dense_order(value) is not None:
         return value
-    return value.clone(memory_format=torch.preserve_format).resolve_conj().resolve_neg()
+    return value.clone(memory_format=torch.preserve_format)
 
 
 def dense_order(tensor: Tensor) -> tuple[int, ...] | None:

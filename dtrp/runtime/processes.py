@@ -156,7 +156,8 @@ class Processes:
             return "it closed its connection"
         if code >= 0:
             return f"exit code {code}"
-        name = signal.Signals(-code).name
+        names = {known.value: known.name for known in signal.Signals}
+        name = names.get(-code, f"signal {-code}")
         hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
         return f"killed by {name}{hint}"
 

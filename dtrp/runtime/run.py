@@ -102,6 +102,7 @@ class Run:
         self._seed: int | None = None
         self.in_flight = False
         self.stale = False  # the stages have newer weights than the model
+        self.asked = False  # a prediction or evaluation is going on
         self._told_mixed = False
         self._shown = -1  # batches that had been fed when the model last had the present weights
         self.changes = Changes(self)
@@ -116,6 +117,14 @@ class Run:
     def alive(self) -> Executor | None:
         """Who runs the stages, unless one of them has failed."""
         return self.executor if self.executor is not None and self.executor.failure is None else None
+
+    def not_asked(self) -> None:
+        """Refuse what would meet stages in eval mode."""
+        if self.asked:
+            raise RuntimeError(
+                "a prediction or evaluation of this trainer is still going on: go through predict(...) to "
+                "its end first, as list(trainer.predict(loader)) does, or close() it"
+            )
 
     @property
     def loss_fn(self) -> Any:
@@ -433,6 +442,6 @@ class Run:
         if self._seed is not None and state.counters["seed"] is not None:
             self._seed = state.counters["seed"]
         state = self.world.complete(state, self.owner)
-        executor.call("load_state", *state.modules())
+        executor.call("load_state", *state.modules(self.owner))
         self._shelved = state.of_others(self._trained)
         executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))

@@ -76,7 +76,7 @@ class RunState:
             for key in SECTIONS:
                 content[key] = one[key] | content[key]
         content["optimizer"] = {**shelved, **content["optimizer"]}
-        complete(content, fresh, sets[0]["groups"])
+        complete(content, fresh, sets[0])
         ambient = stages[0]["random"] if len(stages) == 1 else None
         content["training"] = {**sets[0]["training"], "scale": gathered([s["scale"] for s in stages])}
         content |= {"counters": dict(counters), "random": random_state(), "ambient": ambient}
@@ -149,10 +149,10 @@ class RunState:
         owner.restore(self.content)
         set_random_state((draws_here and self.content["ambient"]) or self.content["random"])
 
-    def modules(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """Arguments of `Answers.load_state`."""
+    def modules(self, owner: Owner) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Arguments of `Answers.load_state`, once `restore` has been called."""
         tensors = {n: t for n, t in by_name(self.content).items() if isinstance(t, Tensor)}
-        return tensors, self.content["attributes"]
+        return tensors, owner.attributes()
 
     def training(self, owner: Owner, *, draws_here: bool) -> tuple[Any, ...]:
         """Arguments of `Answers.load_training_state`. The caller's generators are set, if a stage draws

@@ -132,6 +132,7 @@ class Trainer:
         TypeError, ValueError
             The arguments do not fit the model.
         """
+        self._run.not_asked()
         executor, tensors, target = self._run.ready(args, kwargs)
         with interrupts.held(), self._run.rescued():
             self._run.add(executor, tensors, target)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -62,6 +64,7 @@ def export_set(parameters: ParameterSet, names: Mapping[str, str]) -> dict[str, 
         "training": {
             "optimizer": type(optimizer).__name__,
             "groups": len(parameters.groups),
+            "members": [sorted(names) for names in parameters.members],
             "numbers": dict(numbers_of(optimizer).items() - parameters.numbers.items()),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
         },
@@ -141,21 +144,43 @@ def import_set(parameters: ParameterSet, saved: Saved, names: Mapping[str, str],
     parameters.waiting = counts[0] if gradients and counts else 0
     parameters.gathered = float(parameters.waiting)
     if parameters.scheduler is not None:
-        parameters.scheduler.load_state_dict(copy.deepcopy(saved["training"]["scheduler"]))
+        state = copy.deepcopy(saved["training"]["scheduler"])
+        had = saved["training"].get("members", [])  # not of earlier versions
+        of = [next((i for i, m in enumerate(had) if not n.isdisjoint(m)), None) for n in parameters.members]
+        if had and of != [*range(len(had))]:
+            state = _regrouped(state, parameters.scheduler.state_dict(), of, len(had))
+        parameters.scheduler.load_state_dict(state)
 
 
-def complete(content: dict[str, Any], fresh: ParameterSet, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Add what no stage uses: the options are those that the group has by now.
+def _regrouped(saved: Any, fresh: Any, of: Sequence[int | None], count: int) -> Any:
+    """A scheduler's state where the groups are others: what it had of each (``of``: which that was, of
+    ``count``), and what it begins with of new ones."""
+    if isinstance(saved, dict) and isinstance(fresh, dict):
+        return {key: _regrouped(value, fresh.get(key), of, count) for key, value in saved.items()}
+    if not (isinstance(saved, list) and isinstance(fresh, list)):
+        return saved
+    if any(isinstance(one, dict) for one in saved):  # schedulers in a scheduler
+        return [_regrouped(one, other, of, count) for one, other in zip(saved, fresh, strict=True)]
+    if (len(saved), len(fresh)) == (count, len(of)):
+        return [fresh[i] if group is None else saved[group] for i, group in enumerate(of)]
+    return saved
+
+
+def complete(content: dict[str, Any], fresh: ParameterSet, one: Mapping[str, Any]) -> None:
+    """Add what no stage uses, or is trainable only now: the options are those that its group has by now,
+    of a new group as the user's callable makes them.
 
     Parameters
     ----------
     fresh
         All trainable parameters of the model.
-    groups
-        Present options of its groups.
+    one
+        What a stage gave (`export_set`); each has all groups.
     """
     waits = max(content["waiting"].values(), default=0)
-    for members, options in zip(fresh.members, groups, strict=True):
+    had = list(zip(one["training"]["members"], one["groups"], strict=True))
+    for members, made in zip(fresh.members, fresh.groups, strict=True):
+        options = next((o for names, o in had if not members.isdisjoint(names)), _options(made))
         for name in sorted(fresh.names.keys() & members - content["waiting"].keys()):
             content["optimizer"].update(flat_options(name, options))
             content["waiting"][name] = waits
@@ -208,9 +233,12 @@ def unflattened(flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _without_callables(value: Any) -> Any:
-    """Functions stay with the optimizer or scheduler that has them; everything else is plain data."""
+    """Functions, and numpy's arrays, stay with the optimizer or scheduler that has them; everything else is
+    plain data."""
     if isinstance(value, dict):
-        return type(value)({k: _without_callables(v) for k, v in value.items() if not callable(v)})
+        data = {k: v for k, v in value.items() if not (callable(v) or isinstance(v, np.ndarray))}
+        kept = {k: _without_callables(v) for k, v in data.items()}
+        return type(value)(kept) if isinstance(value, (OrderedDict, Counter)) else kept
     if isinstance(value, list):
         return [_without_callables(v) for v in value]
     return value

@@ -95,5 +95,5 @@ class _Forwarder(logging.Handler):
         try:
             text, where = self.format(record), (record.pathname, record.lineno, record.funcName)
             self.voice.tell("log", record.name, record.levelno, text, *where)
-        except OSError:
+        except Exception:  # nobody hears any more, or the script's text does not take its arguments
             self.handleError(record)

@@ -123,9 +123,11 @@ class Worker:
         if self.failed or self.stage is None:
             return
         structure, evaluates, part, parts, share, lr_scale, batches, inputs, *values = message.values
-        target = values[inputs]
-        if structure is not None:
-            target = pytree.tree_unflatten(values[inputs:], _structure(structure))
+        target = (
+            values[inputs]
+            if structure is None
+            else pytree.tree_unflatten(values[inputs:], _structure(structure))
+        )
         feed = Feed(message.slot, values[:inputs], target, Update(lr_scale, batches), part, parts, share)
         if not evaluates:
             finish(self.stage.feed(feed))

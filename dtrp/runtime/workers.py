@@ -266,11 +266,14 @@ class Workers:
     # ---- listening -----------------------------------------------------------------------------------------
 
     def _wait(self, sock: socket.socket, event: int) -> None:
-        """What a line does that cannot go on: listen meanwhile."""
+        """What a line does that cannot go on: listen meanwhile. Ctrl-C waits: others may have their half of
+        what is being sent."""
         poll = select.poll()
         poll.register(sock, event)
         while not poll.poll(GLANCE * 1e3):
-            self._listen(block=False)
+            self._take(0.0)
+            if self._bad:
+                self._fail()
             self._look()
 
     def _listen(self, *, block: bool = True) -> None:

@@ -74,9 +74,6 @@ class Alone:
         there: Any = None,
     ) -> Inline | Workers:
         """Start the stages; with worker processes that are ``there``, if they will do."""
-        if self.executor == "auto":
-            one = len(programs) == 1 and not config.replicas
-            self.executor = "inline" if one else "workers"
         if self.executor == "inline":
             return Inline(programs, config, seed=seed, record=record)
         from .workers import Workers
@@ -317,4 +314,6 @@ def join(executor: str, seats: Seats, watchdog: float) -> Alone:
     """
     if executor == "torchrun" or (executor == "auto" and launched.world_size() > 1):
         return Together(seats, watchdog)
+    if executor == "auto":
+        executor = "inline" if seats.replicas == (1,) else "workers"
     return Alone(executor, watchdog)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrp import accelerators
-from dtrp.partitioner import calibration, measured
+from dtrp.partitioner import calibration, compiler, measured
+from dtrp.partitioner.devices import device_spec
 from dtrp.runtime import group_links, mesh, peers, predictors, world
 from dtrp.runtime.group_links import GroupLinks
 from dtrp.runtime.links import Channel, Message
@@ -160,6 +161,7 @@ def test_memory_of_measuring_is_given_back(monkeypatch: pytest.MonkeyPatch) -> N
     spec = calibration.calibrate(torch.device("cpu"))
     monkeypatch.setattr(calibration, "read_cache", lambda kind, key: None)
     monkeypatch.setattr(calibration, "write_cache", lambda kind, key, value: None)
+    monkeypatch.setattr(accelerators, "memory", lambda device: 0)
     monkeypatch.setattr(calibration, "_measure", lambda *_: said.append("measured") or spec)
     calibration._calibrated.__wrapped__(torch.device("cpu"), 1, "")
     calibration._calibrated.__wrapped__(CUDA, 0, "")
@@ -375,3 +377,19 @@ def test_a_model_that_was_made_real_stage_by_stage_hears_of_its_own() -> None:
     ranks.partial = True
     ranks.stage = SimpleNamespace(answers=SimpleNamespace(state=lambda: {"tensors": {"running_mean": 1}}))
     assert list(ranks.states()) == [{"tensors": {"running_mean": 1}}]
+
+
+def test_stages_on_one_device_have_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each is planned with all of its memory, and the report promises the speed of several."""
+    monkeypatch.setattr(compiler, "device_spec", lambda *_, **__: device_spec("A100-80GB"))
+    whole = device_spec("A100-80GB").memory_bytes
+    places = [torch.device("cuda", i) for i in (0, 0, 0, 0, 1, 1, 1, 1)]
+    shared = compiler.device_specs(places)
+    assert {spec.memory_bytes for spec in shared} == {whole / 4}
+    assert shared[0].shared(8) == 2
+    for places in (
+        [torch.device("cuda", i) for i in range(2)],
+        [CUDA] * 2,
+    ):  # of ranks, CUDA is each one's own
+        assert {spec.memory_bytes for spec in compiler.device_specs(places)} == {whole}
+        assert compiler.device_specs(places)[0].shared(2) == 0

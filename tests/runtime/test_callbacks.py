@@ -282,3 +282,42 @@ def test_predict_gives_the_models_outputs(executor: str) -> None:
     for a, b in zip(outputs, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert same(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("ask", ["step", "evaluate", "fit"])
+def test_nothing_is_trained_while_a_prediction_goes_on(ask: str) -> None:
+    """The stages are in eval mode until then: batch norms would stand still, and dropout be off."""
+    model = mlp()
+    with trainer(compiled(model)) as t:
+        t.step(*batches(1)[0])
+        outputs = t.predict([x for x, _ in batches(4)])
+        next(outputs)
+        with pytest.raises(RuntimeError, match=r"list\(trainer.predict\(loader\)\)"):
+            {"step": lambda: t.step(*batches(1)[0]), "evaluate": lambda: t.evaluate(batches(1)),
+             "fit": lambda: t.fit(batches(2), 1)}[ask]()  # fmt: skip
+        outputs.close()
+        for x, y in batches(3):
+            t.step(x, y)
+        assert len(list(t.predict([x for x, _ in batches(4)]))) == 4
+    assert int(model[1].num_batches_tracked) == 4
+
+
+def test_best_and_patience_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    """A run that goes on must not write its first epoch over a better one."""
+    best = tmp_path / "best.ckpt"
+    scores = [0.5, 0.9, 0.6, 0.7, 0.8, 0.85]
+
+    class Scores:
+        def on_epoch(self, trainer: Any, row: dict[str, Any]) -> None:
+            row["score"] = scores[trainer.epochs - 1]
+
+    def rows(epochs: int) -> int:
+        stops = EarlyStopping(3, monitor="score", larger=True)
+        callbacks = [Scores(), SaveBest(best, monitor="score", larger=True), stops]
+        with trainer(compiled(mlp())) as t:
+            return len(t.fit(batches(2), epochs, callbacks=callbacks, resume=tmp_path / "run"))
+
+    assert rows(3) == 3
+    saved = best.read_bytes()
+    assert rows(6) == 5  # three epochs behind the second one, of which the first run had one
+    assert best.read_bytes() == saved

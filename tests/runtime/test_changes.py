@@ -148,6 +148,40 @@ def test_optimizers_go_on(executor: str) -> None:
     torch.testing.assert_close(model.state_dict(), state)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_groups_that_come_with_what_is_unfrozen(swap: bool, scheduled: bool) -> None:
+    """Options by name: what is trained only now has its own, not by position those of a group before; and the
+    scheduler goes on with both."""
+
+    def rate(name: str) -> float:
+        return 1e-3 if name.startswith("0.") else 0.1
+
+    def change(model: nn.Module, i: int) -> None:
+        model[0].requires_grad_(i > 0)
+        model[1:].requires_grad_(i == 0 or not swap)
+
+    expected, model = make(), make()
+    for i, (x, y) in enumerate(DATA[:5]):
+        change(expected, i)
+        F.cross_entropy(expected(x), y).backward()
+        with torch.no_grad():
+            for name, p in expected.named_parameters():
+                if p.grad is not None and p.requires_grad:
+                    p -= rate(name) * (0.5 ** (i // 2) if scheduled else 1.0) * p.grad
+                p.grad = None
+    change(model, 0)
+    with trainer(
+        compiled(model), method="bp", optimizer=partial(torch.optim.SGD, lr=0.1),
+        lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5) if scheduled else None,
+        param_groups=lambda name, p: {"lr": rate(name)},
+    ) as t:  # fmt: skip
+        for i, (x, y) in enumerate(DATA[:5]):
+            change(model, i)
+            t.step(x, y)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [*CHANGES, unfreezing])
 def test_workers_follow_as_stages_in_this_process_do(change: Change) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,3 +251,37 @@ def test_names_that_come_with_batches(looks: str) -> None:
             trainer.step(batch, Y)
         trainer.flush()
         assert trainer.losses == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_plan_is_that_of_the_example_whatever_was_called_since(tmp_path: Path) -> None:
+    """Else it could not be saved, copied or edited any more after a call with a mask, or in other modes."""
+    example = x()
+    pipe = dtrp.compile(Optional(), n_gpus=2, example_inputs=example)
+    made = pipe.plan
+    pipe(example, mask=torch.ones(8, 16))
+    assert pipe.plan == made
+    pipe.model.deep.eval()
+    pipe(example)
+    assert pipe.plan == made
+    pipe.plan.save(tmp_path / "plan.json")
+    again = dtrp.compile(Optional(), n_gpus=2, example_inputs=example, plan=tmp_path / "plan.json")
+    assert again.plan.stage_of == made.stage_of
+    for copied in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert copied.plan.stage_of == made.stage_of
+    assert pipe.plan.pin("deep", 0).stage_of != pipe.plan.pin("deep", 1).stage_of
+
+
+def test_ranks_follow_the_plan_of_the_example_when_the_first_batch_has_another_form() -> None:
+    """As examples without labels have, of models that give their own loss."""
+    example, masked = x(), {"x": x(), "mask": torch.ones(8, 16)}
+    first, other = (dtrp.compile(Optional(), n_gpus=2, example_inputs=example) for _ in range(2))
+    other.plan  # noqa: B018
+    moved = first.plan.pin("deep", 0)
+    follows = dtrp.compile(Optional(), n_gpus=2, example_inputs=example, plan=moved)
+    follows._planning.prepare((), masked)
+    other._planning.adopt(follows._planning.planned())
+    other._planning.prepare((), masked)
+    assert other.plan.stage_of == moved.stage_of
+    assert other._planning.planned() == follows._planning.planned()
+    assert other._planning.form != 0
+    assert torch.equal(other(**masked), other.model(**masked))

@@ -604,3 +604,11 @@ def test_a_run_is_counted_by_what_waits() -> None:
         t.flush()
         assert all(s.queue_depth >= 0 for s in t.stats)
         assert t.stats[1].queue_depth > 0
+
+
+def test_tensors_that_are_only_marked_as_conjugate_or_negative() -> None:
+    """Their bytes are not their values."""
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    for value in (z.conj(), z.conj().imag, z.conj().T, torch.view_as_real(z)):
+        (arrived,) = again([value])
+        assert torch.equal(arrived, value)

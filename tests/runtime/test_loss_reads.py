@@ -97,9 +97,11 @@ def run(executor: str, method: str, which: str, lr: float = 0.05) -> tuple[list[
         return t.losses, model.state_dict()
 
 
-@pytest.mark.parametrize("which", ["loss", "method"])
-def test_as_in_the_plain_loop(which: str) -> None:
-    losses, state = run("workers", "bp", which)
+@pytest.mark.parametrize(
+    ("which", "executor"), [("loss", "workers"), ("loss", "auto"), ("method", "workers")]
+)
+def test_as_in_the_plain_loop(which: str, executor: str) -> None:
+    losses, state = run(executor, "bp", which)
     expected, weights = run("inline", "bp", which)  # where loss and script are in one process
     assert losses == expected
     assert same(state, weights)

@@ -28,15 +28,20 @@ class SaveAt:
             raise InterruptedError
 
 
+def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A collator that draws, as those that mask tokens do."""
+    x, y = (torch.stack(part) for part in zip(*rows, strict=True))
+    return x + 0.1 * torch.randn_like(x), y
+
+
 def fitted(
     path: Path, n_stages: int, own: bool, ends: int | None = None
 ) -> tuple[dict[str, Tensor], list[float], list[dict[str, Any]]]:
     """Three epochs of ten shuffled batches, saved after each, and after batches 14 and 17."""
     torch.manual_seed(5)
     model = mlp()
-    loader = DataLoader(
-        TensorDataset(X, Y), 4, shuffle=True, generator=torch.Generator().manual_seed(3) if own else None
-    )
+    generator = torch.Generator().manual_seed(3) if own else None
+    loader = DataLoader(TensorDataset(X, Y), 4, shuffle=True, generator=generator, collate_fn=noisy)
     run = trainer(compiled(model, n_stages), seed=None)
     with run:
         rows = run.fit(loader, 3, [(X, Y)], resume=path, callbacks=[SaveAt(path, (14, 17), ends)])

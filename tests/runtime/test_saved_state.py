@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -395,3 +396,59 @@ def test_attributes_and_the_losss_own_tensors_in_workers(before: int, after: int
     knobs = {"executor": "workers", "threads": 1}
     assert agree(with_loss(before, tmp_path / "run", **knobs), expected)
     assert agree(with_loss(after, tmp_path / "run", resume=True, **knobs), expected)
+
+
+class Later(nn.Linear):
+    """Of a version of the class that keeps something more."""
+
+    scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * getattr(self, "scale", 1.0)
+
+
+def test_attributes_that_came_after_a_run_was_saved(tmp_path: Path) -> None:
+    """As an upgraded library's layers have: a load that took them away would break the user's model."""
+
+    def run(scale: float | None) -> nn.Module:
+        model = nn.Sequential(Later(8, 8), nn.Tanh(), Later(8, 3))
+        with trainer(compiled(model)) as t:
+            if scale is not None:
+                model[0].scale = scale
+                t.load(tmp_path / "run")
+            t.step(*batches(1)[0])
+            t.flush()
+            t.save(tmp_path / "run")
+        return model
+
+    run(None)
+    model = run(0.5)
+    assert model[0].scale == 0.5
+    assert not hasattr(model[2], "scale")
+
+
+class Table(torch.optim.lr_scheduler.LRScheduler):
+    """Rates from an array, as in many scripts of vision transformers."""
+
+    def __init__(self, optimizer: Any, table: Any) -> None:
+        self.table = np.asarray(table)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [lr * self.table[min(self.last_epoch, len(self.table) - 1)] for lr in self.base_lrs]
+
+
+def test_arrays_stay_with_the_scheduler(tmp_path: Path) -> None:
+    def run(n: int, resume: bool) -> Any:
+        table = partial(Table, table=np.linspace(1.0, 0.1, 12))
+        with trainer(compiled(mlp(), 2), method="bp", lr_scheduler=table) as t:
+            if resume:
+                t.load(tmp_path / "run")
+            for x, y in batches(n)[len(t.losses) :]:
+                t.step(x, y)
+            t.save(tmp_path / "run")
+            return t.lr, list(t.losses)
+
+    whole = run(8, resume=False)
+    run(4, resume=False)
+    assert run(8, resume=True) == whole
