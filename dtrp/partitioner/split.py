@@ -21,6 +21,7 @@ from ..errors import PlanMismatchError
 from ..wiring import CALLER, Constant, Source, StageWires, Wiring
 from .align import align
 from .capture.graph import Captured, ModeGraph
+from .capture.traced import assembled
 from .hazards import Hazards
 from .plan import Plan
 
@@ -187,9 +188,7 @@ class _StageBuilder:
     def finish(self, differentiable: Collection[str]) -> tuple[fx.GraphModule, StageWires]:
         self.graph.output(tuple(here for _, here in self.outputs))
         self.graph.lint()
-        module = fx.GraphModule(
-            attributes(self.root, self.graph), self.graph, class_name=f"Stage{self.stage}"
-        )
+        module = assembled(attributes(self.root, self.graph), self.graph, f"Stage{self.stage}")
         module.training = self.root.training
         order = {n: i for i, n in enumerate(self.graph.find_nodes(op="placeholder"))}
         inputs = sorted(self.inputs, key=lambda pair: order[pair[1]])

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -551,3 +552,37 @@ def test_inputs_that_take_no_other_order():
             return self.head(self.bags(ids, offsets))
 
     assert_faithful(Bags(), (torch.arange(12) % 20, torch.tensor([0, 3, 4, 9])))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.b(m.a(x) + torch.arange(x.shape[1], dtype=int)),
+        lambda m, x: m.b(m.a(x) * x.sign().to(int)),
+        lambda m, x: m.b(m.a(x).to(float).to(x.dtype)),
+        lambda m, x: m.b(m.a(x) * torch.ones(x.shape[0], 1, dtype=bool)),
+        lambda m, x: m.b(m.a(x) / np.sqrt(x.size(-1))),
+        lambda m, x: m.b(m.a(x) * np.log(x.shape[0] + 1)),
+    ],
+    ids=["arange", "to(int)", "to(float)", "bool", "sqrt", "log"],
+)
+def test_kinds_of_numbers_and_functions_of_numpy_leave_sizes_open(function, x):
+    model = Model(function)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    for n in (3, 2, 5):
+        torch.testing.assert_close(pipe(x[:1].expand(n, 4)), model(x[:1].expand(n, 4)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "buffer"])
+def test_tensors_of_a_layer_that_is_called_are_its_own(kind, x):
+    """A graph must not make persistent buffers of them on the user's layer."""
+    model = Model(lambda m, x: m.b(m.a(x) * m.a.mask))
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    if kind == "plain":
+        model.a.mask = mask
+    else:
+        model.a.register_buffer("mask", mask, persistent=False)
+    keys = list(model.state_dict())
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=x)
+    assert torch.equal(pipe(x), model(x))
+    assert list(model.state_dict()) == keys

@@ -14,6 +14,7 @@ from torch import nn
 import dtrp
 from dtrp.errors import CaptureError
 from dtrp.partitioner.capture import capture
+from dtrp.partitioner.capture.watch import Watch
 from tests.sweeps import sweep
 
 COUNTS = {"calls": 0}
@@ -650,3 +651,127 @@ def test_a_table_that_renames_its_keys_is_left_as_it_was():
     captured = capture(model, (x,))
     assert SLOPES == {"UsesRegistry": 0.1, "Linear": 0.2}
     assert torch.equal(captured.graph(True)(x), model(x))
+
+
+class Memory(nn.Module):
+    """Carries tensors from call to call; ``keep`` says in what."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.a, self.keep = nn.Linear(4, 4), keep
+        keep(self, torch.zeros(5, 4))
+
+    def forward(self, x):
+        held = self.held
+        while not isinstance(held, torch.Tensor):
+            held = held["h"] if isinstance(held, dict) else held.h if hasattr(held, "h") else held[0]
+        h = torch.tanh(self.a(x)) + held
+        self.keep(self, h.detach())
+        return h
+
+
+def in_a_tuple(m, h):
+    m.held = (h, h + 1)
+
+
+def in_a_list(m, h):
+    if hasattr(m, "held"):
+        m.held[0] = h
+    else:
+        m.held = [h]
+
+
+def in_a_dict(m, h):
+    m.held = {"h": h}
+
+
+def deep_in(m, h):
+    m.held = ({"h": h},)
+
+
+def in_an_object(m, h):
+    m.held = types.SimpleNamespace(h=h)
+
+
+@pytest.mark.parametrize("keep", [in_a_tuple, in_a_list, in_a_dict, deep_in, in_an_object])
+def test_what_is_carried_in_containers_is_not_frozen(keep):
+    """Whatever the model's size: the second look, which compares numbers, sees small ones alone."""
+    with pytest.raises(CaptureError, match=r"'held'.* from one call to the next|changes 'held'"):
+        dtrp.compile(Memory(keep), n_gpus=1, devices=["cpu"], example_inputs=batches(1)[0])
+    model = nn.Sequential(Memory(keep), nn.ReLU(), nn.Linear(4, 2))
+    plain = copy.deepcopy(model)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=batches(1)[0])
+    for x in batches(3):
+        assert torch.equal(pipe(x), plain(x))
+
+
+@pytest.mark.parametrize("parts", ["chunk", "split", "unbind", "max", "topk"])
+def test_what_is_carried_through_several_results_is_no_cache(parts, monkeypatch):
+    """As every hand-written LSTM cell has it."""
+    monkeypatch.setattr("dtrp.partitioner.capture.second_look.MAX_FLOPS", 0.0)  # of large models
+    several = {
+        "chunk": lambda y: y.chunk(2, 1)[0], "split": lambda y: y.split([2, 2], 1)[0],
+        "unbind": lambda y: torch.stack(y.unbind(1)[:2], 1), "max": lambda y: y.max(1, keepdim=True).values,
+        "topk": lambda y: torch.topk(y, 2, 1)[0],
+    }[parts]  # fmt: skip
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(4, 4), None
+
+        def forward(self, x):
+            c = several(self.a(x))
+            if self.c is not None:
+                c = c + self.c
+            self.c = c.detach()
+            return x * c.sum()
+
+    model = nn.Sequential(Cell(), nn.Linear(4, 2))
+    plain = copy.deepcopy(model)
+    pipe = dtrp.compile(model, n_gpus=2, devices=["cpu"] * 2, example_inputs=batches(1)[0])
+    for x in batches(3):
+        assert torch.equal(pipe(x), plain(x))
+
+
+def test_large_containers_on_a_model_cost_nothing_in_every_batch():
+    """A vocabulary, or a dataset on a LightningModule, was gone through before each one."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.vocabulary = {f"word {i}": i for i in range(2000)}
+    found = Watch(model)._pointers()
+    assert len(found) < 100
+    model.vocabulary["another"] = 0
+    assert found != Watch(model)._pointers()  # its length is looked at
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_buffers_that_are_none_until_they_are_needed(inner):
+    """A mask of the largest length so far: a cache, made anew by the graph."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.register_buffer("mask", None, persistent=False)
+
+        def forward(self, x):
+            if self.mask is None or self.mask.shape[0] < x.shape[0]:
+                self.mask = torch.ones(x.shape[0], x.shape[0]).tril()
+            return self.mask[: x.shape[0], : x.shape[0]] @ self.a(x)
+
+    model = nn.Sequential(Masked(), nn.Linear(4, 2)) if inner else Masked()
+    pipe = dtrp.compile(model, n_gpus=1, devices=["cpu"], example_inputs=batches(1)[0])
+    assert not any("mask" in name for name, _ in model.named_buffers())
+    assert not pipe._planning.made.captured.kept_whole
+    x = batches(1)[0]
+    assert torch.equal(pipe(x), copy.deepcopy(model)(x))
+
+
+def test_a_model_with_a_call_of_its_own():
+    class Wrapped(nn.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model = Wrapped(4, 2)
+    pipe = dtrp.compile(model, n_gpus=1, devices=["cpu"], example_inputs=batches(1)[0])
+    assert torch.equal(pipe(batches(1)[0]), model(batches(1)[0]))

@@ -74,7 +74,7 @@ _KNOWN = (
         "Use torch.where or a mask of fixed shape, or {whole}.",
     ),
     (
-        ("differs from the model", "gives", "where its graph runs"),
+        ("differs from the model", "its graph gives", "where its graph runs"),
         "the graph does not do what the model does",
         "Look in the part named above for what forward keeps from call to call outside of its module (in a "
         "global, an iterator, a generator of its own), and keep it in a buffer or a plain attribute of the "

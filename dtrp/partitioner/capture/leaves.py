@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -99,6 +99,14 @@ def has_hooks(module: nn.Module) -> bool:
     if hooks:
         hooks = tuple(hook for hook in hooks if getattr(hook, "__module__", None) != _GATHERS)
     return bool(hooks) or has_backward_hooks(module)
+
+
+def entry(model: nn.Module) -> Callable[..., Any]:
+    """What a call of the model is: with its hooks and ``__call__``, where it has such, else ``forward``."""
+    own = any(
+        "__call__" in vars(kind) for kind in type(model).__mro__ if kind.__module__ != nn.Module.__module__
+    )
+    return model if own or has_hooks(model) else model.forward
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from .custom import OtherSizes, guard
 from .fakes import FakeWorld, Sizes, fake_inputs, light
 from .graph import KeptWhole
-from .leaves import has_hooks
+from .leaves import entry
 from .methods import VALUE_DEPENDENT
 from .modes import BothModes, Flags, flags_of
 from .patches import ObservedFakeMode, observed
@@ -198,7 +198,7 @@ class _Recording:
         state, states = state_of(model), foreign_randomness()
         hooked = {name: _hook_state(parts[name]) for name in task.opened if name in parts}
         with torch.compiler.set_stance("force_eager"), observed(recorder, model), recorder.all_seen(model):
-            output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
+            output = entry(model)(*args, **kwargs)
         if foreign_randomness() != states:
             raise CannotRecord("draws random numbers from Python's or numpy's generator")
         mode.observer, recorder.paused = None, True

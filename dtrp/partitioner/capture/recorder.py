@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from .assigned import Assigned
@@ -40,6 +40,7 @@ from .methods import VALUE_DEPENDENT, KeptCall, KeptMethod, own_methods
 from .patches import Observer
 from .sizes import Sizes
 from .snapshot import foreign_randomness, preserved_randomness
+from .state import OWN, changeable
 from .structure import mirror, mutable, tensors_in
 from .targets import node_form, property_name
 from .task import Task
@@ -92,15 +93,25 @@ class Recorder(TorchFunctionMode, Observer):
             self.sizes.fix()
 
     def keepers(self) -> dict[str, str]:
-        """Modules that leave a tensor made from the inputs in an attribute, for whoever reads it, and which.
+        """Modules that leave a tensor made from the inputs in an attribute, or in a container or object that
+        they hold, for whoever reads it, and which.
 
         One that is made from sizes and constants alone is a cache: the graph makes it each time.
         """
+        found = {key: [tensor] for key, tensor in self.left.items()}
+        for module, path in self._names.items():
+            for name, value in vars(module).items():
+                if name not in OWN and (isinstance(value, tuple) or changeable(value)):
+                    found[path, name] = [t for _, t in tensors_in(value) if self._made(t)]
         return {
             path: repr(f"{path}.{name}".removeprefix("."))
-            for (path, name), tensor in self.left.items()
-            if self.writer.depends_on_inputs(tensor)
+            for (path, name), tensors in found.items()
+            if any(map(self.writer.depends_on_inputs, tensors))
         }
+
+    def _made(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was made while the model was recorded."""
+        return isinstance(tensor, FakeTensor) and id(tensor) not in self._world.originals
 
     @contextmanager
     def all_seen(self, model: nn.Module) -> Iterator[None]:
@@ -292,7 +303,7 @@ class Recorder(TorchFunctionMode, Observer):
         if name == "training":
             self.asks_mode = "code"
         full = f"{path}.{name}" if path else name
-        if name in module._buffers and isinstance(value, torch.Tensor):
+        if module._buffers.get(name) is not None and isinstance(value, torch.Tensor):
             # Other graphs, such as that of evaluation, would go on reading the tensor that was there before.
             self._checkpointed.refuse(full, CannotKeep)
             self._assigned.note(full, value)

@@ -108,6 +108,7 @@ def _behaviour(
         np.random.seed(0)
         for p in model.parameters():
             p.grad = None  # put back afterwards; adding to it would change what the user holds
+        buffers = dict(model.named_buffers())  # one that is None may be filled
         for call, tensors in zip(("", " of the second call"), calls, strict=True):
             given = [_leaf(t) for t in tensors]
             output = function(given)
@@ -120,7 +121,7 @@ def _behaviour(
                     seen.append((f"the gradient of {name}{call}", _held(p.grad)))
                     p.grad = None
                 seen += [(f"the gradient of input {i}{call}", _held(t.grad)) for i, t in enumerate(given)]
-            seen += [(f"buffer {name}{call}", _held(b)) for name, b in model.named_buffers()]
+            seen += [(f"buffer {n}{call}", _held(b)) for n, b in model.named_buffers() if n in buffers]
     return seen
 
 

@@ -15,8 +15,11 @@ Tensors themselves have the example's sizes throughout: nothing is solved for, a
 from __future__ import annotations
 
 import builtins
+import functools
+import inspect
 import math
 import operator
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +141,10 @@ def _method(function: Callable[..., Any], reflected: bool = False) -> Any:
     return method
 
 
+def _by_math(self: _Known, function: Callable[..., Any]) -> Any:
+    return self.sizes.call(function, self)
+
+
 for _kind in (Size, Ratio):
     for _name in (*_BINARY, *_COMPARED):
         setattr(_kind, f"__{_name}__", _method(getattr(operator, f"__{_name}__")))
@@ -145,6 +152,8 @@ for _kind in (Size, Ratio):
         setattr(_kind, f"__r{_name}__", _method(getattr(operator, f"__{_name}__"), reflected=True))
     for _name, _function in _UNARY.items():
         setattr(_kind, f"__{_name}__", _method(_function))
+    for _name in ("sqrt", "exp", "log", "log2", "log10"):  # numpy asks objects for these
+        setattr(_kind, _name, functools.partialmethod(_by_math, getattr(math, _name)))
 
 
 def is_size(value: Any) -> bool:
@@ -307,10 +316,9 @@ class Sizes:
         def made(function: Any) -> Any:
             return lambda *args: self.call(function, *args) if not self._unseen else function(*args)
 
-        files = {kind.__module__ for kind in kinds_of(model.modules())}
-        scopes = [
-            vars(sys.modules[f]) for f in files if f in sys.modules and "int" not in vars(sys.modules[f])
-        ]
+        files = {kind.__module__ for kind in kinds_of(model.modules())} & sys.modules.keys()
+        scopes = [vars(sys.modules[f]) for f in files if not self.finished and not _names_dtype(f)]
+        scopes = [scope for scope in scopes if "int" not in scope]
         with replaced(
             (builtins, "len", sized),
             (torch, "broadcast_shapes", made(torch.broadcast_shapes)),
@@ -323,6 +331,17 @@ class Sizes:
             finally:
                 for scope in scopes:
                     del scope["int"]
+
+
+@functools.cache
+def _names_dtype(file: str) -> bool:
+    """Whether a file has ``int`` for a dtype, which torch knows by identity: ``torch.ones(n, dtype=int)``.
+    There, ``int(size)`` fixes the size."""
+    try:
+        text = inspect.getsource(sys.modules[file])
+    except (OSError, TypeError):
+        return False
+    return re.search(r"dtype *= *int\b|\.(to|type|astype)\( *int *\)", text) is not None
 
 
 class _IntLike(type):

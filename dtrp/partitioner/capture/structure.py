@@ -121,7 +121,7 @@ def opened(value: Any, depth: int = _DEPTH, holds: Callable[[Any, int], bool] | 
     def open_object(x: Any) -> Any:
         if depth == 0 or isinstance(x, torch.Tensor) or not (holds or _holds_tensors)(x, depth):
             return x
-        steps = list(_parts(x))
+        steps = list(parts_of(x))
         names = tuple(name for (_, name), _ in steps)
         return Rebuilt(type(x), names, [opened(part, depth - 1, holds) for _, part in steps], classes_in(x))
 
@@ -133,7 +133,7 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[tuple[tuple[Step, ..
     if isinstance(value, torch.Tensor):
         yield (), value
     elif depth > 0:
-        for step, part in _parts(value):
+        for step, part in parts_of(value):
             for path, tensor in tensors_in(part, depth - 1):
                 yield (step, *path), tensor
 
@@ -145,7 +145,7 @@ def opened_object(value: Any) -> tuple[tuple[Any, ...], list[Any]] | None:
         return None
     if not isinstance(value, (dict, list)) and not _holds_tensors(value, _DEPTH):
         return None
-    pairs = list(_parts(value))
+    pairs = list(parts_of(value))
     return tuple(name for (_, name), _ in pairs), [part for _, part in pairs]
 
 
@@ -158,11 +158,11 @@ def map_tensors(function: Callable[[Any], Any], value: Any, depth: int = _DEPTH)
         if depth == 0 or not _holds_tensors(x, depth):
             return x
         if isinstance(x, (dict, list)):  # of a class of its own
-            steps = list(_parts(x))
+            steps = list(parts_of(x))
             parts = [map_tensors(function, part, depth - 1) for _, part in steps]
             return rebuilt(type(x), tuple(key for (_, key), _ in steps), parts, classes_in(x))
         copied = copy.copy(x)
-        for (_, name), part in list(_parts(x)):
+        for (_, name), part in list(parts_of(x)):
             object.__setattr__(copied, name, map_tensors(function, part, depth - 1))
         return copied
 
@@ -203,10 +203,10 @@ def mirror(ours: Any, theirs: Any, convert: Callable[[Any], Any] = lambda x: x) 
 def _holds_tensors(value: Any, depth: int) -> bool:
     if isinstance(value, torch.Tensor):
         return True
-    return depth > 0 and any(_holds_tensors(part, depth - 1) for _, part in _parts(value))
+    return depth > 0 and any(_holds_tensors(part, depth - 1) for _, part in parts_of(value))
 
 
-def _parts(value: Any) -> Iterator[tuple[Step, Any]]:
+def parts_of(value: Any) -> Iterator[tuple[Step, Any]]:
     """The direct parts of a value, each with the step that leads to it."""
     if isinstance(value, dict):
         yield from (((operator.getitem, k), v) for k, v in value.items())
@@ -239,7 +239,7 @@ def _is_data(value: Any, depth: int = _DEPTH) -> bool:
     if isinstance(value, PLAIN):
         return True
     known = isinstance(value, (dict, tuple, list)) or _is_plain_object(value)
-    return known and depth > 0 and all(_is_data(part, depth - 1) for _, part in _parts(value))
+    return known and depth > 0 and all(_is_data(part, depth - 1) for _, part in parts_of(value))
 
 
 def attributes_of(value: Any) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph_module import _assign_attr
 from torch.utils import _pytree as pytree
 
 from .graph import KeptWhole, ModeGraph
@@ -39,11 +40,23 @@ class Traced:
         """The graph with the model's own modules, parameters and buffers."""
         names = [str(n.target) for n in self.graph.nodes if n.op in ("call_module", "get_attr")]
         parts = {n: self.held[n] if n in self.held else operator.attrgetter(n)(model) for n in names}
-        return GraphModule(parts, self.graph, type(model).__name__)
+        return assembled(parts, self.graph, type(model).__name__)
 
     def mode_graph(self, model: nn.Module, walk: Walk) -> ModeGraph:
         """What capturing gives for the mode."""
         return ModeGraph(self.graph_module(model), self.out_spec, walk)
+
+
+def assembled(parts: Mapping[str, Any], graph: Graph, name: str) -> GraphModule:
+    """A graph with these parts. What is inside of a part that is called is there with it, as itself: fx would
+    make a buffer of it, on the user's own layer."""
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    module = GraphModule(nn.Module(), Graph(), name)
+    for target in sorted(parts, key=lambda t: t.count(".")):
+        if not any(target.startswith(f"{other}.") for other in called):
+            _assign_attr(parts[target], module, target)
+    module.graph = graph
+    return module
 
 
 def same_graph(a: Traced, b: Traced) -> bool:

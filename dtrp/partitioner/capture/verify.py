@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .decisions import Answers
 from .fakes import FakeWorld, fake_inputs
-from .leaves import has_hooks
+from .leaves import entry
 from .location import user_location
 from .methods import VALUE_DEPENDENT, KeptCall, KeptCalls, held_name, own_methods
 from .operators import Access, Event, OperatorLog, Walk, join, storages_in
@@ -96,11 +96,11 @@ def _events_of_model(task: Task, traced: Traced, training: bool, watched: int = 
         calls = KeptCalls(watcher.on_call) if watcher.calls else nullcontext()
         with torch.compiler.set_stance("force_eager"), asked, calls, observed(watcher, model), log:
             _seed()
-            output = (model if has_hooks(model) else model.forward)(*args, **kwargs)
+            output = entry(model)(*args, **kwargs)
             watcher.paused = True
             leaves, spec = flatten_output(output)
             watcher.module = ""
-            updates = {n: b for n, b in model.named_buffers() if b is not watcher.found.get(n)}
+            updates = replaced_buffers(model, watcher.found)
             _finish(log, model, inputs, leaves, spec, updates)
     return log.events
 
@@ -120,9 +120,14 @@ def _events_of_graph(task: Task, traced: Traced, training: bool) -> tuple[list[E
             leaves = list(runner.run(*inputs))
             written = frozenset(n for n, p in model.named_parameters() if p._version != before[n])
             # A module kept whole assigns to its buffers by itself.
-            assigned = {n: b for n, b in model.named_buffers() if b is not found.get(n)}
+            assigned = replaced_buffers(model, found)
             _finish(log, model, inputs, leaves, traced.out_spec, {**assigned, **runner.updates})
     return log.events, Walk(tuple(runner.accesses), frozenset(state), float(log.flops + world.flops), written)
+
+
+def replaced_buffers(model: nn.Module, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Buffers that are others than those found before; one that was None is an attribute like any other."""
+    return {n: b for n, b in model.named_buffers() if n in found and b is not found[n]}
 
 
 def _held_by(model: nn.Module, traced: Traced) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from .state import HOOKS, LIBRARIES, OWN, SIMPLE, kinds_of, within
 from .structure import attributes_of
 
 _FEW = 4096  # bytes of an array that are looked at
-_MANY = 1000  # parts of a container that are looked at, where that is done in every batch
+_MANY = 1000  # parts of a container that are looked at: it is done in every batch
 _GIVEN = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType)  # stand for themselves
 _OPAQUE = {"torch", "logging", "typing", "lightning", "pytorch_lightning", "builtins", "_thread", "threading"}
 _SAME = (*SIMPLE, *_GIVEN, tuple)
@@ -127,7 +127,7 @@ def contents(value: Any, tensors: list[torch.Tensor] | None = None) -> tuple[Any
             found.append((type(one), repr(one)))
         elif isinstance(one, (dict, list, tuple, set, frozenset, deque)):
             found.append((type(one), len(one)))
-            if id(one) not in seen and (tensors is None or len(one) <= _MANY):
+            if id(one) not in seen and len(one) <= _MANY:
                 waiting += [part for item in one.items() for part in item] if isinstance(one, dict) else one
         elif isinstance(one, functools.partial):
             waiting += [one.func, one.args, one.keywords]

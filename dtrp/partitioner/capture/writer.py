@@ -24,6 +24,10 @@ from .structure import PLAIN, Step, classes_in, opened_object, tensors_in
 _UNSEEN = "it cannot be followed (TorchScript, torch.func, a C++ extension, another thread, an earlier call)"
 
 
+_DTYPES = {int: torch.int64, float: torch.float64, complex: torch.complex128, bool: torch.bool}
+"""What torch takes Python's kinds of numbers for, where it wants a dtype."""
+
+
 class CannotRecord(Exception):
     """The running module does something that a graph cannot hold."""
 
@@ -189,7 +193,7 @@ class GraphWriter:
                 or "dropout" in name
             ):
                 return True
-            if isinstance(node.meta["val"], torch.Tensor) or not node.all_input_nodes:
+            if any(tensors_in(node.meta["val"])) or not node.all_input_nodes:  # not what sizes alone are of
                 waiting += node.all_input_nodes
         return False
 
@@ -206,6 +210,8 @@ class GraphWriter:
             if cut and (value.is_floating_point() or value.is_complex()):
                 return self.node("call_method", "detach", (node,), {}, value.detach())
             return node
+        if isinstance(value, type) and value in _DTYPES:
+            return _DTYPES[value]
         if isinstance(value, tuple):
             items = [self.argument(x, cut) for x in value]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
