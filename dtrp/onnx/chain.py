@@ -205,7 +205,7 @@ def load_chain(
             "pip install 'dtrp[onnx]' (or onnxruntime-gpu alone)"
         ) from e
     per_stage = _providers(providers, len(manifest.stages), runtime.get_available_providers())
-    paths = [_stage_path(directory, stage, check_hashes) for stage in manifest.stages]
+    paths = [stage_path(directory, stage, check_hashes) for stage in manifest.stages]
     if session_options is None:
         session_options = runtime.SessionOptions()
         session_options.log_severity_level = 3  # errors only
@@ -218,7 +218,7 @@ def load_chain(
     return Chain(manifest, sessions)
 
 
-def _stage_path(directory: Path, stage: StageFile, check_hashes: bool) -> Path:
+def stage_path(directory: Path, stage: StageFile, check_hashes: bool) -> Path:
     """The stage's file, after a look at all its files."""
     for name, digest in stage.files:
         path = directory / name

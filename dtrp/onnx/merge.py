@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
+from .chain import stage_path
 from .manifest import Manifest, Origin, origins, read_manifest
 
 
@@ -40,12 +41,15 @@ def merge_chain(directory: str | os.PathLike[str]) -> Any:
         raise ExportError(
             "merging stages needs the package onnx, which is not installed: pip install 'dtrp[onnx]'"
         ) from e
-    paths = [Path(directory) / stage.file for stage in manifest.stages]
-    size = sum((Path(directory) / name).stat().st_size for s in manifest.stages for name, _ in s.files)
+    folder = Path(directory)
+    paths = [stage_path(folder, stage, check_hashes=False) for stage in manifest.stages]
+    size = sum((folder / name).stat().st_size for s in manifest.stages for name, _ in s.files)
     if size >= 2**31:
         raise ExportError(
             f"the chain has {size / 1e9:.1f} GB, one ONNX model can hold 2 GB: run it as a chain"
         )
+    for stage in manifest.stages:
+        stage_path(folder, stage, check_hashes=True)
 
     last = {
         origin: k for k, stage in enumerate(manifest.stages) for origin in (v.origin for v in stage.inputs)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,16 @@ class TestWeights:
         pipe.export_onnx(tmp_path / "out", dynamic_batch=False)
         x = torch.randn(3, 4)
         (ours,) = [load_chain(tmp_path / "out")(x.numpy())]
+        np.testing.assert_allclose(ours, pipe.model.eval()(x).detach().numpy(), rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("verify", [True, False])
+    def test_of_a_model_with_another_head(self, tmp_path, verify):
+        """Features in place of classes, or adapters merged: the old graph would be exported silently."""
+        pipe = two_layers()
+        pipe.model.second = nn.Linear(4, 7)
+        pipe.export_onnx(tmp_path / "out", verify=verify)
+        x = torch.randn(3, 4)
+        ours = load_chain(tmp_path / "out")(x.numpy())
         np.testing.assert_allclose(ours, pipe.model.eval()(x).detach().numpy(), rtol=1e-4, atol=1e-6)
 
     def test_large_ones_get_a_file_of_their_own(self, tmp_path, monkeypatch):
@@ -521,3 +532,77 @@ def test_each_module_keeps_its_own_mode(tmp_path):
     pipe.export_onnx(tmp_path / "out", dynamic_batch=False, verify=False)
     assert [m.training for m in pipe.model.modules()] == modes
     assert len(set(modes)) == 2
+
+
+class Placed(nn.Module):
+    """Knows so many positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(10, 8), nn.Embedding(6, 8)
+        self.stage, self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.stage(self.tokens(tokens) + self.places(places)))
+
+
+def test_a_language_model_at_its_full_length(tmp_path):
+    """Tensors without data do not say where its table of positions ends. And a part may be called "stage"."""
+    pipe = compiled(Placed(), ((torch.zeros(4, 6, dtype=torch.long),), {}), 2)
+    pipe.export_onnx(tmp_path / "out")
+    (axis,) = read_manifest(tmp_path / "out").axes
+    assert (axis.size, axis.largest) == (6, 6)
+    chain = load_chain(tmp_path / "out")
+    assert chain(np.zeros((2, 3), np.int64)).shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="tokens"):
+        chain(np.zeros((2, 7), np.int64))
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    kind: str = "answer"
+
+
+def test_objects_come_as_dicts(tmp_path):
+    class Answers(TwoLayers):
+        def forward(self, x):
+            y = super().forward(x)
+            return 1, Answer(y, y + 1)
+
+    pipe = compiled(Answers(), ((torch.randn(3, 4),), {}), 2)
+    pipe.export_onnx(tmp_path / "out")
+    x = torch.randn(2, 4)
+    one, answer = load_chain(tmp_path / "out")(x.numpy())
+    _, expected = pipe.model.eval()(x)
+    assert (one, answer["kind"]) == (1, "answer")
+    np.testing.assert_allclose(answer["hidden"], expected.hidden.detach().numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answer["logits"], expected.logits.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_are_equal_by_chance_are_open(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5))
+    compiled(model, ((torch.randn(2, 4, 4),), {}), 2).export_onnx(tmp_path / "out")
+    assert load_chain(tmp_path / "out")(np.zeros((2, 9, 4), np.float32)).shape == (2, 9, 5)
+
+
+def test_in_training_the_newest_weights_are_exported(tmp_path):
+    """Workers have them; between two steps the model's own are older."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    pipe = compiled(model, ((x,), {}), 2)
+    with pipe.trainer(nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.5), method="bp") as trainer:
+        for _ in range(5):
+            trainer.step(x, y)
+        pipe.export_onnx(tmp_path / "out", verify=False)
+    ours = load_chain(tmp_path / "out")(x.numpy())
+    np.testing.assert_allclose(ours, model.eval()(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_chain_that_lacks_a_file_is_not_merged(tmp_path):
+    two_layers().export_onnx(tmp_path / "out", dynamic_batch=False)
+    (tmp_path / "out" / "stage_1.onnx").unlink()
+    with pytest.raises(dtrp.ExportError, match=r"stage_1.onnx is missing.*copy the whole folder"):
+        merge_chain(tmp_path / "out")

@@ -103,12 +103,11 @@ def _of_group(
     size = shapes[group[0][0]][group[0][1]]
     for step in (s for s in _STEPS if size % s == 0):
         together = axis(group, step)
-        if together is None:
-            continue
         alone = {m: found for m in group if len(group) > 1 and (found := axis((m,), step)) is not None}
         left = tuple(m for m in group if m not in alone)
         rest = together if left == group else axis(left, step) if left else None
-        return [*alone.values(), *([rest] if rest is not None else [])]
+        if alone or rest is not None:
+            return [*alone.values(), *([rest] if rest is not None else [])]
     return []
 
 

@@ -13,6 +13,7 @@ from ...onnx.manifest import Constant, Origin
 from ...version import __version__
 from ...wiring import CALLER, Source, Wiring
 from ...wiring import Constant as ConstantLeaf
+from ..capture.structure import parts_of
 from .names import Names
 from .stage import NotDynamic
 from .study import ScalarEnd, Study, TensorEnd
@@ -40,7 +41,8 @@ def output_leaf(leaf: Source | ConstantLeaf, found: Study, names: Names) -> Orig
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise ExportError(
             f"the model's output has a leaf of type {type(value).__name__}, {value!r:.80}: a chain can give "
-            f"tensors, numbers, strings and None. Leave it out of the output"
+            f"tensors, numbers, strings and None. Leave it out of the output (transformers' caches: "
+            f"model.config.use_cache = False)"
         )
     return Constant(value)
 
@@ -58,7 +60,9 @@ def output_structure(wiring: Wiring) -> Any:
             return {"dict": [[k, describe(v)] for k, v in zip(node._fields, node, strict=True)]}
         if isinstance(node, (tuple, list)):
             return {"list" if isinstance(node, list) else "tuple": [describe(v) for v in node]}
-        # Something of the user's: its leaves, in order.
+        if pytree.tree_is_leaf(node):  # an object that was opened along its attributes
+            return {"dict": [[_key(name), describe(part)] for (_, name), part in parts_of(node)]}
+        # Of a class that pytree knows: its leaves, in order.
         return {"tuple": [describe(leaf) for leaf in pytree.tree_leaves(node)]}
 
     return describe(tree)

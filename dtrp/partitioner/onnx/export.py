@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,9 +36,9 @@ from .describe import dtype_name, origin_of, output_leaf, output_structure, pack
 from .examples import example_call
 from .folder import written_aside
 from .names import Names, name_ends, shape_text, tensors
-from .stage import NotDynamic, convert, exportable
+from .stage import Exportable, NotDynamic, convert
 from .study import Study, TensorEnd, study
-from .verify import Differences, compare, full_precision, require, tolerance
+from .verify import Differences, compare, full_precision, require, to_numpy, tolerance
 
 log = logging.getLogger("dtrp")
 
@@ -148,14 +149,16 @@ def _write(
     names = Names(captured.signature.tensor_names, wiring)
     inputs = [(names[Source(CALLER, i)], end) for i, end in enumerate(found.inputs)]
     _require_dtypes(inputs, "the model's inputs")
+    outputs = tuple(output_leaf(leaf, found, names) for leaf in wiring.result)
+    structure = output_structure(wiring)
     stages = []
     used_opset = opset or 0
     for k, (module, wires) in enumerate(zip(graph.modules, wiring.stages, strict=True)):
         entering = tensors(found.stage_inputs[k], [names[s] for s in wires.inputs])
         leaving = tensors(found.stage_outputs[k], [names[Source(k, i)] for i in range(len(wires.outputs))])
         _require_dtypes([*entering.items(), *leaving.items()], f"the values of stage {k}")
-        ready = exportable(module, k, found.stage_inputs[k], found.stage_outputs[k])
-        program = convert(ready, found.stage_inputs[k], found, opset)
+        ready = Exportable(module, k, found.stage_inputs[k], found.stage_outputs[k])
+        program = convert(ready, found, opset)
         used_opset = program.model.opset_imports[""]
         name_ends(program.model, entering, leaving, f"stage_{k}")
         file, data = _save(program, aside, k)
@@ -188,8 +191,8 @@ def _write(
             for (name, end), argument in zip(inputs, captured.signature.tensor_names, strict=True)
         ),
         stages=tuple(stages),
-        outputs=tuple(output_leaf(leaf, found, names) for leaf in wiring.result),
-        structure=output_structure(wiring),
+        outputs=outputs,
+        structure=structure,
         versions=package_versions(("dtrp", "torch", "onnx", "onnxscript")),
     )
 
@@ -219,7 +222,7 @@ def _verify(
     """The manifest with what verifying found; raises `ExportError` where the chain is not the model."""
     allowed = tolerance(captured.model, found)
     try:
-        chain = load_chain(aside, check_hashes=False)
+        chain = load_chain(aside, check_hashes=False, session_options=_silent())
     except ExportError as e:
         raise ExportError(f"{e}. verify=False exports without running the result") from e
 
@@ -231,10 +234,20 @@ def _verify(
             chain, graph, captured.model, captured.signature, call, sizes, sizes.get("batch", found.batch)
         )
 
+    def runs(sizes: Mapping[str, int]) -> bool:
+        try:
+            chain(*map(to_numpy, example_call(found, example, sizes)))
+        except ExportError:
+            return False
+        return True
+
     base = {axis.name: axis.size for axis in found.axes}
-    calls = [base, {a.name: a.size + a.step for a in found.axes}] if found.axes else [base]
+    larger = {axis.name: axis.size + axis.step for axis in found.axes}
+    # Where a table ends (of positions, say) tensors without data do not see. The files are asked first: on
+    # CUDA, torch could do nothing more after such a lookup.
+    ended = {name: base[name] for name in larger if not runs({**base, name: larger[name]})}
     results = []
-    for sizes in calls:
+    for sizes in [base] + [larger | ended] * (larger | ended != base):
         results.append(differences(sizes))
         require(results[-1], allowed, [s.submodules for s in manifest.stages])
     smallest = {axis.name: axis.size for axis in found.axes}
@@ -271,7 +284,10 @@ def _verify(
     return replace(
         manifest,
         batch=replace(manifest.batch, smallest=smallest.get("batch", found.batch)),
-        axes=tuple(replace(axis, smallest=smallest[axis.name]) for axis in manifest.axes),
+        axes=tuple(
+            replace(axis, smallest=smallest[axis.name], largest=ended.get(axis.name, axis.largest))
+            for axis in manifest.axes
+        ),
         verification={
             "tolerance": allowed,
             "onnxruntime": version("onnxruntime"),
@@ -286,6 +302,13 @@ def _verify(
             "largest_difference_of_output": max(r.output for r in results),
         },
     )
+
+
+def _silent() -> Any:
+    """What fails is told by us, where it does not just say how large a size may be."""
+    options = import_module("onnxruntime").SessionOptions()
+    options.log_severity_level = 4
+    return options
 
 
 # ---- what is refused first -------------------------------------------------------------------------------

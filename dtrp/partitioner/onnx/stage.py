@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import operator
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.node import map_arg
 
 from ...errors import ExportError
 from ..capture.ambient import plain_attention
-from ..capture.custom import same_size
 from .failure import explain, lacks_operator, root_cause
-from .study import Affine, End, ScalarEnd, SizeOf, Study, TensorEnd
+from .study import Affine, End, SizeOf, Study, TensorEnd
 from .trace import FollowingInterpreter, NodeFailed, first_line
 
 
@@ -33,86 +31,40 @@ class Exportable(nn.Module):
     node of the exported program knows the stage's node that it comes from.
     """
 
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph, stage: int) -> None:
+    def __init__(
+        self, module: fx.GraphModule, stage: int, inputs: Sequence[End], outputs: Sequence[End]
+    ) -> None:
         super().__init__()
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-        for name in {str(n.target) for n in graph.find_nodes(op="get_attr")}:
-            if "." not in name and not hasattr(self, name):
-                setattr(self, name, getattr(module, name))
-        self.stage = stage
-        self.graph = graph
+        self.__dict__.update(module.__dict__)  # its parameters, buffers and modules, by their names
+        self.__dict__["_dtrp"] = module.graph, stage, inputs, outputs  # a part may be called "stage"
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
+    @property
+    def dtrp_stage(self) -> tuple[fx.Graph, int, Sequence[End], Sequence[End]]:
+        """Its graph, its number, and what comes in and goes out."""
+        known: tuple[fx.Graph, int, Sequence[End], Sequence[End]] = self.__dict__["_dtrp"]
+        return known
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
         """The stage's tensor outputs."""
-        return FollowingInterpreter(self, self.stage, self.graph).run(*inputs)
-
-
-def exportable(
-    module: fx.GraphModule, stage: int, inputs: Sequence[End], outputs: Sequence[End]
-) -> Exportable:
-    """The stage with its numbers folded: see batch.py."""
-    graph = fx.Graph()
-    values: dict[fx.Node, Any] = {}
-    placeholders = module.graph.find_nodes(op="placeholder")
-    for node, end in zip(placeholders, inputs, strict=True):
-        if isinstance(end, TensorEnd):
-            values[node] = graph.node_copy(node)
-    tensors = [node for node, end in zip(placeholders, inputs, strict=True) if isinstance(end, TensorEnd)]
-    arrived = {node: values[node] for node in tensors}
-    for node in tensors:
+        graph, stage, inputs, outputs = self.dtrp_stage
+        given = iter(tensors)
         # A stage may write to what it was handed. Programs of ONNX do not: they work on a copy, which the
         # optimiser takes away where nothing writes.
-        values[node] = graph.call_method("clone", (arrived[node],))
-    for node, end in zip(placeholders, inputs, strict=True):
-        if isinstance(end, ScalarEnd):
-            values[node] = _number(graph, end.value, [arrived.get(p) for p in placeholders])
-    for node in module.graph.nodes:
-        if node.op == "placeholder" or node.target is same_size:  # the manifest has the sizes' limits
-            continue
-        if node.op == "output":
-            given = map_arg(node.args[0], values.__getitem__)
-            graph.output(
-                tuple(v for v, end in zip(given, outputs, strict=True) if isinstance(end, TensorEnd))
-            )
-            break
-        copied = graph.create_node(
-            node.op,
-            node.target,
-            map_arg(node.args, values.__getitem__),
-            map_arg(node.kwargs, values.__getitem__),
-            name=node.name,
-        )
-        copied.meta = {k: v for k, v in node.meta.items() if k in ("module", "location")}
-        values[node] = copied
-    graph.lint()
-    return Exportable(module, graph, stage)
+        arrived = [next(given).clone() if isinstance(end, TensorEnd) else end.value for end in inputs]
+        values = [_number(value, arrived) for value in arrived]
+        # The manifest has the sizes' limits, and no guards are asked.
+        made = FollowingInterpreter(self, stage, graph, guarded=False).run(*values)
+        return tuple(v for v, end in zip(made, outputs, strict=True) if isinstance(end, TensorEnd))
 
 
-def _number(graph: fx.Graph, value: Any, nodes: Sequence[fx.Node | None]) -> Any:
+def _number(value: Any, arrived: Sequence[Any]) -> Any:
     """A number that crosses stages, as this stage gets it."""
     if not isinstance(value, SizeOf):
         return value
-    number, *others = [graph.call_method("size", (nodes[i], d)) for i, d in value.sizes]
-    for other in others:
-        number = graph.call_function(operator.mul, (number, other))
-    for function, operand, nothing in (
-        (operator.mul, value.times, 1),
-        (operator.floordiv, value.over, 1),
-        (operator.add, value.plus, 0),
-    ):
-        if operand != nothing:
-            number = graph.call_function(function, (number, operand))
-    return number
+    return math.prod(arrived[i].shape[d] for i, d in value.sizes) * value.times // value.over + value.plus
 
 
-def export_program(
-    module: Exportable, inputs: Sequence[End], study: Study, *, traced: bool = False
-) -> ExportedProgram:
+def export_program(module: Exportable, study: Study, *, traced: bool = False) -> ExportedProgram:
     """The stage through ``torch.export``; ``traced``: its nodes know which nodes they come from.
 
     Raises
@@ -122,6 +74,7 @@ def export_program(
     ExportError
         It cannot be exported at all: names the node, its module and line, and the stage.
     """
+    graph, stage, inputs, _ = module.dtrp_stage
     tensors = [end for end in inputs if isinstance(end, TensorEnd)]
     examples = tuple(torch.zeros(end.example, dtype=end.dtype, device=end.device) for end in tensors)
     problem = ""
@@ -130,14 +83,12 @@ def export_program(
             with _quiet(traced):
                 program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
         except Exception as e:
-            problem = problem or (
-                str(e) if isinstance(e, NodeFailed) else f"stage {module.stage}: {first_line(e)}"
-            )
+            problem = problem or (str(e) if isinstance(e, NodeFailed) else f"stage {stage}: {first_line(e)}")
             if not study.axes:
-                raise explain(e, module.graph, module.stage, "torch.export") from e
+                raise explain(e, graph, stage, "torch.export") from e
             continue
         if fixed := _specialised(program, tensors):
-            problem = problem or f"stage {module.stage} needs {fixed}"
+            problem = problem or f"stage {stage} needs {fixed}"
             continue
         return program
     raise NotDynamic(problem)
@@ -179,18 +130,18 @@ def _specialised(program: ExportedProgram, tensors: Sequence[TensorEnd]) -> str:
     return ""
 
 
-def _check_writes(program: ExportedProgram | None, module: Exportable) -> None:
+def _check_writes(program: ExportedProgram | None, stage: int) -> None:
     if program is None:
         return
     if written := sorted(set(program.graph_signature.buffers_to_mutate.values())):
         raise ExportError(
-            f"stage {module.stage} writes to {', '.join(map(repr, written))} in eval mode; stages in ONNX "
+            f"stage {stage} writes to {', '.join(map(repr, written))} in eval mode; stages in ONNX "
             f"keep no state between calls. Make it an input and an output of the model, or write to it only "
             f"in train mode"
         )
 
 
-def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int | None) -> Any:
+def convert(module: Exportable, study: Study, opset: int | None) -> Any:
     """The stage as a ``torch.onnx.ONNXProgram``.
 
     Raises
@@ -201,8 +152,10 @@ def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int 
         An operator has no counterpart in ONNX, or ``opset`` cannot be had.
     """
 
+    graph, stage, *_ = module.dtrp_stage
+
     def attempt(traced: bool) -> Any:
-        program = export_program(module, inputs, study, traced=traced)
+        program = export_program(module, study, traced=traced)
         with _quiet(traced):
             return torch.onnx.export(program, (), dynamo=True, opset_version=opset, verbose=False)
 
@@ -213,7 +166,7 @@ def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int 
         raise
     except Exception as e:
         if study.axes and not lacks_operator(e):
-            raise NotDynamic(f"stage {module.stage}: {first_line(root_cause(e))}") from e
+            raise NotDynamic(f"stage {stage}: {first_line(root_cause(e))}") from e
         failure = e
     if failure is not None:
         # Again, to tell which node it is. Not at first: torch refuses some graphs whose nodes know it.
@@ -221,12 +174,12 @@ def convert(module: Exportable, inputs: Sequence[End], study: Study, opset: int 
             attempt(traced=True)
         except Exception as e:
             failure = e if lacks_operator(e) == lacks_operator(failure) else failure
-        raise explain(failure, module.graph, module.stage, "torch's ONNX exporter") from failure
-    _check_writes(converted.exported_program, module)
+        raise explain(failure, graph, stage, "torch's ONNX exporter") from failure
+    _check_writes(converted.exported_program, stage)
     got = converted.model.opset_imports.get("")
     if opset is not None and got != opset:
         raise ExportError(
-            f"stage {module.stage} cannot be written with opset {opset}: torch's exporter gives opset {got}, "
+            f"stage {stage} cannot be written with opset {opset}: torch's exporter gives opset {got}, "
             f"and what the stage uses has no form in {opset}. Leave opset out, or take {got}"
         )
     return converted

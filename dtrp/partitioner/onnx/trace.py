@@ -49,14 +49,18 @@ def _behind_guards(graph: fx.Graph) -> set[fx.Node]:
 class FollowingInterpreter(fx.Interpreter):
     """An interpreter whose failures are `NodeFailed`."""
 
-    def __init__(self, module: Any, stage: int, graph: fx.Graph | None = None) -> None:
+    def __init__(
+        self, module: Any, stage: int, graph: fx.Graph | None = None, *, guarded: bool = True
+    ) -> None:
         super().__init__(module, graph=graph)
-        self.stage = stage
+        self.stage, self.guarded = stage, guarded
         self.extra_traceback = False
         self._watched = _behind_guards(self.graph)
         self.looks: list[Any] = []  # the numbers that guards are about
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is same_size and not self.guarded:
+            return None
         try:
             value = super().run_node(n)
             if n in self._watched:

@@ -25,6 +25,7 @@ from ...onnx.chain import Chain
 from ...onnx.manifest import Origin
 from ...wiring import CALLER, Source
 from ..capture.graph import Signature
+from ..capture.structure import flatten_output
 from ..split import SplitGraph
 from .study import ScalarEnd, Study
 
@@ -122,7 +123,7 @@ def compare(
         )
         worst.append(wires.outputs[tensors[int(np.argmax(gaps))]] if gaps else "")
     args, kwargs = signature.unflatten([t.clone() for t in inputs])
-    expected = pytree.tree_leaves(model(*args, **kwargs))
+    expected, _ = flatten_output(model(*args, **kwargs))
     ours_all = pytree.tree_leaves(chain(*map(to_numpy, inputs)))
     leaves = [i for i, leaf in enumerate(chain.manifest.outputs) if isinstance(leaf, Origin)]
     if len(expected) != len(chain.manifest.outputs):
