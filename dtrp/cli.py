@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from dtrp.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dtrp.partitioner.plan import Plan
     from dtrp.partitioner.replication import Layout
     from dtrp.partitioner.report import PartitionReport
     from dtrp.simulation.result import Simulation
@@ -56,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, TypeError) as e:
         print(f"dtrp: error: {e}", file=sys.stderr)
         return 2
-    except DtrpError as e:
-        print(f"dtrp: {type(e).__name__}: {e}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader (head, less) has seen enough
         sys.stderr.close()
         return 0
+    except (DtrpError, OSError, ImportError) as e:
+        print(f"dtrp: {type(e).__name__}: {e}", file=sys.stderr)
+        return 1
     return status
 
 
@@ -137,22 +136,20 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    import torch
+
     from dtrp import accelerators, loop_cost
-    from dtrp.partitioner.capture import capture
-    from dtrp.partitioner.compiler import threads_per_stage
-    from dtrp.partitioner.costs import cost_graph
+    from dtrp.partitioner.compiler import Request, compile_model, threads_per_stage
     from dtrp.partitioner.devices import device_spec, parse_bytes
-    from dtrp.partitioner.hazards import find_hazards
-    from dtrp.partitioner.heavy import heavy_linears
     from dtrp.partitioner.links import parse_links
-    from dtrp.partitioner.planner import make_plan
-    from dtrp.partitioner.report import PartitionReport
 
     if args.n_gpus < 1:
         raise UsageError(f"--n-gpus must be at least 1; got {args.n_gpus}")
     for path in (args.html, args.json, args.plan, args.figure):
         if path in (None, "-"):
             continue
+        if Path(path).is_dir():
+            raise UsageError(f"cannot write {path!r}: it is a folder")
         there = next(folder for folder in Path(path).absolute().parents if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise UsageError(f"cannot write {path!r}: {there} is no directory that can be written into")
@@ -168,37 +165,26 @@ def _plan(args: argparse.Namespace) -> int:
     limit = limits[0] if limits is not None and len(limits) == 1 else limits
     model = _build(args.model, args.kwargs, on_meta=args.costs != "measured")
     positional, named = _inputs(args.input, model)
-    here = str(next(iter(accelerators.here()), "cpu"))
-    spec = device_spec(args.device or here, threads=threads_per_stage(args.n_gpus))
-    if args.n_gpus > 1 and spec.kind == "cpu":
-        spec = spec.with_loop(loop_cost.loop_cost())
-    if args.device is None and here == "cpu":
+    here = next(iter(accelerators.here()), torch.device("cpu")).type  # each stage has one
+    threads = threads_per_stage(args.n_gpus)
+    on_cpu = device_spec(args.device or here, threads=threads).kind == "cpu"
+    if args.device is None and on_cpu:
         print("dtrp: planning for this machine's CPU; for a GPU name it: --device A100-80GB", file=sys.stderr)
-
-    def planned(divided: Mapping[str, int]) -> tuple[Plan, PartitionReport, dict[str, int]]:
-        captured = capture(model, positional, named, divided=divided)
-        graph = cost_graph(
-            captured,
-            device=spec,
-            bandwidth=parse_links(_bandwidth(args.bandwidth) or cli_simulate.links(cluster), args.n_gpus),
-            mode=args.costs,
-            dtype=None if args.dtype is None else _dtype(args.dtype),
-        )
-        plan = make_plan(
-            captured,
-            graph,
-            find_hazards(captured),
-            args.n_gpus,
-            memory_limit=limit,
-            recompute="auto" if args.recompute == "auto" else args.recompute == "yes",
-        )
-        tried = args.split_linear
-        report = PartitionReport.of(captured, graph, plan, memory_limit=limit, split_linear=tried)
-        return plan, report, heavy_linears(captured, graph, args.n_gpus)
-
-    plan, report, heavy = planned({})
-    if args.split_linear and heavy:
-        plan, report, _ = min((plan, report, heavy), planned(heavy), key=lambda found: found[1].tick_time)
+    links = parse_links(_bandwidth(args.bandwidth) or cli_simulate.links(cluster), args.n_gpus)
+    request = Request(
+        (torch.device("cpu"),) * args.n_gpus,
+        limit,
+        "auto" if args.recompute == "auto" else args.recompute == "yes",
+        args.costs,
+        links,
+        None,
+        loop=loop_cost.loop_cost() if on_cpu and args.n_gpus > 1 else None,
+        split_linear=args.split_linear,
+        named=args.device or here,
+        dtype=None if args.dtype is None else _dtype(args.dtype),
+    )
+    made = compile_model(model, request, positional, named)
+    plan, report = made.plan, made.report
     if args.plan:
         plan.save(args.plan)
     if args.html:

@@ -22,10 +22,9 @@ from .partitioner.compiler import Request, threads_per_stage
 from .partitioner.example import call_arguments, keep_example
 from .partitioner.plan import Plan
 from .partitioner.report import PartitionReport
-from .partitioner.split import split
 from .planning import Planning
 from .programs import check_trainable
-from .runtime import launched
+from .runtime import launched, looks
 from .runtime.config import Launch, TrainConfig
 from .runtime.predictors import Predictor
 from .runtime.trainer import Trainer
@@ -70,7 +69,7 @@ class Pipeline(AsModel):
     @property
     def plan(self) -> Plan:
         """Which node is in which stage; ``plan.save(path)`` to keep it."""
-        return self._planning.made.plan
+        return self._planning.plan
 
     @property
     def report(self) -> PartitionReport:
@@ -339,17 +338,15 @@ class Pipeline(AsModel):
         """
         from .partitioner.onnx import export_chain
 
-        made = self._planning.made
-        example = (
-            self._planning.example if inputs is None else keep_example(self.bind(*call_arguments(inputs)))
-        )
-        # Cut anew: parameters may have been replaced since the model was captured.
-        cut = split(made.captured, made.plan, made.hazards)
+        looks.show(self.model)
+        call = None if inputs is None else call_arguments(inputs)
+        made = self._planning.newest(call)
+        example = self._planning.example if call is None else keep_example(self.bind(*call))
         return export_chain(
             made.captured,
-            cut.eval,
+            made.split.eval,
             Path(directory),
-            submodules=[submodules_of(module) for module in cut.eval.modules],
+            submodules=[submodules_of(module) for module in made.split.eval.modules],
             example=example,
             opset=opset,
             dynamic_batch=dynamic_batch,
@@ -383,6 +380,8 @@ class Pipeline(AsModel):
         """
         from .pipelining import pipeline_stages
 
+        looks.show(self.model)
+        self._planning.newest()
         programs = self._planning.programs()
         return pipeline_stages(self._planning.made, programs, mesh)
 

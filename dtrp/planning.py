@@ -78,6 +78,7 @@ class Planning:
         if state["plan"] is not None:
             self.adopt(state["plan"])
             self.prepare(*state["call"])
+            self.request = replace(self.request, plan=state["request"].plan)  # it may plan anew, too
 
     @property
     def n_stages(self) -> int:
@@ -262,16 +263,30 @@ class Planning:
             fits.check(tensors, self.training)
         return tensors
 
+    @property
+    def plan(self) -> Plan:
+        """What was planned; calls of other forms, and other modes, are laid over it."""
+        return self.made.plan if not self._variants else self._first.plan
+
     def planned(self) -> str:
         """The plan as text, for `adopt`."""
-        return json.dumps(self.made.plan.to_dict())
+        return json.dumps(self.plan.to_dict())
 
     def adopt(self, text: str) -> None:
         """Follow the plan that another process made for the same model."""
         if self._compiled is not None and self.planned() == text:
             return
         self.request = replace(self.request, plan=Plan.of_dict(json.loads(text)))
+        planned_for = self._planned_for
         self._forget()
+        if planned_for is not None:  # what the plan is of; the call at hand may have another form
+            self.prepare(*planned_for)
+
+    def newest(self, call: tuple[Sequence[Any], Mapping[str, Any]] | None = None) -> Compiled:
+        """What was made, for such a call (default: as the latest); anew if the model was changed since."""
+        self.made  # noqa: B018  says what to do where nothing is planned
+        self.prepare(*(self._call if call is None else call))
+        return self.made
 
     # ---- for a trainer -----------------------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ def test_a_model_that_cannot_be_built_on_meta(capsys):
             ["plan", MODEL, "--input", "4x8", "--html", f"{__file__}/a.html"],
             "no directory that can be written",
         ),
+        (["plan", MODEL, "--input", "4x8", "--plan", "/"], "cannot write '/': it is a folder"),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
@@ -151,6 +152,15 @@ def test_what_dtrp_refuses_has_status_1(capsys):
     err = capsys.readouterr().err
     assert err.startswith("dtrp: InfeasiblePlanError: ")
     assert "smallest limit" in err
+
+
+def test_files_that_are_not_there_are_named(tmp_path, capsys):
+    """In a line: how dtrp came to read them is nothing to the user."""
+    command = ["export", MODEL, "--input", "4x8", "--n-gpus", "2", "--out", str(tmp_path / "out")]
+    assert main([*command, "--plan", str(tmp_path / "nope.json")]) == 1
+    err = capsys.readouterr().err
+    assert "dtrp: FileNotFoundError" in err
+    assert "nope.json" in err
 
 
 def test_argparse_errors_have_status_2(capsys):

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,22 @@ def calibrate(device: torch.device, threads: int | None = None) -> DeviceSpec:
 @functools.lru_cache(maxsize=32)
 def _calibrated(device: torch.device, threads: int, key: str) -> DeviceSpec:
     # Not measured: not of the cache.
-    bandwidth, latency = _CUDA_LINK if accelerators.is_one(device) else _CPU_LINK
-    cores = 0 if accelerators.is_one(device) else available_cores()
+    cuda = accelerators.is_one(device)
+    bandwidth, latency = _CUDA_LINK if cuda else _CPU_LINK
+    known: dict[str, Any] = {"link_bandwidth": bandwidth, "link_latency": latency}
+    if not cuda:  # the next process may be given less of the same machine
+        known |= {"cores": available_cores(), "memory_bytes": float(_cpu_memory())}
     cached = read_cache("calibration", key)
     if cached is not None:
         with contextlib.suppress(TypeError, ValueError, KeyError):
-            spec = DeviceSpec.from_dict(cached)
-            return replace(spec, link_bandwidth=bandwidth, link_latency=latency, cores=cores)
+            return replace(DeviceSpec.from_dict(cached), **known)
+    if cuda:
+        known["memory_bytes"] = float(accelerators.memory(device))
     with using_threads(threads):
-        spec = _measure(device, bandwidth, latency)
+        spec = _measure(device, known)
     accelerators.give_back(device)
     write_cache("calibration", key, spec.to_dict())
-    return replace(spec, cores=cores)
+    return spec
 
 
 def available_cores() -> int:
@@ -74,7 +78,7 @@ def read_cache(kind: str, key: str) -> dict[str, Any] | None:
     """What was stored under ``key``; ``None`` if nothing was, or if the file cannot be trusted."""
     try:
         data = json.loads(_cache_file(kind, key).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last one: nobody's home
         return None
     if not isinstance(data, dict) or data.get("format") != _FORMAT or data.get("key") != key:
         return None
@@ -84,11 +88,8 @@ def read_cache(kind: str, key: str) -> dict[str, Any] | None:
 
 def write_cache(kind: str, key: str, value: dict[str, Any]) -> None:
     """Stores ``value``; whole or not at all, and silently not where the directory cannot be written."""
-    path = _cache_file(kind, key)
-    try:
-        write_text(path, json.dumps({"format": _FORMAT, "key": key, "value": value}))
-    except OSError:
-        return
+    with contextlib.suppress(OSError, RuntimeError):
+        write_text(_cache_file(kind, key), json.dumps({"format": _FORMAT, "key": key, "value": value}))
 
 
 def _cache_file(kind: str, key: str) -> Path:
@@ -122,7 +123,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -> DeviceSpec:
+def _measure(device: torch.device, known: Mapping[str, Any]) -> DeviceSpec:
     cuda = accelerators.is_one(device)
     flops: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -145,11 +146,9 @@ def _measure(device: torch.device, link_bandwidth: float, link_latency: float) -
         flops=flops,
         memory_bandwidth=_memory_bandwidth(device),
         launch_overhead=overhead,
-        memory_bytes=float(accelerators.memory(device) if cuda else _cpu_memory()),
-        link_bandwidth=link_bandwidth,
-        link_latency=link_latency,
         kind="cuda" if cuda else "cpu",
         threads=0 if cuda else torch.get_num_threads(),
+        **known,
     )
     return spec if cuda else replace(spec, kernels=_kernels(spec))
 
@@ -220,5 +219,9 @@ def _nothing() -> None:
     return None
 
 
-def _cpu_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _cpu_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """The machine's, or what a container may have of it."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # without one it says "max"
+        there = min(there, int(limit.read_text(encoding="ascii")))
+    return there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import CaptureError, DtrpError, PlanMismatchError
 from .align import align
+from .calibration import available_cores
 from .capture import Captured, capture
 from .costs import cost_graph
 from .devices import DeviceSpec, LoopCost, device_spec
@@ -48,6 +49,8 @@ class Request:
     arranged: bool = False  # the order of devices is that of the stages
     placement: tuple[int, ...] = ()  # which of the devices that the user gave each stage then has
     groups: tuple[tuple[torch.device, ...], ...] = ()  # all devices of each stage, where some have several
+    named: str = ""  # the devices are not here: all are of this kind
+    dtype: torch.dtype | None = None  # of autocast, where that is known
     spread: bool = False  # fewer stages may have several devices each; decided once the stages are planned
 
     @property
@@ -58,7 +61,8 @@ class Request:
     def specs(self) -> list[DeviceSpec]:
         """What the devices can do, with their links, one entry per stage."""
         n = sum(self.replicas) or len(self.devices)
-        specs = [s.with_link(self.links.node) for s in device_specs(self.devices, self.loop, n)]
+        specs = device_specs(self.devices, self.loop, n, self.named)
+        specs = [spec.with_link(self.links.node) for spec in specs]
         if not self.speed:
             return specs
         return [spec.with_speed(speed) for spec, speed in zip(specs, self.speed, strict=True)]
@@ -150,7 +154,9 @@ def cut(captured: Captured, request: Request) -> Compiled:
     n_stages = len(request.devices)
     hazards = find_hazards(captured)
     devices = request.specs()
-    graph = cost_graph(captured, device=devices, bandwidth=request.links, mode=request.costs)
+    graph = cost_graph(
+        captured, device=devices, bandwidth=request.links, mode=request.costs, dtype=request.dtype
+    )
     plan = request.plan
     if plan is None:
         if not request.arranged:
@@ -189,7 +195,9 @@ def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request)
         captured,
         graph,
         plan,
-        devices=[
+        devices=None
+        if request.named
+        else [
             f"{first} x {1 + len(others)}" if others else str(first)
             for first, *others in request.groups or zip(request.devices, strict=True)
         ],
@@ -204,17 +212,23 @@ def _report(captured: Captured, graph: nx.DiGraph, plan: Plan, request: Request)
 
 
 def device_specs(
-    devices: Sequence[torch.device], loop: LoopCost | None = None, n_devices: int | None = None
+    devices: Sequence[torch.device],
+    loop: LoopCost | None = None,
+    n_devices: int | None = None,
+    named: str = "",
 ) -> list[DeviceSpec]:
-    """What the stages' devices can do, one entry per stage, among so many (default: one per stage)."""
-    known: dict[str, DeviceSpec] = {}
+    """What the stages' devices can do, one entry per stage, among so many (default: one per stage);
+    ``named``: which kind they stand for."""
+    known: dict[torch.device, DeviceSpec] = {}
     threads = threads_per_stage(n_devices or len(devices))
-    for device in map(str, devices):
-        if device not in known:
-            known[device] = device_spec(device, threads=threads).with_loop(loop)
-    return [known[str(device)] for device in devices]
+    for device, stages in Counter(devices).items():
+        spec = device_spec(named or str(device), threads=threads).with_loop(loop)
+        if stages > 1 and device.type != "cpu" and device.index is not None:  # else each rank has its own
+            spec = replace(spec, memory_bytes=spec.memory_bytes / stages, cores=len(set(devices)))
+        known[device] = spec
+    return [known[device] for device in devices]
 
 
 def threads_per_stage(n_stages: int) -> int:
-    """CPU threads of a stage: the cores shared out evenly, at least one."""
-    return max(1, (os.cpu_count() or 1) // n_stages)
+    """CPU threads of a stage: the cores that this process may use shared out evenly, at least one."""
+    return max(1, available_cores() // n_stages)

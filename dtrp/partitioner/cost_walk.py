@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -82,8 +83,7 @@ class CostWalk:
             elif node.op == "call_module":
                 cost = self.runner.module(self.module.get_submodule(str(node.target)), args, kwargs)
             elif node.op == "call_method":
-                name = str(node.target)
-                cost = self.runner.function(_Method(name), args, kwargs)
+                cost = self._method(str(node.target), args, kwargs)
             else:
                 cost = self.runner.function(node.target, args, kwargs)  # type: ignore[arg-type]
         except Exception as e:  # whatever the user's code raises on fakes: planning goes on without its cost
@@ -161,10 +161,14 @@ class CostWalk:
         value = pytree.tree_unflatten(outputs, structure)
         return NodeCost((), (), tuple(fresh), (), (), 0, (), value, exact=False)
 
+    def _method(self, name: str, args: Any, kwargs: Any) -> NodeCost:
+        def called(this: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(this, name)(*args, **kwargs)
+
+        return self.runner.function(called, args, kwargs, ("method", name))
+
     def _attribute(self, node: fx.Node) -> Any:
-        value: Any = self.module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = operator.attrgetter(str(node.target))(self.module)
         self.costs[node] = NodeCost((), (), (), (), (), 0, (), None)
         self.saves[node] = []
         if not isinstance(value, torch.Tensor):
@@ -180,9 +184,7 @@ class CostWalk:
     def _state(self, node: fx.Node) -> dict[str, torch.Tensor]:
         """Parameters and buffers that a node uses, by the name that its module has for them."""
         if node.op == "get_attr":
-            value: Any = self.module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
+            value = operator.attrgetter(str(node.target))(self.module)
             return {str(node.target): value} if isinstance(value, torch.Tensor) else {}
         if node.op != "call_module":
             return {}
@@ -241,22 +243,6 @@ class CostWalk:
     def tensors(self, node: fx.Node) -> list[TensorSpec]:
         """The tensors that a node gives."""
         return [t for t in pytree.tree_leaves(self.values[node]) if isinstance(t, TensorSpec)]
-
-
-class _Method:
-    """``x.name(...)`` as a function; equal for equal names, so that repeated calls are recognised."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, this: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(this, self.name)(*args, **kwargs)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Method) and other.name == self.name
-
-    def __hash__(self) -> int:
-        return hash((_Method, self.name))
 
 
 def _spec(tensor: torch.Tensor, requires_grad: bool, storage: int) -> TensorSpec:

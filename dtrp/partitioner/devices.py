@@ -75,7 +75,7 @@ class DeviceSpec:
     tick_overhead : float
         Seconds that a stage's loop takes in every tick, besides the operators.
     cores : int
-        CPU cores that all stages together have (0: each has a device of its own).
+        CPU cores, or accelerators, that all stages together have (0: each has a device of its own).
     kernels : Kernels
         What some operators take beyond the roofline.
     """
@@ -105,7 +105,7 @@ class DeviceSpec:
         object.__setattr__(self, "flops", MappingProxyType(dict(self.flops)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.to_dict(),)
+        return DeviceSpec.from_dict, (self.to_dict(),)
 
     @property
     def overlaps(self) -> bool:
@@ -231,11 +231,6 @@ def _published(name: str) -> DeviceSpec:
     )
 
 
-def known_devices() -> tuple[str, ...]:
-    """Names of the devices whose published figures are known."""
-    return tuple(_PUBLISHED)
-
-
 def device_spec(device: str | torch.device | DeviceSpec, *, threads: int | None = None) -> DeviceSpec:
     """The figures of a device.
 
@@ -296,7 +291,3 @@ def parse_bytes(value: float | str) -> int:
 
 def _squash(name: str) -> str:
     return re.sub(r"[^A-Z0-9]", "", name.upper())
-
-
-def _restore(data: dict[str, Any]) -> DeviceSpec:
-    return DeviceSpec.from_dict(data)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -161,7 +162,7 @@ class _Clock:
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
-                values[node] = self._attribute(str(node.target))
+                values[node] = operator.attrgetter(str(node.target))(self.module)
             elif is_gradient(node):  # what it differentiates has been cut into nodes
                 values[node] = pytree.tree_map_only(torch.Tensor, self._like, node.meta["val"])
                 tape.append((node, [], [], None))
@@ -299,12 +300,6 @@ class _Clock:
 
         with torch.no_grad():
             return best_time(update, self.device, budget=0.2) / (3 * n_bytes)
-
-    def _attribute(self, path: str) -> Any:
-        value: Any = self.module
-        for part in path.split("."):
-            value = getattr(value, part)
-        return value
 
     def _on_device(self, arguments: Any) -> Any:
         return pytree.tree_map_only(torch.device, lambda _: self.device, arguments)

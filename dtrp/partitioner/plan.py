@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -201,29 +201,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {
-            "format": FORMAT,
-            "dtrp": __version__,
-            "fingerprint": self.fingerprint,
-            "n_stages": self.n_stages,
-            "recompute": list(self.recompute),
-            "stage_of": dict(self.stage_of),
-            "modules": dict(self.modules),
-            "edges": [list(edge) for edge in self.edges],
-            "groups": [list(group) for group in self.groups],
-            "lower_bound": self.lower_bound,
-            "engine": self.engine,
-            "reason": self.reason,
-            "costs": self.costs,
-            "edited": self.edited,
-            "node_of": list(self.node_of),
-            "placement": list(self.placement),
-            "replicas": list(self.replicas),
-            "layout": self.layout,
-            "opened": list(self.opened),
-            "divided": dict(self.divided),
-            "profile": None if self.profile is None else self.profile.to_dict(),
-        }
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {name: dict(data[name]) for name in ("stage_of", "modules", "divided")}
+        profile = None if self.profile is None else self.profile.to_dict()
+        return {"format": FORMAT, "dtrp": __version__, **data, **plain, "profile": profile}
 
     def check(self, captured: Captured, n_stages: int | None = None) -> None:
         """That the plan belongs to this graph, these shapes and this number of stages.
@@ -259,27 +240,10 @@ class Plan:
     @staticmethod
     def of_dict(data: Mapping[str, Any]) -> Plan:
         """What `to_dict` gave."""
-        return Plan(
-            n_stages=data["n_stages"],
-            stage_of=data["stage_of"],
-            recompute=tuple(data["recompute"]),
-            fingerprint=data["fingerprint"],
-            modules=data["modules"],
-            edges=tuple((u, v) for u, v in data["edges"]),
-            groups=tuple(tuple(group) for group in data["groups"]),
-            lower_bound=data["lower_bound"],
-            engine=data["engine"],
-            reason=data["reason"],
-            costs=data["costs"],
-            edited=data["edited"],
-            node_of=tuple(data.get("node_of", ())),
-            placement=tuple(data.get("placement", ())),
-            replicas=tuple(data.get("replicas", ())),
-            layout=data.get("layout", ""),
-            opened=tuple(data.get("opened", ())),
-            divided=data.get("divided", {}),
-            profile=None if (profile := data.get("profile")) is None else Profile.from_dict(profile),
-        )
+        given = {f.name: _tuples(data[f.name]) for f in fields(Plan) if f.name in data}
+        if given.get("profile") is not None:
+            given["profile"] = Profile.from_dict(given["profile"])
+        return Plan(**given)
 
     def _edit(self, changes: Mapping[str, int]) -> Plan:
         return replace(self, stage_of=dict(self.stage_of) | dict(changes), edited=True, profile=None)
@@ -353,3 +317,8 @@ def _shape(leaf: Any) -> str:
 def _qualified(function: Any) -> str:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{getattr(function, '__module__', '')}.{name}"
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists are what tuples were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

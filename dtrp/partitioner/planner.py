@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import networkx as nx
 
@@ -14,6 +14,7 @@ from dtrp.errors import InfeasiblePlanError
 from dtrp.partitioner.capture.graph import Captured
 from dtrp.partitioner.devices import DeviceSpec, parse_bytes
 from dtrp.partitioner.fit import Choice, Fit, Fitted, Limits
+from dtrp.partitioner.hazards import Hazards
 from dtrp.partitioner.links import Links
 from dtrp.partitioner.partition import DeviceClass, Partition, partition
 from dtrp.partitioner.plan import Plan, fingerprint
@@ -28,32 +29,17 @@ USABLE_MEMORY = 0.9
 """The share of a device's memory that a plan may fill; the rest is for the allocator and the libraries."""
 
 
-class Rules(Protocol):
-    """What a cut may not do; see `dtrp.partitioner.hazards`."""
-
-    @property
-    def groups(self) -> Sequence[Collection[str]]:
-        """Nodes that must share a stage."""
-
-    @property
-    def order(self) -> Sequence[tuple[str, str]]:
-        """``(u, v)``: stage(u) <= stage(v)."""
-
-
 def make_plan(
     captured: Captured,
     graph: nx.DiGraph,
-    hazards: Rules,
+    hazards: Hazards,
     n_stages: int,
     *,
     devices: Sequence[DeviceSpec] | None = None,
     memory_limit: float | str | Sequence[float | str | None] | None = None,
     recompute: bool | str | Sequence[bool] = "auto",
     training: Training = ASSUMED,
-    pins: Mapping[str, int] | None = None,
-    engine: str = "auto",
     time_limit: float = 5.0,
-    seed: int = 0,
 ) -> Plan:
     """The plan with the smallest tick time that fits the memory.
 
@@ -73,15 +59,13 @@ def make_plan(
         ``True``, ``False``, ``"auto"`` or one truth value per stage.
     training
         How it will go.
-    pins
-        Module names (or node names) and the stages that they shall be in.
-    engine, time_limit, seed
+    time_limit
         For `dtrp.partitioner.partition.partition`.
 
     Raises
     ------
     InfeasiblePlanError
-        The memory limit or the pins cannot be met.
+        The memory limit cannot be met.
     ValueError
         A wrong argument, such as more stages than there are nodes to share out.
     """
@@ -89,7 +73,6 @@ def make_plan(
     index = device_indices(graph, devices, n_stages)
     limits = memory_limits(memory_limit, n_stages)
     groups, order = _of_graph(graph, hazards)
-    fixed = _fixed(graph, pins or {})
 
     def attempt(choice: Choice, limit: Limits) -> Partition:
         return solve(
@@ -97,14 +80,11 @@ def make_plan(
             n_stages,
             groups=groups,
             order=order,
-            fixed=fixed,
             recompute=choice,
             devices=index,
             memory_limit=limit,
             training=training,
-            engine=engine,
             time_limit=time_limit,
-            seed=seed,
         )
 
     fit = Fit(captured, graph, index, training, recompute, attempt)
@@ -151,9 +131,7 @@ def solve(
     devices: Sequence[int] | None = None,
     memory_limit: Sequence[float | None] | None = None,
     training: Training = ASSUMED,
-    engine: str = "auto",
     time_limit: float = 5.0,
-    seed: int = 0,
 ) -> Partition:
     """The best partition of a cost graph under the costs of stages; arguments as for `make_plan`."""
     specs: Sequence[DeviceSpec] = graph.graph["specs"]
@@ -181,9 +159,7 @@ def solve(
         colocate=[group for group in groups if len(group) > 1],
         order=order,
         fixed=fixed,
-        engine=engine,
         time_limit=time_limit,
-        seed=seed,
     )
 
 
@@ -200,7 +176,7 @@ def nodes_of(graph: nx.DiGraph, plan: Plan, devices: Sequence[int]) -> tuple[int
 
 def arrange(
     graph: nx.DiGraph,
-    hazards: Rules,
+    hazards: Hazards,
     devices: Sequence[DeviceSpec],
     memory_limit: Any,
     recompute: bool | str | Sequence[bool],
@@ -256,7 +232,7 @@ def arrange(
     return tuple(places[c].pop(0) for c in found.class_of)
 
 
-def _of_graph(graph: nx.DiGraph, hazards: Rules) -> tuple[list[set[str]], list[tuple[str, str]]]:
+def _of_graph(graph: nx.DiGraph, hazards: Hazards) -> tuple[list[set[str]], list[tuple[str, str]]]:
     """Which of a graph's nodes stay together, and which come first."""
     groups = [set(group) & set(graph) for group in hazards.groups] + _parameters_with_their_users(graph)
     return groups, [(u, v) for u, v in hazards.order if u in graph and v in graph]
@@ -313,18 +289,6 @@ def _parameters_with_their_users(graph: nx.DiGraph) -> list[set[str]]:
             position = {n: i for i, n in enumerate(graph)} if len(users) > 1 else {}
             groups.append({node, min(users, key=lambda u: position.get(u, 0))})
     return groups
-
-
-def _fixed(graph: nx.DiGraph, pins: Mapping[str, int]) -> dict[Hashable, int]:
-    fixed: dict[Hashable, int] = {}
-    for name, stage in pins.items():
-        chosen = [
-            n for n, m in graph.nodes(data="module") if n == name or m == name or m.startswith(f"{name}.")
-        ]
-        if not chosen:
-            raise ValueError(f"nothing to pin: neither a module nor a node is called {name!r}")
-        fixed |= dict.fromkeys(chosen, stage)
-    return fixed
 
 
 def _merged(groups: Sequence[set[str]]) -> tuple[tuple[str, ...], ...]:

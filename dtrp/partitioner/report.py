@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
+    from dtrp.partitioner.partition import Partition
     from dtrp.partitioner.replication import Layout
 
 ORDERS = (("fig1", 1), ("lean", 1), ("lean", 4), ("1f1b", 4), ("1f1b", 8), ("gpipe", 8))
@@ -246,8 +247,6 @@ class PartitionReport:
         if isinstance(ks, int):
             raise TypeError(f"compare({ks!r}): expected numbers of stages, such as [2, 4, 8]")
         points, alone = [], replace(self._training, replicas=())  # other numbers are of one device each
-        before_last = self._plan.recomputes[:-1]
-        recompute: bool | str = True if before_last and all(before_last) else "auto"
         for k in ks:
             if k == 1 < self.n_stages:  # plain training: no loop over stages takes its time
                 points.append(Scaling(1, self.single_time, 1.0, 1.0))
@@ -259,15 +258,7 @@ class PartitionReport:
                 points.append(Scaling(k, self.tick_time, self.speedup, self.balance, prices))
                 continue
             try:
-                result = solve(
-                    self._graph,
-                    k,
-                    groups=self._plan.groups,
-                    order=self._plan.edges,
-                    recompute=recompute,
-                    training=alone,
-                    time_limit=time_limit,
-                )
+                result = self._cut_for(k, time_limit)
             except (ValueError, InfeasiblePlanError):
                 continue
             seconds = alone.batch_time(result.loads, self._graph.graph["specs"][0].shared(k))
@@ -277,6 +268,20 @@ class PartitionReport:
             prices = self._prices(alone, stage_of, again) if orders else ()
             points.append(Scaling(k, seconds, self.single_time / seconds, mean / result.max_load, prices))
         return points
+
+    def _cut_for(self, n_stages: int, time_limit: float = 1.0) -> Partition:
+        """The same model in another number of stages of one device each, like the first stage's; where all
+        of this plan's recompute, they do too."""
+        before_last = self._plan.recomputes[:-1]
+        return solve(
+            self._graph,
+            n_stages,
+            groups=self._plan.groups,
+            order=self._plan.edges,
+            recompute=True if before_last and all(before_last) else "auto",
+            training=replace(self._training, replicas=()),
+            time_limit=time_limit,
+        )
 
     def layouts(self, n_devices: int | None = None, *, time_limit: float = 2.0) -> list[Layout]:
         """Other ways to use as many devices: fewer stages on several devices each, down to data parallelism.

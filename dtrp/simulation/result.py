@@ -13,8 +13,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from dtrp.errors import InfeasiblePlanError
+from dtrp.names import one_of
 from dtrp.partitioner.report_text import open_table, printed
 from dtrp.partitioner.units import duration, size
+from dtrp.runtime.schedule import ORDERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,10 +144,11 @@ class Simulation:
                 "other numbers of stages need other plans, and a saved plan knows its own cut only: simulate "
                 "the pipeline, or its report"
             )
-        found = []
+        found, schedule = [], schedule or self.schedule
+        one_of("schedule", schedule, ORDERS)
         for k in ks:
             try:
-                found.append(self._over(k, schedule or self.schedule))
+                found.append(self._over(k, schedule))
             except (InfeasiblePlanError, ValueError):
                 continue
         return tuple(found)

@@ -12,7 +12,6 @@ import numpy as np
 
 from dtrp.names import one_of
 from dtrp.partitioner.plan import Plan
-from dtrp.partitioner.planner import solve
 from dtrp.partitioner.profile import Profile, make_profile
 from dtrp.partitioner.report import PartitionReport
 from dtrp.partitioner.stage_cost import RECOMPUTE as RECOMPUTES
@@ -141,19 +140,8 @@ def _with_stages(
     cluster = replace(cluster, speed={d: s for d, s in cluster.speed.items() if d < devices})
     if n_stages == report.n_stages:
         return simulate(report, cluster, schedule=schedule, **how)
-    graph, plan = report._graph, report._plan
-    before_last = plan.recomputes[:-1]
-    choice: bool | str = True if before_last and all(before_last) else "auto"
-    found = solve(
-        graph,
-        n_stages,
-        groups=plan.groups,
-        order=plan.edges,
-        recompute=choice,
-        training=report._training,
-        time_limit=1.0,
-    )
-    profile = make_profile(graph, found.stage_of, n_stages, node_of=found.node_of)
+    found = report._cut_for(n_stages)
+    profile = make_profile(report._graph, found.stage_of, n_stages, node_of=found.node_of)
     if how["recompute"] is None:
         how["recompute"] = [option == RECOMPUTES for option in found.options]
     return simulate(profile, cluster, schedule=schedule, **how)
@@ -335,6 +323,11 @@ def _costs(plan: Any) -> tuple[Profile, tuple[bool, ...] | bool, PartitionReport
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan must be a dtrp.Plan, a Pipeline, its report or a Profile; got {type(plan).__name__}"
+        )
+    if plan.replicas:
+        raise ValueError(
+            f"the plan has stages of several devices, {plan.replicas}, which are not simulated: "
+            f"report.layouts() prices them"
         )
     if plan.profile is None:
         why = "was edited by hand" if plan.edited else "was saved by an earlier version"

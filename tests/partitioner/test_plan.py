@@ -99,16 +99,6 @@ def test_more_stages_than_nodes(device):
         planned(linears([8, 8, 8]), torch.randn(2, 8), 3, device)
 
 
-def test_pins(device):
-    model, x = linears([8] * 7), torch.randn(2, 8)
-    captured = capture(model, (x,))
-    graph = cost_graph(captured, device=device)
-    plan = make_plan(captured, graph, FREE, 2, pins={"4": 0})
-    assert [len(plan.nodes(k)) for k in range(2)] == [5, 1]
-    with pytest.raises(ValueError, match="nothing to pin: neither a module nor a node is called 'head'"):
-        make_plan(captured, graph, FREE, 2, pins={"head": 0})
-
-
 def test_memory_limits():
     assert memory_limits("1GB", 2) == [1e9, 1e9]
     assert memory_limits(["1GB", None], 2) == [1e9, None]
@@ -241,7 +231,8 @@ def test_moves_that_break_the_plan(example):
 
 def test_moving_takes_along_what_must_stay_together(device):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8))
-    _, _, plan = planned(model, torch.randn(2, 8), 2, device, pins={"1": 0})
+    _, _, plan = planned(model, torch.randn(2, 8), 2, device)
+    plan = plan.pin("1", 0)
     together = next(iter(plan.groups))
     moved = plan.move(together[0], 1)
     assert {moved.stage_of[n] for n in together} == {1}

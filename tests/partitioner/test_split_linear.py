@@ -189,9 +189,8 @@ def test_a_plan_for_another_head_is_refused():
 
 def compiled(model, x, split_linear):
     """On four devices like an A100, which nobody has here."""
-    request = Request(
-        (torch.device("cpu"),) * 4, None, False, "analytic", Links(), None, split_linear=split_linear
-    )
+    devices, how = (torch.device("cpu"),) * 4, {"split_linear": split_linear, "named": "A100-80GB"}
+    request = Request(devices, None, False, "analytic", Links(), None, **how)
     return compile_model(model, request, (x,), {})
 
 
@@ -227,12 +226,8 @@ def test_the_model_is_left_as_it_was():
     assert vars(model.head) == before
 
 
-def test_only_who_asks_for_it_gets_it(monkeypatch):
+def test_only_who_asks_for_it_gets_it():
     """The results are the model's but for rounding; without it they are the model's to the bit."""
-    monkeypatch.setattr(
-        "dtrp.partitioner.compiler.device_specs",
-        lambda devices, loop, n: [device_spec("A100-80GB")] * len(devices),
-    )
     model, x = Words(words=32768, width=64), torch.randint(WORDS, (32, 256))
     whole, shared = (compiled(model, x, asked) for asked in (False, True))
     assert whole.plan.divided == {}

@@ -97,6 +97,8 @@ def test_other_numbers_of_stages(pipe: dtrp.Pipeline, tmp_path: Path) -> None:
     assert (tmp_path / "k.svg").stat().st_size > 1000
     lines = {line.get_label(): list(line.get_xdata()) for line in drawn.axes[0].lines}
     assert lines == {order: [1, 2, 4] for order in ("fig1", "lean", "1f1b", "gpipe", "bp")}
+    with pytest.raises(ValueError, match="schedule='1F1B': expected one of"):  # no empty answer
+        dtrp.simulate(pipe).over([1, 2], schedule="1F1B")
     with pytest.raises(ValueError, match="knows its own cut only"):
         dtrp.simulate(pipe.plan).over([2])
 
@@ -180,3 +182,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "none.json cannot be read: No such file" in capsys.readouterr().err
     assert main([*command[:-2], "--schedule", "lean"]) == 2
     assert "--schedule simulates: say on what, --cluster FILE" in capsys.readouterr().err
+
+
+def test_stages_of_several_devices_are_refused() -> None:
+    """Their batches are shared out, which would be left out of the numbers."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    pipe = dtrp.compile(model, n_gpus=2, replicas=(1, 2), example_inputs=torch.randn(64, 64))
+    with pytest.raises(ValueError, match=r"stages of several devices, \(1, 2\), which are not simulated"):
+        dtrp.simulate(pipe)

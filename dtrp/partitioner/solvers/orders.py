@@ -10,36 +10,26 @@ import numpy as np
 from .problem import Floats, Ints, Problem
 
 
-def topological_order(problem: Problem, priority: Callable[[int, int], float]) -> Ints:
-    """Kahn's order; among ready groups the one of least ``priority(group, step it became ready)`` is next."""
-    waiting = np.array([len(p) for p in problem.predecessors], dtype=np.int64)
+def topological_order(
+    problem: Problem, priority: Callable[[int, int], float], *, backwards: bool = False
+) -> Ints:
+    """Kahn's order; among ready groups the one of least ``priority(group, step it became ready)`` is next.
+    ``backwards``: found from the outputs on."""
+    before, after = problem.predecessors, problem.successors
+    if backwards:
+        before, after = after, before
+    waiting = np.array([len(b) for b in before], dtype=np.int64)
     ready = [(priority(int(g), 0), int(g)) for g in np.flatnonzero(waiting == 0)]
     heapq.heapify(ready)
     order = np.empty(problem.n, dtype=np.int64)
     for step in range(problem.n):
         _, g = heapq.heappop(ready)
         order[step] = g
-        for follower in problem.successors[g]:
+        for follower in after[g]:
             waiting[follower] -= 1
             if waiting[follower] == 0:
                 heapq.heappush(ready, (priority(follower, step + 1), follower))
-    return order
-
-
-def reverse_order(problem: Problem, priority: Callable[[int, int], float]) -> Ints:
-    """Kahn's order from the outputs backwards."""
-    waiting = np.array([len(s) for s in problem.successors], dtype=np.int64)
-    ready = [(priority(int(g), 0), int(g)) for g in np.flatnonzero(waiting == 0)]
-    heapq.heapify(ready)
-    order = np.empty(problem.n, dtype=np.int64)
-    for step in range(problem.n):
-        _, g = heapq.heappop(ready)
-        order[problem.n - 1 - step] = g
-        for before in problem.predecessors[g]:
-            waiting[before] -= 1
-            if waiting[before] == 0:
-                heapq.heappush(ready, (priority(before, step + 1), before))
-    return order
+    return order[::-1].copy() if backwards else order
 
 
 def live_order(problem: Problem, jitter: Floats) -> Ints:
@@ -89,10 +79,10 @@ def good_orders(problem: Problem, seed: int) -> Iterator[Ints]:
     if problem.n == 1:
         return
     yield topological_order(problem, lambda g, step: -step)  # depth first: follow what just became ready
-    yield reverse_order(problem, lambda g, step: -step)
+    yield topological_order(problem, lambda g, step: -step, backwards=True)
     yield live_order(problem, np.ones(problem.n))
     yield topological_order(problem, lambda g, step: step)  # breadth first
-    yield reverse_order(problem, lambda g, step: step)
+    yield topological_order(problem, lambda g, step: step, backwards=True)
     random = np.random.default_rng(seed)
     while True:
         noise = random.random(problem.n) * 4
@@ -101,5 +91,5 @@ def good_orders(problem: Problem, seed: int) -> Iterator[Ints]:
             return float(noise[g]) - step
 
         yield topological_order(problem, nearly_depth_first)
-        yield reverse_order(problem, nearly_depth_first)
+        yield topological_order(problem, nearly_depth_first, backwards=True)
         yield live_order(problem, np.exp(random.normal(0, 0.5, problem.n)))
