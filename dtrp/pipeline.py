@@ -207,8 +207,8 @@ class Pipeline(AsModel):
             Keep what each stage did (`Trainer.events`).
         schedule : {"auto", "fig1", "lean"}
             The order of the decoupled methods: the paper's, or the one with about half as many batches in
-            flight (ours, after PipeDream's asynchronous 1F1B). auto: lean where the plan's link latency is at
-            most a tenth of a tick.
+            flight (ours, after PipeDream's asynchronous 1F1B). auto: lean where a hop to the next stage takes
+            at most a tenth of a tick.
         micro_batches : int or "auto"
             In how many parts each batch travels; one update per batch, with the mean over its samples. auto
             (ours): as many as train to the same loss soonest (delay against longer ticks, orders.py), more
@@ -299,10 +299,9 @@ class Pipeline(AsModel):
     ) -> list[Path]:
         """Export each stage to ONNX, with a manifest that says how they chain.
 
-        The model's present weights are exported, in eval mode; the model's own mode stays as it is. Inside
-        ``with pipe.trainer(...)`` the newest weights are in the workers: export after the block. The folder
-        is written aside and moved into place at the end: a failed export leaves nothing behind.
-        `dtrp.onnx.load_chain` runs the result without torch.
+        The model's present weights are exported (between two steps of a trainer its newest ones), in eval
+        mode; the model's own mode stays as it is. The folder is written aside and moved into place at the
+        end: a failed export leaves nothing behind. `dtrp.onnx.load_chain` runs the result without torch.
 
         Parameters
         ----------

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import dtrp
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images, per channel
-METHODS = ("dtrp", "dtr", "fdg", "adl", "bp")
+METHODS = ("dtrp", "dtr", "fdg", "adl", "bp", "1f1b", "gpipe")
 RECOMPUTE = {"yes": True, "no": False, "auto": "auto"}
 
 
