@@ -10,7 +10,6 @@ import mmap
 import os
 import pickle
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,25 +20,11 @@ from .forms import copy_rows, places
 _to_the_end: list[object] = []  # what this process keeps
 
 
-class Places(Protocol):
-    """One process's view of the memory."""
-
-    device: torch.device  # where it is
-    apart: bool  # whether also payloads of few bytes are to be put there
-
-    def fill(self, place: int, capacity: int, rows: Sequence[Tensor]) -> tuple[int, bytes]:
-        """Copy rows of bytes into a place of so many; a number, and bytes, that `empty` is to be told."""
-        ...
-
-    def empty(self, place: int, told: int, rows: Sequence[Tensor], behind: memoryview) -> None:
-        """Copy a place's bytes into rows. ``behind`` ends in the bytes that `fill` told."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class HostPlaces:
-    """A file without a name that grows; places lie behind each other."""
+    """A file without a name that grows; places lie behind each other.
+
+    ``apart``: whether also payloads of few bytes are to be put there.
+    """
 
     device, apart = torch.device("cpu"), False
 
@@ -50,6 +35,7 @@ class HostPlaces:
         self.end = 0
 
     def fill(self, place: int, capacity: int, rows: Sequence[Tensor]) -> tuple[int, bytes]:
+        """Copy rows of bytes into a place of so many; a number, and bytes, that `empty` is to be told."""
         if self.where.get(place, (0, 0))[1] != capacity:
             self.where[place] = self.end, capacity
             self.end += capacity
@@ -58,6 +44,7 @@ class HostPlaces:
         return start, b""
 
     def empty(self, place: int, told: int, rows: Sequence[Tensor], behind: memoryview) -> None:
+        """Copy a place's bytes into rows. ``behind`` ends in the bytes that `fill` told."""
         copy_rows(rows, self._map(told + places(rows)[-1])[told:])
 
     def _map(self, size: int) -> Tensor:

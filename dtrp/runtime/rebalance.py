@@ -71,7 +71,7 @@ class Rebalancer:
     Parameters
     ----------
     when : "auto", False or int
-        ``"auto"``: after a minute, then every 20 s, not inline; a move needs two looks that agree. A number: a look
+        ``"auto"``: after a minute, then every 20 s, not inline; a move needs two looks that agree. A number:
         whenever so many batches are done, of which the first half warms up. Under a launcher rank 0 looks.
     """
 

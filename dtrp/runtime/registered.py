@@ -21,7 +21,7 @@ import torch
 from torch._library.custom_ops import OPDEFS, CustomOpDef
 from torch.utils import _pytree as pytree
 
-from .transfer import dumps, importable, loads
+from .transfer import dumps, importable, is_local, loads
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 # Tables that packages fill when a model is made, and not when one is read from bytes: without its entry a
@@ -81,7 +81,9 @@ class Registered:
             home = op._init_fn.__module__
             if not importable(home):
                 ours[name] = op
-            elif not home.startswith("torch.") and _wanted(home, name, stages):
+            elif not home.startswith("torch.") and (
+                is_local(home) or _used(name, stages)
+            ):  # if large, if used
                 imports[home] = None
         for name, kernel in _low_level(stages):
             where = _home(name, kernel)
@@ -150,7 +152,7 @@ def _nodes() -> Iterator[tuple[Any, ...]]:
         homes = [
             getattr(f, "__module__", None) or "" for f in (node.type, node.flatten_fn, node.unflatten_fn)
         ]
-        if any(not importable(home) or _is_local(home) for home in homes):
+        if any(not importable(home) or is_local(home) for home in homes):
             yield tuple(node)
 
 
@@ -184,7 +186,7 @@ def _home(name: str, kernel: str) -> str | None:
         path = getattr(module, "__file__", None)
         if path is None:
             continue
-        if path == file or (file == torch.library.__file__ and _is_local(home) and _mentions(path, name)):
+        if path == file or (file == torch.library.__file__ and is_local(home) and _mentions(path, name)):
             return home
     return None if file == torch.library.__file__ else file
 
@@ -197,21 +199,8 @@ def _mentions(path: str, name: str) -> bool:
         return False
 
 
-def _wanted(module: str, name: str, stages: Sequence[bytes]) -> bool:
-    """Whether a worker has to import a module for an operator: large libraries only if it is used."""
-    return _is_local(module) or _used(name, stages)
-
-
 def _used(name: str, stages: Sequence[bytes]) -> bool:
     """Whether both parts of an operator's name occur in a stage's code."""
     namespace, _, last = name.partition("::")
     parts = namespace.encode(), last.partition(".")[0].encode()
     return any(all(part in stage for part in parts) for stage in stages)
-
-
-def _is_local(module: str) -> bool:
-    """Whether a module is neither installed nor part of Python."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or module.partition(".")[0] in sys.stdlib_module_names | {"torch", "dtrp"}:
-        return False
-    return not {"site-packages", "dist-packages"} & set(Path(file).parts)

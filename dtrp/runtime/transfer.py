@@ -16,6 +16,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -89,7 +90,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         found, waiting = {}, [module]
         while waiting:
             one = waiting.pop()
-            if one is None or one.__name__ in self.told or not _is_users(one):
+            if (
+                one is None
+                or one.__name__ in self.told
+                or not (is_local(one.__name__) and importable(one.__name__))
+            ):
                 continue
             self.told.add(one.__name__)
             found[one.__name__] = {k: v for k, v in vars(one).items() if k[:2] != "__" and _is_data(v)}
@@ -118,18 +123,14 @@ def _has_its_module(function: FunctionType, module: ModuleType | None) -> bool:
     """Whether a function made by another one is of an installed package, where a worker finds its globals."""
     if module is None or vars(module) is not function.__globals__:
         return False
-    return importable(module.__name__) and not _is_users(module)
+    return importable(module.__name__) and not is_local(module.__name__)
 
 
-def _is_users(module: ModuleType) -> bool:
-    """Whether a worker would import it by its name, and it is of no installed package."""
-    file, name = getattr(module, "__file__", None) or "", module.__name__
-    installed = "site-packages" in file or "dist-packages" in file or name.partition(".")[0] == _OURS
-    return bool(file) and not installed and not _is_standard(name) and importable(name)
-
-
-def _is_standard(name: str) -> bool:
-    return name.partition(".")[0] in sys.stdlib_module_names
+def is_local(name: str) -> bool:
+    """Whether a module has a file, and is neither installed nor a part of Python."""
+    file, package = getattr(sys.modules.get(name), "__file__", None) or "", name.partition(".")[0]
+    known = package in sys.stdlib_module_names or package in {"torch", _OURS}
+    return bool(file) and not known and not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
 def _is_data(value: Any, depth: int = 5) -> bool:

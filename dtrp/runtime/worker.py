@@ -10,7 +10,6 @@ import os
 import pickle
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -36,17 +35,6 @@ from .voice import Voice
 PATIENCE = 0.005  # seconds that a loss may wait to be told
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a worker is started with, once its process is as the caller's."""
-
-    program: StageProgram
-    config: TrainConfig
-    seed: int | None
-    record: bool
-    random: Any = None  # the caller's generators, where a single stage draws from them
-
-
 def pickled_setups(
     programs: Sequence[StageProgram], config: TrainConfig, seed: int | None, record: bool
 ) -> list[bytes]:
@@ -59,7 +47,7 @@ def pickled_setups(
     """
     ambient = random_state() if seed is None else None
     try:
-        return [dumps(Setup(p, config, seed, record, ambient), values=True) for p in programs]
+        return [dumps((p, config, seed, record, ambient), values=True) for p in programs]
     except Exception as e:
         raise TypeError(
             f"{unsendable(vars(config))} cannot be sent to a worker process: {e}. Avoid open "
@@ -142,22 +130,23 @@ class Worker:
     ) -> None:
         environment.apply(device)
         registered.apply()
-        self._set_up(loads(setup))
+        self._set_up(*loads(setup))
         environment.apply_filters()
         self.tell("ready")
 
     def do_renew(self, setup: bytes) -> None:
         """Nothing is in flight: another stage takes the place of this one."""
         self.stage = None  # and its memory is free
-        self._set_up(loads(setup))
+        self._set_up(*loads(setup))
 
-    def _set_up(self, setup: Setup) -> None:
-        torch.set_num_threads(setup.config.threads)
-        if setup.random is not None:
-            set_random_state(setup.random)
-        if accelerators.is_one(setup.program.device):
-            accelerators.use(setup.program.device)
-        program, config = setup.program, setup.config
+    def _set_up(
+        self, program: StageProgram, config: TrainConfig, seed: int | None, record: bool, random: Any
+    ) -> None:
+        torch.set_num_threads(config.threads)
+        if random is not None:  # the caller's generators: a single stage draws from them
+            set_random_state(random)
+        if accelerators.is_one(program.device):
+            accelerators.use(program.device)
         seats = Seats(config.replicas or (1,) * program.n_stages)
         members = seats.of(program.stage)
         linked = Linked(self.links, members, self.number) if len(members) > 1 else None
@@ -165,8 +154,8 @@ class Worker:
             program,
             config,
             Routed(self.links, seats, self.number) if config.replicas else self.links,
-            seed=setup.seed,
-            record=setup.record,
+            seed=seed,
+            record=record,
             replicas=None if linked is None else Replicas(linked, linked),
             turn=seats.turn(self.number),
         )

@@ -18,12 +18,9 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx import Graph, Node
-from torch.overrides import TorchFunctionMode
+from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .custom import guard
 from .location import asking_place
 
 _TELLING = ["_assert", "warn", "warning", "warning_once", "info", "debug", "error", "log", "print"]
@@ -43,23 +40,6 @@ def decide(condition: Node, evaluate: Callable[[Node], Any]) -> bool | None:
         with _disable_current_modes():
             answer = bool(value)
     return answer
-
-
-class Answers(TorchFunctionMode):
-    """Gives the answers that a graph's guards expect, in their order, where they are asked (``here()``)."""
-
-    def __init__(self, graph: Graph, here: Callable[[], bool]) -> None:
-        super().__init__()
-        self.left = [bool(n.args[1]) for n in graph.find_nodes(op="call_function", target=guard)]
-        self._here = here
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            return func(*args, **(kwargs or {}))
-        except DataDependentOutputException:
-            if getattr(func, "__name__", "") != "__bool__" or not self.left or not self._here():
-                raise
-            return self.left.pop(0)
 
 
 def check_at(file: str, line: int, column: int | None) -> tuple[ast.expr, bool] | None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.overrides import TorchFunctionMode
 
 from dtrp.memory import storage_of
 
@@ -51,17 +50,6 @@ class KeptCall(nn.Module):
         given = {storage_of(t) for _, t in tensors_in((args, kwargs))}
         result = function(*args, **kwargs)
         return map_tensors(lambda t: t.clone() if storage_of(t) in given else t, result)
-
-
-class KeptCalls(TorchFunctionMode):
-    """Shows all calls of torch's functions."""
-
-    def __init__(self, show: Callable[..., Any]) -> None:
-        super().__init__()
-        self._show = show
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._show(func, args, kwargs or {})
 
 
 def _bare(module: nn.Module, attributes: Mapping[int, dict[str, Any]]) -> nn.Module:

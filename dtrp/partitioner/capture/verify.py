@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .decisions import Answers
+from .custom import guard
 from .fakes import FakeWorld, fake_inputs
 from .leaves import entry
 from .location import user_location
-from .methods import VALUE_DEPENDENT, KeptCall, KeptCalls, held_name, own_methods
+from .methods import VALUE_DEPENDENT, KeptCall, held_name, own_methods
 from .operators import Access, Event, OperatorLog, Walk, join, storages_in
 from .patches import Observer, observed
 from .propagate import Runner
@@ -91,10 +92,8 @@ def _events_of_model(task: Task, traced: Traced, training: bool, watched: int = 
         args, kwargs = task.signature.unflatten(inputs)
         watcher.found = dict(model.named_buffers())
         watcher.watch_methods(traced.held)
-        answers = Answers(traced.graph, lambda: not watcher.within)
-        asked = answers if answers.left else nullcontext()
-        calls = KeptCalls(watcher.on_call) if watcher.calls else nullcontext()
-        with torch.compiler.set_stance("force_eager"), asked, calls, observed(watcher, model), log:
+        asked = watcher if watcher.answers or watcher.calls else nullcontext()
+        with torch.compiler.set_stance("force_eager"), asked, observed(watcher, model), log:
             _seed()
             output = entry(model)(*args, **kwargs)
             watcher.paused = True
@@ -231,17 +230,20 @@ def _run_backward(log: OperatorLog, node: Any, number: int) -> None:
         log.add(f"{type(node).__name__} gives", log.value(back), ())
 
 
-class _Watcher(Observer):
-    """Follows the model's own run: which module is running, and which must really run."""
+class _Watcher(Observer, TorchFunctionMode):
+    """Follows the model's own run: which module is running, which must really run, and what it decides by
+    values, which the graph's guards say."""
 
     log: OperatorLog
 
     def __init__(self, model: nn.Module, world: FakeWorld, traced: Traced, watched: int) -> None:
+        super().__init__()
         self.module = ""
         self.within = 0  # modules that are one node each, in which nothing is decided for the graph
         self._model, self._world, self._watched = model, world, watched
         self._names = {m: name for name, m in model.named_modules()}
         self._whole = {str(n.target) for n in traced.graph.find_nodes(op="call_module")}
+        self.answers = [bool(n.args[1]) for n in traced.graph.find_nodes(op="call_function", target=guard)]
         self.calls = [(name, call) for name, call in traced.held.items() if isinstance(call, KeptCall)]
         self.found: dict[str, torch.Tensor] = {}
 
@@ -280,12 +282,13 @@ class _Watcher(Observer):
             return method(*args, **kwargs)
         return self._as_one(held, kept, method, args, kwargs)
 
-    def on_call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A function of torch's, which may be a call that is kept whole in the graph."""
-        mark = self.log.mark()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mark, kwargs = self.log.mark(), kwargs or {}
         try:
             return func(*args, **kwargs)
         except VALUE_DEPENDENT:
+            if self.answers and not self.within and getattr(func, "__name__", "") == "__bool__":
+                return self.answers.pop(0)
             if self.within or self.module or not self.calls:
                 raise
         self.log.back_to(mark)
