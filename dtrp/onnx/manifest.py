@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,13 +334,3 @@ def _no_repeats(what: str, names: Sequence[str]) -> None:
     for name, n in Counter(names).items():
         if n > 1:
             raise ExportError(f"{what} {name!r} appears {n} times")
-
-
-def origins(m: Manifest) -> Iterator[Origin]:
-    """Every use of a value, in order: by the stages, then by the output."""
-    for s in m.stages:
-        for v in s.inputs:
-            yield v.origin
-    for leaf in m.outputs:
-        if isinstance(leaf, Origin):
-            yield leaf

@@ -1,4 +1,4 @@
-"""`merge_chain`: the exported stages as one ONNX model again, through ``onnx.compose``."""
+"""`merge_chain`: the exported stages as one ONNX model again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ExportError
 from .chain import stage_path
-from .manifest import Manifest, Origin, origins, read_manifest
+from .manifest import Origin, Value, read_manifest
 
 
 def merge_chain(directory: str | os.PathLike[str]) -> Any:
@@ -51,65 +51,51 @@ def merge_chain(directory: str | os.PathLike[str]) -> Any:
     for stage in manifest.stages:
         stage_path(folder, stage, check_hashes=True)
 
-    last = {
-        origin: k for k, stage in enumerate(manifest.stages) for origin in (v.origin for v in stage.inputs)
-    }
-    last |= {leaf: len(paths) for leaf in manifest.outputs if isinstance(leaf, Origin)}
-    models = [onnx.load(path) for path in paths]
-    merged = _caller(onnx.helper, manifest, models[0])
-    for k, (stage, model) in enumerate(zip(manifest.stages, models, strict=True)):
-        # compose only joins neighbours: it drops outputs that it has joined, also those that a later stage
-        # needs too. They are put back.
-        outputs = {value.name: value for value in merged.graph.output}
-        joined = [(_name(v.origin), f"stage_{k}/{v.name}") for v in stage.inputs]
-        compose.add_prefix(model, f"stage_{k}/", inplace=True)
-        merged = compose.merge_models(merged, model, joined)
-        used = {name for name, _ in joined}
-        still = [outputs[_name(o)] for o in last if _name(o) in used and last[o] > k]
-        merged.graph.output.extend(still)
-    return _finished(onnx, merged, manifest)
+    helper = onnx.helper
+
+    def same(source: str, name: str) -> Any:
+        return helper.make_node("Identity", [source], [name])
+
+    ends: dict[Origin, Value] = {Origin(None, v.name): v for v in manifest.inputs}
+    opsets: dict[Any, Any] = {}
+    nodes, weights, infos, functions = [], [], [], []
+    for k, (stage, path) in enumerate(zip(manifest.stages, paths, strict=True)):
+        ends |= {Origin(k, v.name): v for v in stage.outputs}
+        model = compose.add_prefix(onnx.load(path), f"stage_{k}/", inplace=True)
+        nodes += [
+            helper.make_node("Identity", [_name(v.origin)], [f"stage_{k}/{v.name}"]) for v in stage.inputs
+        ]
+        nodes += model.graph.node
+        weights += model.graph.initializer
+        infos += model.graph.value_info
+        functions += model.functions
+        opsets |= {(o.domain, o.version): o for o in model.opset_import}
+    leaves = [leaf for leaf in manifest.outputs if isinstance(leaf, Origin)]
+    nodes += [same(_name(leaf), f"output_{i}") for i, leaf in enumerate(leaves)]
+    graph = helper.make_graph(
+        nodes,
+        manifest.model,
+        [_info(helper, v.name, v) for v in manifest.inputs],
+        [_info(helper, f"output_{i}", ends[leaf]) for i, leaf in enumerate(leaves)],
+        weights,
+        value_info=infos,
+    )
+    merged = helper.make_model(
+        graph, ir_version=model.ir_version, functions=functions, opset_imports=list(opsets.values())
+    )
+    onnx.checker.check_model(merged)
+    return merged
 
 
 def _name(origin: Origin) -> str:
-    """What a value that crosses stages is called in the merged model."""
-    return f"caller/{origin.name}" if origin.stage is None else f"stage_{origin.stage}/{origin.name}"
+    """What a value is called in the merged model."""
+    return origin.name if origin.stage is None else f"stage_{origin.stage}/{origin.name}"
 
 
-def _caller(helper: Any, manifest: Manifest, like: Any) -> Any:
-    """A model that stands for the caller: it hands out the chain's inputs to any number of stages."""
-    used = {o.name for o in origins(manifest) if o.stage is None}
-    graph = helper.make_graph(
-        [
-            helper.make_node("Identity", [v.name], [f"caller/{v.name}"])
-            for v in manifest.inputs
-            if v.name in used
-        ],
-        manifest.model,
-        [_info(helper, v.name, v.dtype, v.shape) for v in manifest.inputs],
-        [_info(helper, f"caller/{v.name}", v.dtype, v.shape) for v in manifest.inputs if v.name in used],
-    )
-    return helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
-
-
-def _info(helper: Any, name: str, dtype: str, shape: tuple[int | str, ...]) -> Any:
-    element = getattr(import_module("onnx").TensorProto, _ONNX_TYPES.get(dtype, dtype.upper()))
-    return helper.make_tensor_value_info(name, element, shape)
+def _info(helper: Any, name: str, value: Value) -> Any:
+    kind = _ONNX_TYPES.get(value.dtype, value.dtype.upper())
+    element = getattr(import_module("onnx").TensorProto, kind)
+    return helper.make_tensor_value_info(name, element, value.shape)
 
 
 _ONNX_TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
-
-
-def _finished(onnx: Any, merged: Any, manifest: Manifest) -> Any:
-    """The model with the output's leaves, and only those, as its outputs."""
-    values = {value.name: value for value in merged.graph.output}
-    del merged.graph.output[:]
-    leaves = [leaf for leaf in manifest.outputs if isinstance(leaf, Origin)]
-    for i, leaf in enumerate(leaves):
-        output = onnx.ValueInfoProto()
-        output.CopyFrom(values[_name(leaf)])
-        output.name = f"output_{i}"
-        merged.graph.node.append(onnx.helper.make_node("Identity", [_name(leaf)], [output.name]))
-        merged.graph.output.append(output)
-    merged.graph.name = manifest.model
-    onnx.checker.check_model(merged)
-    return merged
