@@ -266,7 +266,7 @@ class Planning:
     @property
     def plan(self) -> Plan:
         """What was planned; calls of other forms, and other modes, are laid over it."""
-        return self.made.plan if not self._variants else self._first.plan
+        return next(iter(self._variants.values()), self.made).plan
 
     def planned(self) -> str:
         """The plan as text, for `adopt`."""

@@ -203,6 +203,7 @@ def evaluate(run: Run, loader: Iterable[Any], metric: Any) -> dict[str, Any]:
     """See `Trainer.evaluate`."""
     measure = Measure.of(run.loss_fn, metric)
     check_loader(loader, run.config.loss_fn is not None)
+    run.not_asked()
     run.drain()
     with closing(_answers(run, loader, measure)) as answers:
         found = combine(answers)
@@ -215,6 +216,7 @@ def predict(run: Run, loader: Iterable[Any]) -> Iterator[Any]:
     """See `Trainer.predict`."""
     if run.executor is None:
         raise RuntimeError("no stage runs before the first step (and after the last): use pipe(x)")
+    run.not_asked()
     run.drain()
     yield from _answers(run, loader, None)
 
@@ -234,7 +236,6 @@ def _answers(run: Run, loader: Iterable[Any], measure: Measure | None) -> Genera
         _, tensors, target = run.ready(*call, targets=targets, follow=False)
         return feeds(run.eval_wiring, number, tensors, target)
 
-    run.not_asked()
     run.asked = True  # the stages are in eval mode until all is answered
     try:
         for _, calls in groupby(map(as_call, loader), form):

@@ -81,10 +81,8 @@ class Registered:
             home = op._init_fn.__module__
             if not importable(home):
                 ours[name] = op
-            elif not home.startswith("torch.") and (
-                is_local(home) or _used(name, stages)
-            ):  # if large, if used
-                imports[home] = None
+            elif is_local(home) or (not home.startswith("torch.") and _used(name, stages)):
+                imports[home] = None  # large libraries only if they are used
         for name, kernel in _low_level(stages):
             where = _home(name, kernel)
             if where is None or not importable(where):

@@ -90,14 +90,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         found, waiting = {}, [module]
         while waiting:
             one = waiting.pop()
-            if (
-                one is None
-                or one.__name__ in self.told
-                or not (is_local(one.__name__) and importable(one.__name__))
-            ):
+            name = "" if one is None else one.__name__
+            if one is None or name in self.told or not (is_local(name) and importable(name)):
                 continue
-            self.told.add(one.__name__)
-            found[one.__name__] = {k: v for k, v in vars(one).items() if k[:2] != "__" and _is_data(v)}
+            self.told.add(name)
+            found[name] = {k: v for k, v in vars(one).items() if k[:2] != "__" and _is_data(v)}
             for value in vars(one).values():
                 home = getattr(value, "__module__", None)
                 inner = sys.modules.get(home) if isinstance(home, str) else None
