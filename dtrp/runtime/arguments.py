@@ -154,15 +154,21 @@ def split_batch(
     if len(cuts) == 1 or (counts is not None and 0 in counts):  # a mean over nothing is not a number
         yield tensors, target, 1.0
         return
-    leaves, spec = pytree.tree_flatten((list(tensors), target))
-    follows = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for x in leaves]
-    if along is not None:
-        follows[: len(along)] = along
+
+    def has_rows(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples
+
+    def of_samples(x: Any) -> bool:
+        """A list with something for each sample, such as boxes; not one of tensors for the whole batch."""
+        return type(x) is list and len(x) == samples and not all(map(has_rows, x))
+
+    leaves, spec = pytree.tree_flatten(target, is_leaf=of_samples)
+    along = list(map(has_rows, tensors)) if along is None else along
     for i, part in enumerate(cuts):
-        cut = [x[part] if follow else x for x, follow in zip(leaves, follows, strict=True)]
-        inputs, wanted = pytree.tree_unflatten(cut, spec)
+        inputs = [x[part] if follows else x for x, follows in zip(tensors, along, strict=True)]
+        wanted = [x[part] if has_rows(x) or of_samples(x) else x for x in leaves]
         share = (part.stop - part.start) / samples if counts is None else counts[i] / sum(counts)
-        yield inputs, wanted, share
+        yield inputs, pytree.tree_unflatten(wanted, spec), share
 
 
 def _counting(target: Any, samples: int, cuts: Sequence[slice], ignored: int) -> list[int] | None:

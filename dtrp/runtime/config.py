@@ -185,7 +185,7 @@ class TrainConfig:
     def schedule(self, n_stages: int, *, exact: bool = False) -> Schedule:
         """The order that stages follow; ``exact``: while the exact start lasts."""
         order = self.method if self.exact else "1f1b" if exact else self.order
-        return Schedule(order, n_stages, self.parts, self.replicas)
+        return Schedule(order, n_stages, self.parts, self.replicas, self.accumulate)
 
     def recompute(self, planned: bool) -> bool:
         """Whether a stage recomputes, given the plan's choice."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from .arguments import as_call, check_loader, length
 from .checkpoint import is_savable
 from .config import short
+from .evaluation import Measure
 from .folder import existing
 from .random import random_state, set_random_state
 from .stats import balance
@@ -92,11 +93,12 @@ class Loop:
         begun = self.begun if self.fed else {"loader": _state(self.generator)}
         return {"rows": rows, "fed": self.fed, "begun": begun, "ended": self.ended}
 
-    def epoch(self, loader: Any) -> Iterator[Any]:
-        """The batches of the present epoch that are still to come: the same ones as if nothing had been."""
+    def epoch(self, loader: Any, number: int) -> Iterator[Any]:
+        """The batches that are still to come of an epoch, counted over all calls of `fit`: the same ones as
+        if nothing had been."""
         sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(len(self.rows))
+            sampler.set_epoch(number)
         self.generator = getattr(loader, "generator", None)
         skip, now = self.fed, random_state() if self.fed else None
         if self.generator is not None and self.begun.get("loader") is not None:  # resumed
@@ -105,9 +107,9 @@ class Loop:
             set_random_state(self.begun["random"])
         else:
             self.begun = {"random": random_state(), "loader": _state(self.generator)}
-        for number, batch in enumerate(loader):
-            if number < skip:
-                if number == skip - 1 and now is not None:  # the next batch's own draws begin there
+        for i, batch in enumerate(loader):
+            if i < skip:
+                if i == skip - 1 and now is not None:  # the next batch's own draws begin there
                     set_random_state(now)
                 continue
             self.fed += 1
@@ -140,6 +142,14 @@ def fit(
             f"epochs={epochs} with a {type(loader).__name__}, which can be gone through only once; give "
             f"fit a list or a DataLoader, or train with epochs=1"
         )
+    if val_loader is not None:
+        check_loader(val_loader, trainer.config.loss_fn is not None)
+        Measure.of(trainer._run.loss_fn, metric)
+        if epochs > 1 and isinstance(val_loader, Iterator):
+            raise ValueError(
+                f"epochs={epochs} with a {type(val_loader).__name__} as val_loader, which can be gone "
+                f"through only once; give a list or a DataLoader"
+            )
     if 0 < trainer._run.exact_updates < 1:
         trainer._run.exact_updates = _share(trainer, loader, epochs)
     loop = trainer._run.loop = Loop() if resume is None else resumed(trainer, resume)
@@ -150,7 +160,7 @@ def fit(
         epoch, before = len(loop.rows), trainer._history.fed - loop.fed
         ends = False
         with Bar(loader, f"epoch {epoch + 1}/{epochs}", trainer) as bar:
-            for batch in bar.over(loop.epoch(loader)):
+            for batch in bar.over(loop.epoch(loader, trainer.epochs)):
                 args, kwargs = as_call(batch)
                 loss = trainer.step(*args, **kwargs)
                 bar.show(loss)

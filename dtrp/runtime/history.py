@@ -30,6 +30,7 @@ class History:
     gathered: int = 0  # of them, since the last update
     updates: int = 0  # that those which went in bring
     lr: float | None = None  # of the newest finished batch
+    tells_lr: bool = True  # the stage that tells losses trains something, and has one
     awaited: deque[int] = field(default_factory=deque)  # of how many of the user's each in flight consists
 
     def enter(self, batches: int, accumulate: int) -> None:
@@ -61,8 +62,8 @@ class History:
             due = self.entered - len(self.awaited)
             if item.batch != due:
                 raise WorkerError(f"the loss of batch {item.batch} came where {due} was due")
-            if item.lr is not None:
-                self.lr = item.lr
+            self.tells_lr = item.lr is not None
+            self.lr = self.lr if item.lr is None else item.lr
             for _ in range(self.awaited.popleft()):
                 new.append((len(self.losses), item.value))
                 self.losses.append(item.value)

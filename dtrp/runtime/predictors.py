@@ -7,7 +7,7 @@ multiplied by ``horizon_scale`` (our delay regulator), and may be fractional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -156,9 +156,9 @@ class Adam(Formula):
         decay = group.get("weight_decay", 0.0)
         decoupled = group.get("decoupled_weight_decay", False)
         for (step, known), members in alike.items():
-            ahead, true = [targets[i] for i in members], [weights[i] for i in members]
-            first: Any = [states[i]["exp_avg"] for i in members]
-            second: Any = [states[i]["exp_avg_sq"] for i in members]
+            ahead, true = (_as_real(given[i] for i in members) for given in (targets, weights))
+            first: Any = _as_real(states[i]["exp_avg"] for i in members)
+            second: Any = _as_real(states[i]["exp_avg_sq"] for i in members)
             if known:
                 gradients: Any = [states[i]["gradient"] for i in members]
                 if group.get("maximize"):
@@ -170,7 +170,9 @@ class Adam(Formula):
                 torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
                 step += 1
             if group.get("amsgrad"):
-                second = torch._foreach_maximum(second, [states[i]["max_exp_avg_sq"] for i in members])
+                second = torch._foreach_maximum(
+                    second, _as_real(states[i]["max_exp_avg_sq"] for i in members)
+                )
             move = torch._foreach_div(first, 1 - beta1**step)
             scale = torch._foreach_div(second, 1 - beta2**step)
             torch._foreach_sqrt_(scale)
@@ -180,6 +182,11 @@ class Adam(Formula):
             torch._foreach_copy_(ahead, true)
             torch._foreach_mul_(ahead, 1 - s * _lr(group) * (decay if decoupled else 0.0))
             torch._foreach_sub_(ahead, move)
+
+
+def _as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Adam steps real and imaginary parts each by itself."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 def _step_along(targets: Any, weights: Any, velocities: Any, distance: float) -> None:

@@ -12,7 +12,7 @@ Two levels of plain data, section -> name -> value, free of stages:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Self
 
@@ -191,12 +191,18 @@ def check_builds(owner: Owner, config: TrainConfig) -> Optimizer:
 def model_groups(owner: Owner, config: TrainConfig) -> tuple[Group, ...]:
     """The groups that the user's optimizer has over the whole model."""
     names = _trainable(owner)
-    return groups_of(build_optimizer(names, config), names, owner.first_names())
+    return groups_of(build_optimizer(names, _by_own(owner, config)), names, owner.first_names())
 
 
 def _all_parameters(owner: Owner, config: TrainConfig) -> ParameterSet:
     """All trainable parameters, as one stage would hold them; fresh."""
-    return ParameterSet.build(_trainable(owner), config, 1.0)
+    return ParameterSet.build(_trainable(owner), _by_own(owner, config), 1.0)
+
+
+def _by_own(owner: Owner, config: TrainConfig) -> TrainConfig:
+    """``param_groups`` may know the model's parameters by identity, so it is shown these; stages follow."""
+    given, own = config.param_groups, dict(owner.named_parameters())
+    return config if given is None else replace(config, param_groups=lambda name, _: given(name, own[name]))
 
 
 def _trainable(owner: Owner) -> dict[str, nn.Parameter]:

@@ -62,6 +62,7 @@ class Schedule:
     n_stages: int
     parts: int = 1
     replicas: tuple[int, ...] = ()
+    accumulate: int = 1
 
     @property
     def exact(self) -> bool:
@@ -126,14 +127,14 @@ class Schedule:
     def norm_offset(self, stage: int, other: int) -> int:
         """Whose gradients are clipped together: ``stage``'s of mini-batch m with ``other``'s of m + this.
 
-        In "fig1" with whole batches those are the ones of one tick, which are made at the same time;
-        elsewhere those of one mini-batch.
+        In "fig1" with whole batches, an update each, those are the ones of one tick, which are made at the
+        same time; elsewhere those of one mini-batch.
         """
         return self._behind(other) - self._behind(stage)
 
     def _behind(self, stage: int) -> int:
         """Mini-batches that a stage has backwarded before stage 0 has, where ticks are clipped together."""
-        return stage if self.order == "fig1" and self.parts == 1 else 0
+        return stage if self.order == "fig1" and self.parts == self.accumulate == 1 else 0
 
     def tied_lag(self, owner: int, guest: int) -> int:
         """Slots between a guest's own backward and the newest sum of tied gradients that it must have seen.

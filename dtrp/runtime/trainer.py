@@ -90,7 +90,9 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The learning rate of the first group of parameters, as of the newest finished batch."""
-        lr = self._run.heard.lr
+        lr, executor = self._run.heard.lr, self._run.executor
+        if executor is not None and not self._history.tells_lr and self._run.world.executor != "torchrun":
+            lr = next((lr for lrs in executor.call("learning_rates") for lr in lrs), lr)
         return math.nan if lr is None else lr
 
     @lr.setter

@@ -54,6 +54,9 @@ class Twin:
         """To be called before a pass: the module that it runs on, in ``true``'s state."""
         if self.traceless and self._buffered:
             self._copy_buffers()
+        elif not self.traceless:
+            for held, kept, _ in self._buffered:
+                kept.update(held)  # another twin may have assigned to them
         for true, mine in self._own_code:
             values = plain(true)
             _put(mine, {k: _fresh(v) for k, v in values.items()} if self.traceless else values)

@@ -361,3 +361,29 @@ def test_looking_at_the_model_in_eval_mode_changes_nothing(back: bool) -> None:
             t.flush()
             losses.append(t.losses)
     assert losses[0] == losses[1]
+
+
+class Assigns(nn.Module):
+    """Assigns to its buffer, in a part that is kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if y.abs().mean().item() >= 0.0 and self.training:
+            self.seen = self.seen + 1
+        return y
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_buffers_that_several_versions_assign_to(recompute: bool) -> None:
+    """A pass on one version of the weights begins with what one on another has left."""
+    model = nn.Sequential(*(nn.Sequential(Assigns(), nn.Tanh()) for _ in range(4)), nn.Linear(8, 3))
+    pipe = dtrp.compile(model, n_gpus=3, example_inputs=torch.randn(4, 8), recompute=recompute)
+    with trainer(pipe) as t:
+        for x, y in batches(9):
+            t.step(x, y)
+    assert [float(part[0].seen) for part in model[:4]] == [9.0] * 4

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import dtrp
+from dtrp.runtime.arguments import split_batch
 
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
 
@@ -728,3 +729,73 @@ def test_hooks_on_gradients(method: str, executor: str, way: str) -> None:
 def _drop(parameter: Tensor) -> None:
     assert parameter.grad is not None
     parameter.grad.zero_()
+
+
+def test_the_rate_of_a_model_whose_last_stage_is_frozen() -> None:
+    """Losses come from there, and its rate with them, of which it has none."""
+    model = mlp()
+    model[3:].requires_grad_(False)
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    with trainer(compiled(model), lr_scheduler=scheduler, optimizer=partial(torch.optim.SGD, lr=1.0)) as t:
+        for x, y in batches(4):
+            t.step(x, y)
+        t.flush()
+        assert t.lr == 0.5**4
+
+
+@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
+def test_options_by_the_parameter_itself(executor: str) -> None:
+    """``id(p) in head``, as fine-tuning scripts have it."""
+    model = mlp(norm=False, dropout=0.0)
+    head, before = {id(p) for p in model[-1].parameters()}, copy.deepcopy(model.state_dict())
+    options = lambda name, p: {"lr": 0.1} if id(p) in head else {}  # noqa: E731
+    optimizer = partial(torch.optim.SGD, lr=0.0)
+    with trainer(compiled(model), executor, optimizer=optimizer, param_groups=options) as t:
+        for x, y in batches(4):
+            t.step(x, y)
+    moved = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+    assert moved == {f"{len(model) - 1}.weight", f"{len(model) - 1}.bias"}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("n_stages", [2, 3])
+def test_accumulated_gradients_are_clipped_over_all_stages(n_stages: int, accumulate: int) -> None:
+    """In the paper's order, where each tick's are: a stage that does not step says nothing of its own."""
+    model, limit = mlp(norm=False, dropout=0.0), 1e-3
+    optimizer = partial(torch.optim.SGD, lr=1.0)
+    with trainer(
+        compiled(model, n_stages), optimizer=optimizer, max_grad_norm=limit, accumulate=accumulate
+    ) as t:
+        for x, y in batches(1) * 4 * accumulate:
+            t.step(x, y)
+        t.flush()
+        before = copy.deepcopy(model.state_dict())
+        for x, y in batches(1) * 6 * accumulate:
+            t.step(x, y)
+        t.flush()
+    moved = torch.cat([(p - before[name]).flatten() for name, p in model.state_dict().items()]).norm()
+    assert float(moved) == pytest.approx(6 * limit, rel=0.05 if accumulate > 1 else 0.3)
+
+
+def test_validation_that_cannot_be_is_refused_before_training() -> None:
+    """An epoch of hours, and then a refusal, would be lost."""
+    with trainer(compiled()) as t:
+        for val_loader, metric, text in (
+            (TensorDataset(*batches(1)[0]), None, "wrap it"),
+            (batches(1), "f1", "expected a callable"),
+            ((b for b in batches(1)), None, "as val_loader, which can be gone through only once"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=text):
+                t.fit(batches(4), 2, val_loader, metric=metric)
+        assert t.samples == 0
+
+
+def test_lists_with_something_for_each_sample_are_cut() -> None:
+    """As collators for detection give them: else the second part meets the first one's targets."""
+    x, _ = batches(1)[0]
+    boxes = [torch.rand(i + 1, 3) for i in range(4)]
+    parts = list(split_batch([x], boxes, 2))
+    assert [len(wanted) for _, wanted, _ in parts] == [2, 2]
+    assert parts[1][1][0] is boxes[2]
+    several = [torch.zeros(4), torch.ones(4), torch.ones(4), torch.ones(4)]  # four targets of all samples
+    assert [t.shape[0] for t in next(iter(split_batch([x], several, 2)))[1]] == [2] * 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrp.runtime.predictors import BY_NAME, asks_for, check_predictor, make_predictor, predict_all
+from dtrp.runtime.predictors import BY_NAME, Adam, asks_for, check_predictor, make_predictor, predict_all
 
 ADAMS: list[dict[str, Any]] = [
     {},
@@ -201,3 +201,23 @@ def test_one_pass_rounds_as_two_operations_do(dtype: torch.dtype) -> None:
         weight, group, {"momentum_buffer": velocity}, 3.0
     )
     assert torch.equal(ahead, velocity.mul(-3.0 * 0.1).add_(weight))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_complex_weights_are_predicted_as_they_are_stepped(amsgrad: bool) -> None:
+    """Adam steps real and imaginary parts each by itself. With the same gradient again, one update ahead is
+    what the optimizer then makes, where its moments are near what that gives."""
+    torch.manual_seed(0)
+    z = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+    pairs = nn.Parameter(torch.view_as_real(z.detach()).clone())
+    both = [torch.optim.Adam([p], lr=0.1, amsgrad=amsgrad) for p in (z, pairs)]
+    for _ in range(3):
+        gradient = torch.randn(6, dtype=torch.complex64)
+        z.grad, pairs.grad = gradient, torch.view_as_real(gradient)
+        for optimizer in both:
+            optimizer.step()
+    ahead = [
+        Adam().predict(p.detach(), o.param_groups[0], o.state[p], 1.5)
+        for p, o in zip((z, pairs), both, strict=True)
+    ]
+    torch.testing.assert_close(torch.view_as_real(ahead[0]), ahead[1])

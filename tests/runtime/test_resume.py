@@ -70,3 +70,28 @@ def test_a_run_that_was_over_is_over(tmp_path: Path) -> None:
     again = fitted(tmp_path / "run", 2, True)
     assert same(first[0], again[0])
     assert first[1:] == again[1:]
+
+
+class Numbered(torch.utils.data.Sampler[int]):
+    """Notes which epochs it was asked for."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self) -> Any:
+        return iter(range(8))
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_each_call_of_fit_goes_on_with_the_epochs() -> None:
+    """Samplers shuffle by their number: with 0 each time, ``fit(loader, 1)`` in a loop has one order only."""
+    sampler = Numbered()
+    with trainer(compiled()) as t:
+        for epochs in (1, 1, 2):
+            t.fit(DataLoader(TensorDataset(X, Y), 4, sampler=sampler), epochs)
+    assert sampler.epochs == [0, 1, 2, 3]
