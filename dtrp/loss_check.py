@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -92,18 +92,23 @@ def _judge(stand_in: _StandIn, loss_fn: Callable[..., Any]) -> None:
 def as_found(loss_fn: Callable[..., Any], *, tensors: bool = False) -> Iterator[None]:
     """On leaving, what the loss changes when it runs is as before: its attributes, globals and closures;
     ``tensors``: and what is in their tensors, where it runs on real ones."""
-    code: Any = inspect.unwrap(loss_fn.func if isinstance(loss_fn, partial) else loss_fn)
-    own = []
+    function: Any = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
+    holder = getattr(function, "__self__", function)  # of a method
+    code: Any = inspect.unwrap(getattr(function, "__func__", function))
     if not isinstance(code, FunctionType):
-        own = [vars(code)] if hasattr(code, "__dict__") else []
-        code = vars(type(code)).get("__call__")
+        code = inspect.unwrap(type(code).__call__)
     if isinstance(loss_fn, nn.Module) or not isinstance(code, FunctionType):  # a module is tried as a copy
         yield
         return
+    own = [holder] if isinstance(holder, nn.Module) else []
+    if not own and not isinstance(holder, FunctionType) and hasattr(holder, "__dict__"):
+        own = [vars(holder)]
     place = code.__globals__
     named = {name: place[name] for name in code.__code__.co_names if name in place}
-    cells = [(cell, cell.cell_contents) for cell in code.__closure__ or ()]
-    held = Held([*own, *named.values(), *(value for _, value in cells)], tensors=tensors)
+    cells = [(cell, cell.cell_contents) for cell in code.__closure__ or () if cell != CellType()]
+    values = [*own, *named.values(), *(value for _, value in cells)]
+    values += [vars(part) for value in values if isinstance(value, nn.Module) for part in value.modules()]
+    held = Held(values, tensors=tensors)
     try:
         yield
     finally:

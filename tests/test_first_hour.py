@@ -316,7 +316,44 @@ def enclosed() -> Any:
     return loss
 
 
-@pytest.mark.parametrize("make", [lambda: counts, Warming, enclosed, lambda: partial(counts)])
+class Inherits(Warming):
+    """What is called is its class's class's."""
+
+
+class Task:
+    """Whose method is the loss; it keeps a tensor."""
+
+    def __init__(self) -> None:
+        self.calls, self.mean = 0, torch.zeros(())
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * output.detach().mean()
+        return self.calls * F.cross_entropy(output, target) + 0 * self.mean
+
+
+class Centred(nn.Module):
+    """Keeps a number and a tensor, and is called by another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.mean = 0, torch.zeros(())
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * output.detach().mean()
+        return self.calls * F.cross_entropy(output, target) + 0 * self.mean
+
+
+def around_a_module() -> Any:
+    centred = Centred()
+    return lambda output, target: centred(output, target)
+
+
+FUNCTIONS = [lambda: counts, enclosed, lambda: partial(counts), lambda: Task().loss, around_a_module]
+
+
+@pytest.mark.parametrize("make", [Warming, Inherits, *FUNCTIONS])
 def test_trying_a_loss_is_no_call_of_it(make: Any) -> None:
     global CALLS
     CALLS = 0

@@ -150,7 +150,8 @@ class Answers:
     def learning_rates(self) -> list[float]:
         """Of the own parameters' groups, as the scheduler has them."""
         own = self.stage.weights.own
-        return [] if own is None else [float(group["lr"]) for group in own.groups]
+        rates = [] if own is None else [group.get("lr") for group in own.groups]
+        return [float(rate) for rate in rates if rate is not None]  # some optimizers find their own
 
     def last_squared_norm(self) -> float:
         """Of the gradients that were stepped with last, before clipping."""

@@ -51,6 +51,7 @@ class Measure:
     metrics: Mapping[str, Metric]
     accuracy: bool
     gathering: Mapping[str, Any]
+    ignored: int = -100  # the class target that the loss leaves out
 
     @classmethod
     def of(cls, loss_fn: Callable[..., Tensor] | None, metric: Any) -> Measure:
@@ -102,7 +103,7 @@ class Measure:
                     found[name] = (float(metric(output, target)), size)
             except Exception as e:
                 return Failed.by(name or _name(metric), e)
-        if self.accuracy and (hits := class_hits(output, target)) is not None and hits.numel():
+        if self.accuracy and (hits := class_hits(output, target, self.ignored)) is not None and hits.numel():
             found["accuracy"] = (float(hits.double().mean()), float(hits.numel()))
         return found
 
@@ -169,8 +170,9 @@ def combine(batches: Iterable[Mapping[str, tuple[Any, float]] | Failed]) -> dict
     return {name: value / weight for name, (value, weight) in total.items()} | whole
 
 
-def class_hits(output: Any, target: Any) -> Tensor | None:
-    """For scores of classes and integer targets: which predictions are right (negative targets left out).
+def class_hits(output: Any, target: Any, ignored: int = -100) -> Tensor | None:
+    """For scores of several classes and integer targets: which predictions are right (negative targets, and
+    those that the loss leaves out, not counted).
 
     The classes lie along the last dimension, or along dimension 1 as ``cross_entropy`` has it for images.
     """
@@ -179,13 +181,11 @@ def class_hits(output: Any, target: Any) -> Tensor | None:
         return None
     if target.is_floating_point() or target.dtype == torch.bool or scores.dim() != target.dim() + 1:
         return None
-    if scores.shape[:-1] == target.shape:
-        guess = scores.argmax(-1)
-    elif scores.shape[:1] + scores.shape[2:] == target.shape:
-        guess = scores.argmax(1)
-    else:
+    last, second = scores.shape[:-1] == target.shape, scores.shape[:1] + scores.shape[2:] == target.shape
+    axis = -1 if last else 1
+    if not (last or second) or scores.shape[axis] == 1:  # one score is no choice among classes
         return None
-    return (guess == target)[target >= 0]
+    return (scores.argmax(axis) == target)[(target >= 0) & (target != ignored)]
 
 
 def class_scores(output: Any) -> Tensor | None:
@@ -201,7 +201,7 @@ def _batch_size(tree: Any) -> int:
 
 def evaluate(run: Run, loader: Iterable[Any], metric: Any) -> dict[str, Any]:
     """See `Trainer.evaluate`."""
-    measure = Measure.of(run.loss_fn, metric)
+    measure = replace(Measure.of(run.loss_fn, metric), ignored=run.config.ignored)
     check_loader(loader, run.config.loss_fn is not None)
     run.not_asked()
     run.drain()

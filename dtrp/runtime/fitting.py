@@ -155,6 +155,9 @@ def fit(
     loop = trainer._run.loop = Loop() if resume is None else resumed(trainer, resume)
     if len(loop.rows) >= epochs > 0:
         log.warning("%s has %d epochs already, of %d: none is trained now", resume, len(loop.rows), epochs)
+    if loop.ended:
+        done = len(loop.rows), epochs
+        log.warning("%s was ended by a callback, after %d of %d epochs: none is trained now", resume, *done)
     trainer._rebalancer.expect(loader, epochs - len(loop.rows), trainer._history.fed - loop.fed)
     while len(loop.rows) < epochs and not loop.ended:
         epoch, before = len(loop.rows), trainer._history.fed - loop.fed

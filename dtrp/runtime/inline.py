@@ -200,7 +200,8 @@ def as_in_workers(threads: int, draw: Sequence[torch.device]) -> Iterator[None]:
     """As many threads as a worker process would use (sums may depend on their number), and the caller's
     generators left alone, where stages on these devices draw."""
     before = torch.get_num_threads()
-    with EXCLUSIVE, preserved(draw) if draw else nullcontext():
+    trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with EXCLUSIVE, trains, preserved(draw) if draw else nullcontext():
         if before != threads:
             torch.set_num_threads(threads)
         try:

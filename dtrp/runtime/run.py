@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WorkerError
 from . import interrupts, looks
@@ -61,6 +61,11 @@ _MIXED = (
     "the model was asked for its weights between two steps (or copied, or the pipeline called): rank %d has "
     "present ones of its own stage, and older ones of the others; call trainer.sync() before, on every rank"
 )
+_IN_EVAL = (
+    "%s was in eval mode and is trained in train mode, which its %s acts on: call model.train() first, then "
+    "eval() on the parts that are to stay as they are, such as a frozen backbone"
+)
+_BY_MODE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 _ORDER = ("order", "micro_batches", "least_part")  # settings that are chosen for the first batch
 log = logging.getLogger("dtrp")
 
@@ -161,6 +166,8 @@ class Run:
             if follow:
                 self.changes.follow(inputs, named)
         elif not compiled.training:
+            if acting := [type(m).__name__ for m in compiled.model.modules() if isinstance(m, _BY_MODE)]:
+                log.warning(_IN_EVAL, type(compiled.model).__name__, acting[0])
             compiled.model.train()
         try:
             if self.executor is None:
@@ -190,7 +197,7 @@ class Run:
             mini = self.joiner.rest()
             if mini is not None:
                 self._enter(self.executor, mini)
-            closes = self.history.gathered > 0 and close_group
+            closes = self.config.accumulate > 1 and close_group  # stages know whether any gradients wait
             if self.in_flight or closes:
                 self.executor.drain(close_group=closes)
                 self.in_flight = False
@@ -297,8 +304,7 @@ class Run:
 
     def _start(self, tensors: Sequence[Tensor], target: Any) -> Executor:
         """Start the stages, for batches like this first one."""
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("nothing can be trained inside torch.inference_mode(): leave it first")
+        refuse_inference()
         ignored = self.compiled.check_loss(self.config, tensors, target)
         self.config = replace(self.config, ignored=ignored)
         self._choose_order(tensors, target)
@@ -429,6 +435,7 @@ class Run:
         with interrupts.held(), self.rescued():
             state.restore(self.owner, draws_here=self._draws_here)
             self.history.restore(state.counters)
+            self.history.gathered = max(state.content["waiting"].values(), default=0)
             self.joiner.updates = state.counters["updates"]
             self._shown = self.history.fed  # batches are counted anew; the model has what was loaded
             if self.executor is None:
@@ -445,3 +452,9 @@ class Run:
         executor.call("load_state", *state.modules(self.owner))
         self._shelved = state.of_others(self._trained)
         executor.call("load_training_state", *state.training(self.owner, draws_here=self._draws_here))
+
+
+def refuse_inference() -> None:
+    """What is made there can have no gradient."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("nothing can be trained inside torch.inference_mode(): leave it first")

@@ -17,7 +17,7 @@ from .config import Launch, TrainConfig
 from .events import Event, write_timeline
 from .fitting import Callbacks, fit, stepped_on
 from .rebalance import Rebalancer
-from .run import Run
+from .run import Run, refuse_inference
 from .stats import StageStats
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class Trainer:
             The arguments do not fit the model.
         """
         self._run.not_asked()
+        refuse_inference()
         executor, tensors, target = self._run.ready(args, kwargs)
         with interrupts.held(), self._run.rescued():
             self._run.add(executor, tensors, target)

@@ -147,7 +147,7 @@ class Updates:
         found: Sequence[Tensor] = ()
         if own is not None and steps:
             gradients = [p.grad for p in own.names.values() if p.grad is not None]
-            if how != "share":
+            if gradients and how != "share":
                 torch._foreach_mul_(gradients, self.config.accumulate / own.waiting)
             if self.replicas is not None:
                 self.replicas.add_gradients(own.names.values())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import dtrp
 from dtrp.runtime.arguments import split_batch
+from dtrp.runtime.evaluation import class_hits
 
 from .toys import ADAMW, SGD, batches, compiled, mlp, same, trainer
 
@@ -799,3 +803,98 @@ def test_lists_with_something_for_each_sample_are_cut() -> None:
     assert parts[1][1][0] is boxes[2]
     several = [torch.zeros(4), torch.ones(4), torch.ones(4), torch.ones(4)]  # four targets of all samples
     assert [t.shape[0] for t in next(iter(split_batch([x], several, 2)))[1]] == [2] * 4
+
+
+def test_a_run_resumed_within_a_group_closes_the_same_groups(tmp_path: Path) -> None:
+    """Else the epoch's last batches are never stepped with, and updates are counted wrong."""
+
+    class Break:
+        def on_step(self, t: Any, loss: float | None) -> None:
+            if t._history.fed == 6:
+                t.save(tmp_path / "run")
+                raise InterruptedError
+
+    def run(path: Path, callbacks: list[Any]) -> tuple[int, dict[str, Tensor]]:
+        model = mlp(dropout=0.0)
+        with trainer(compiled(model, 2), method="bp", accumulate=4) as t:
+            t.fit(batches(10), 1, callbacks=callbacks, resume=path)
+        return t.updates, model.state_dict()
+
+    updates, weights = run(tmp_path / "whole", [])
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "run", [Break()])
+    again, resumed = run(tmp_path / "run", [])
+    assert again == updates == 3
+    assert same(resumed, weights)
+
+
+def test_the_rest_of_an_epoch_is_stepped_with_behind_a_batch_that_was_skipped() -> None:
+    model, (x, y) = mlp(norm=False, dropout=0.0), batches(1)[0]
+    bad = torch.full_like(x, math.nan)
+    with trainer(compiled(model, 1), accumulate=2, on_nonfinite="skip", method="bp") as t:
+        t.fit([(x, y), (bad, y), (x, y), (x, y)], 1)
+        assert all(stage.weights.own.waiting == 0 for stage in t._run.executor.stages)
+
+
+def test_an_optimizer_that_finds_its_own_rate() -> None:
+    class Own(torch.optim.SGD):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, lr=0.1)
+            for group in self.param_groups:
+                group["lr"] = None
+
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["lr"] = 0.1
+            super().step()
+            for group in self.param_groups:
+                group["lr"] = None
+
+    with trainer(compiled(), optimizer=Own, method="bp") as t:
+        t.step(*batches(1)[0])
+        t.flush()
+        assert math.isnan(t.lr)
+
+
+def test_accuracy_is_of_classes_that_count() -> None:
+    """One score is no choice, and what the loss leaves out is not wrong."""
+    scores, target = torch.eye(3).repeat(2, 1), torch.tensor([0, 1, 2, 0, 1, 255])
+    assert class_hits(torch.randn(6, 1), target) is None
+    assert class_hits(scores, target, 255).tolist() == [True] * 5
+    assert class_hits(scores, target).tolist() == [True] * 5 + [False]
+    pipe = compiled(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
+    masked = [(x, torch.where(torch.arange(4) < 2, y, 255)) for x, y in batches(1)]
+    with trainer(pipe, loss_fn=nn.CrossEntropyLoss(ignore_index=255)) as t:
+        t.step(*masked[0])
+        found = t.evaluate(masked)
+        x, y = masked[0]
+        expected = (pipe.model.eval()(x).argmax(1) == y)[:2].double().mean()
+    assert found["accuracy"] == float(expected)
+
+
+def test_batches_in_flight_survive_inference_mode() -> None:
+    """``@torch.inference_mode()`` around a validation of one's own: it drains the pipeline first."""
+
+    def run(around: Any) -> dict[str, Tensor]:
+        model = mlp(dropout=0.0)
+        with trainer(compiled(model, 3)) as t:
+            for x, y in batches(6):
+                t.step(x, y)
+            with around():
+                t.evaluate(batches(2))
+                if around is torch.inference_mode:
+                    with pytest.raises(RuntimeError, match="nothing can be trained inside"):
+                        t.step(*batches(1)[0])
+        return model.state_dict()
+
+    assert same(run(contextlib.nullcontext), run(torch.inference_mode))
+
+
+@pytest.mark.parametrize("eval_mode", [False, True])
+def test_a_model_in_eval_mode_is_told_that_it_is_trained(
+    eval_mode: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain loop would leave the running statistics of a frozen backbone alone."""
+    with trainer(compiled(mlp().train(not eval_mode))) as t:
+        t.step(*batches(1)[0])
+    assert any("was in eval mode and is trained" in r.message for r in caplog.records) == eval_mode
