@@ -88,9 +88,15 @@ class Norms:
         self.own: dict[int, float] = defaultdict(float)
         self.last: float | None = None
 
+    @property
+    def lags(self) -> bool:
+        """Whether an earlier norm is clipped by."""
+        return self.lag and not self.schedule.exact
+
     def total(self, mini: int, fed: int, squared: float) -> Generator[None, None, float]:
-        """The squared norm to clip by in mini-batch ``mini`` of ``fed`` so far; ``squared``: this stage's."""
-        if self.lag and not self.schedule.exact:
+        """The squared norm to clip by in mini-batch ``mini`` of ``fed`` so far; ``squared``: this stage's,
+        not a number where it does not step."""
+        if self.lags:
             return (yield from self._lagging(mini, squared))
         together: dict[int, float] = {self.stage: squared}
         beside = {j: mini + self.schedule.norm_offset(self.stage, j) for j in self.others}
@@ -120,16 +126,17 @@ class Norms:
 
     def settle(self, fed: int) -> Generator[None, None, None]:
         """The end of a segment: nothing stays on its way."""
-        if self.lag and not self.schedule.exact:
+        if self.lags:
             yield from self._take_up_to(fed)
-            self.taken = 0
+            self.taken, self.last = 0, None  # nothing that a saved run does not know
 
     def _take_up_to(self, end: int) -> Generator[None, None, None]:
         while self.taken < end:
             norms = {self.stage: self.own.pop(self.taken, 0.0)}
             for j in self.others:
                 norms[j] = yield from self._ask(j, self.taken)
-            self.last = sum(norms[j] for j in sorted(norms))
+            stepped = [norms[j] for j in sorted(norms) if not math.isnan(norms[j])]
+            self.last = sum(stepped) if stepped else self.last
             self.taken += 1
 
     def _tell(self, stage: int, mini: int, squared: float) -> None:

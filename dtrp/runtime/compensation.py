@@ -59,9 +59,9 @@ class Joiner:
         """What waits, as a smaller joint batch."""
         if not self._waiting:
             return None
-        count = len(self._waiting)
-        tensors, target = self._waiting[0] if count == 1 else _joined(self._waiting)
-        self._waiting = []
+        waiting, self._waiting = self._waiting, []
+        count = len(waiting)
+        tensors, target = waiting[0] if count == 1 else _joined(waiting)
         ramp = min(1.0, (self.updates + 1) / self.warmup)
         self.updates += 1
         return Mini(tensors, target, Update(1.0 + (count - 1) * ramp, count))

@@ -70,6 +70,10 @@ class Measure:
                 f"metric={short(metric)}: expected a callable (output, target) -> number, a metric of "
                 f"torchmetrics (an object, such as MulticlassF1Score(10)), a dict of such by name, or None"
             )
+        if "loss" in named:
+            raise ValueError(
+                "a metric is called 'loss', as the loss is: give it another name, metric={'name': f}"
+            )
         each = {name: m for name, m in named.items() if not gathers(m)}
         return cls(loss_fn, each, False, {name: m for name, m in named.items() if gathers(m)})
 

@@ -225,7 +225,8 @@ def _share(trainer: Trainer, loader: Iterable[Any], epochs: int) -> float:
             f"exact_start={trainer.config.exact_start!r} is a share of the run, whose length a "
             f"{type(loader).__name__} does not tell; give a number of updates"
         )
-    return round(trainer._run.exact_updates * batches * epochs / trainer.config.accumulate)
+    of_each = trainer.config.accumulate * trainer._run.joiner.size
+    return round(trainer._run.exact_updates * batches * epochs / of_each)
 
 
 class Bar:

@@ -97,7 +97,8 @@ class Updates:
         # Exact orders skip a batch in all stages or in none: each one hears of all others before it steps.
         together = self.norms.schedule.exact and config.gives_up
         if config.max_grad_norm is not None or together:
-            total = yield from self.norms.total(mini, self.come, math.nan if bad and together else size)
+            silent = not steps if self.norms.lags else bad and together
+            total = yield from self.norms.total(mini, self.come, math.nan if silent else size)
             if together and not math.isfinite(total):
                 bad, steps = True, False
             elif steps:

@@ -898,3 +898,26 @@ def test_a_model_in_eval_mode_is_told_that_it_is_trained(
     with trainer(compiled(mlp().train(not eval_mode))) as t:
         t.step(*batches(1)[0])
     assert any("was in eval mode and is trained" in r.message for r in caplog.records) == eval_mode
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_lagging_norms_are_those_of_updates(accumulate: int) -> None:
+    """A batch that only gathers has no norm: with 0 in its place the next update would not be clipped."""
+    model, limit = mlp(norm=False, dropout=0.0), 1e-3
+    with trainer(
+        compiled(model), optimizer=partial(torch.optim.SGD, lr=1.0), max_grad_norm=limit,
+        max_grad_norm_lag=True, accumulate=accumulate, schedule="lean",
+    ) as t:  # fmt: skip
+        before = copy.deepcopy(model.state_dict())
+        for x, y in batches(1) * 10 * accumulate:
+            t.step(x, y)
+    moved = torch.cat([(p - before[name]).flatten() for name, p in model.state_dict().items()]).norm()
+    assert float(moved) <= 10 * limit * 1.5  # the first by each stage's own norm
+
+
+def test_a_metric_is_not_the_loss() -> None:
+    def loss(output: Tensor, target: Tensor) -> float:
+        return 7.0
+
+    with trainer(compiled()) as t, pytest.raises(ValueError, match="a metric is called 'loss'"):
+        t.fit(batches(2), 1, batches(1), metric=loss)
