@@ -123,7 +123,8 @@ class EMA:
 
     Notes
     -----
-    A look does not drain the pipeline: each stage is as far as it is (`Trainer.sync`). Buffers are copied.
+    A look does not drain the pipeline: each stage is as far as it is (`Trainer.sync`). Buffers are copied. A
+    run that is resumed begins the average anew.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, *, every: int = 10) -> None:
