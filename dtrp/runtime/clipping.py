@@ -128,7 +128,7 @@ class Norms:
         """The end of a segment: nothing stays on its way."""
         if self.lags:
             yield from self._take_up_to(fed)
-            self.taken, self.last = 0, None  # nothing that a saved run does not know
+            self.taken = 0
 
     def _take_up_to(self, end: int) -> Generator[None, None, None]:
         while self.taken < end:
