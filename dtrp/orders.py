@@ -41,6 +41,17 @@ def choose_order(
     compiled: Compiled, training: Training, config: TrainConfig, inputs: Sequence[Tensor], target: Any
 ) -> TrainConfig:
     """The settings with ``order`` and ``micro_batches`` decided, for batches like this one."""
+    chosen, why = decide(compiled, training, config, inputs, target)
+    n_stages = compiled.plan.n_stages
+    log.info("schedule=%r, micro_batches=%d%s", chosen.order, chosen.parts, f" ({why})" if why else "")
+    _warn(_known(training, chosen, n_stages), n_stages, n_samples(inputs), why)
+    return chosen
+
+
+def decide(
+    compiled: Compiled, training: Training, config: TrainConfig, inputs: Sequence[Tensor], target: Any
+) -> tuple[TrainConfig, str]:
+    """As `choose_order`; and why such a batch is not to be cut, if it is not."""
     model, samples, stages = compiled.captured.model, n_samples(inputs), compiled.report.stages
     spec: DeviceSpec = compiled.graph.graph["specs"][0]
     chosen, parts = config.micro_batches, config.micro_batches
@@ -52,7 +63,7 @@ def choose_order(
         if config.replicas and chosen == "auto":  # each device is to have its share
             least = max(2, min(least, samples // least_parts(config.replicas)))
     if parts == "auto":
-        parts = most_parts(stages, training, config, samples, least)
+        parts = most_parts(stages, training, config, samples, least, max(training.micro_batches, spec.parts))
     why = differs_in_parts(compiled, config, inputs, target) if min(parts, samples) > 1 else ""
     if why and config.replicas and chosen == "auto":
         raise ValueError(
@@ -73,17 +84,19 @@ def choose_order(
         sent = max(stage.output_bytes for stage in stages) / parts if spec.overlaps else 0
         hop = spec.link_latency + sent / (compiled.graph.graph["links"].net or spec.link_bandwidth)
         order = "lean" if hop <= HOP * max(stage.tick_time for stage in stages) / parts else "fig1"
-    chosen_config = replace(config, order=order, micro_batches=parts, least_part=least)
-    log.info("schedule=%r, micro_batches=%d%s", order, parts, f" ({why})" if why else "")
-    _warn(_known(training, chosen_config, len(stages)), len(stages), samples, why)
-    return chosen_config
+    return replace(config, order=order, micro_batches=parts, least_part=least), why
 
 
 def most_parts(
-    stages: Sequence[StageReport], training: Training, config: TrainConfig, samples: int, least: int = 1
+    stages: Sequence[StageReport],
+    training: Training,
+    config: TrainConfig,
+    samples: int,
+    least: int = 1,
+    priced: int = 1,
 ) -> int:
     """The parts of so many samples, ``least`` in each, that train to the same loss soonest; more where a tick
-    hardly gets longer.
+    hardly gets longer. ``priced``: those that the stages' ticks have.
 
     Exact orders have no delay but bubbles: theirs is the number that makes a batch fastest.
     """
@@ -97,7 +110,7 @@ def most_parts(
         return _known(training, decided, n_stages).price(n_stages)
 
     def tick(parts: int) -> float:
-        return max(stage.tick_time + (parts - 1) * stage.slot_time for stage in stages)
+        return max(stage.tick_time + (parts - priced) * stage.slot_time for stage in stages)
 
     # With so many, the delay is a quarter of an update: there is nothing left to gain. All parts but the last
     # are as large, so that some numbers never come about: sixteen samples in five parts are four of four.

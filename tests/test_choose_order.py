@@ -285,6 +285,8 @@ def test_parts_are_worth_what_they_cost(slot, order, adaptive, parts):
     training = Training(adaptive=adaptive)
     now = [replace(stage, tick_time=1e-2, slot_time=slot * 1e-2) for stage in pipe.report.stages]
     assert most_parts(now, training, config, 1000) == parts
+    now = [replace(stage, tick_time=1e-2 * (1 + 4 * slot)) for stage in now]
+    assert most_parts(now, training, config, 1000, priced=5) == parts  # as timed in five
 
 
 @pytest.mark.parametrize("slot", [0.001, 0.01, 0.03, 0.035, 0.05, 0.2])

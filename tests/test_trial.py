@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dtrp
 from dtrp import trial
 from dtrp.partitioner.feedback import StageTimes
+from dtrp.runtime.config import TrainConfig
 
-from .runtime.toys import batches, mlp, same, trainer
+from .runtime.toys import SGD, batches, mlp, same, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,37 @@ def test_costs_of_running_stages_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 2
     assert sum(k == 0 for k in pipe.plan.stage_of.values()) < sum(k == 0 for k in seen[0].values())
     assert pipe.report.costs == "measured"
+
+
+class Mixed(nn.Module):
+    """Of the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_tried_as_it_will_be_trained(monkeypatch: pytest.MonkeyPatch, *, whole: bool) -> None:
+    """In the order and the parts that a trainer chooses: some of a model is cheaper in parts that fit the
+    caches, so that whole batches would give another cut. The trainer's report then says the tick that was
+    measured; and what the measured costs make it choose otherwise is tried too."""
+    seen: list[TrainConfig] = []
+
+    def run(made: Any, request: Any, model: Any, inputs: Any, config: TrainConfig) -> list[StageTimes]:
+        seen.append(config)
+        return [StageTimes(4.0, 5.997, 1e-3, 1e-3, 1e-3)] * 2
+
+    monkeypatch.setattr(trial, "_times", run)
+    layers = [nn.Linear(512, 512), nn.Linear(512, 512)]
+    model = nn.Sequential(layers[0], Mixed() if whole else nn.Tanh(), layers[1])
+    x = torch.randn(256, 512)
+    pipe = dtrp.compile(model, example_inputs=x, devices=["cpu"] * 2, costs="measured")
+    assert (seen[-1].parts == 1) == whole
+    assert len(seen) == len({(one.order, one.parts) for one in seen})
+    with pipe.trainer(F.mse_loss, SGD, threads=1) as t:
+        t.step(x, torch.randn(256, 512))
+        assert (t.config.order, t.config.parts) == (seen[-1].order, seen[-1].parts)
+        assert [stage.predicted_tick for stage in t.report.stages] == pytest.approx([10.0, 10.0])
 
 
 def test_a_single_stage_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,9 @@ class DeviceSpec:
         What the figures were multiplied with: relative to the device as it was measured or published.
     tick_overhead : float
         Seconds that a stage's loop takes in every tick, besides the operators.
+    parts : int
+        Micro-batches that a batch travelled in when its nodes were timed: what these cost is in their times,
+        and a batch in fewer is taken to cost as much.
     cores : int
         CPU cores, or accelerators, that all stages together have (0: each has a device of its own).
     kernels : Kernels
@@ -90,6 +93,7 @@ class DeviceSpec:
     kind: str = "cuda"
     threads: int = 0
     tick_overhead: float = 0.0
+    parts: int = 1
     speed: float = 1.0
     cores: int = 0
     kernels: Kernels = _PLAIN

@@ -49,8 +49,10 @@ def corrected(
     found = graph.copy()
     nodes_only = replace(training, loss_time=0.0)
     costs = stage_costs(graph, plan.stage_of, plan.recompute, devices=devices, training=nodes_only)
+    extra = 0.0
     for cost, measured in zip(costs, times, strict=True):
         scale = _scales(cost, measured)
+        extra += (measured.loop - scale["sweep_time"] * cost.prediction) / len(costs)
         for node in cost.nodes:
             data = found.nodes[node]
             for name in data:
@@ -61,9 +63,9 @@ def corrected(
     for _, data in found.nodes(data=True):
         data["transfer_time"] *= moved
         data["exchange_time"] *= moved
-    extra = sum(t.loop - cost.prediction for t, cost in zip(times, costs, strict=True)) / len(costs)
     overhead = max(0.0, extra) / training.micro_batches
-    found.graph["specs"] = tuple(replace(spec, tick_overhead=overhead) for spec in graph.graph["specs"])
+    known = {"tick_overhead": overhead, "parts": training.micro_batches}
+    found.graph["specs"] = tuple(replace(spec, **known) for spec in graph.graph["specs"])
     found.graph["mode"] = "corrected by the run"
     return found, replace(training, loss_time=2 * times[-1].loss)  # there and back
 

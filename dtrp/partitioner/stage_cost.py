@@ -280,7 +280,6 @@ def _evaluate(
     twice = nodes if recomputes else [n for n in nodes if n in named]
     optimizer_bytes, last, devices = training.optimizer_bytes, k == n_stages - 1, training.devices(k)
     parts, share = training.micro_batches, 1 / devices
-    mine = parts * share
     passes = predictions(k, n_stages, recompute=recomputes, training=training)
     in_flight = training.in_flight(k, n_stages)
     held = {name for n in nodes for name in graph.nodes[n]["params"]}
@@ -322,7 +321,7 @@ def _evaluate(
         backward=share * total(f"backward_time{suffix}") + loss,
         update=(3 + 2 * optimizer_bytes) * sweep,
         prediction=prediction,
-        loop=spec.tick_overhead * mine + again * (mine - share),
+        loop=share * (spec.tick_overhead * max(parts, spec.parts) + again * max(0, parts - spec.parts)),
         slot=share * (spec.tick_overhead + again),
         average=average_seconds(gradients, devices, spec),
         time_in=share * sum(arriving.values()) + arrives,

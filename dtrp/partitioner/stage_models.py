@@ -91,6 +91,7 @@ def _option(
     last, optimizer_bytes, part = k == n_stages - 1, training.optimizer_bytes, 1 / training.micro_batches
     in_flight, devices = training.in_flight(k, n_stages), training.devices(k)
     share, overhead = 1 / devices, spec.tick_overhead if spec else 0.0
+    parts = max(training.micro_batches, spec.parts if spec else 1)
     passes = predictions(k, n_stages, recompute=recompute, training=training)
     sweeps = 3 + 2 * optimizer_bytes + passes * (2 + optimizer_bytes)
     stashed = training.versions(k, n_stages, recompute=recompute)
@@ -112,15 +113,15 @@ def _option(
             "first_input_bytes": held,
         },
         input_memory=held,
-        fixed_time=share * (overhead * training.micro_batches + (training.loss_time if last else 0.0)),
+        fixed_time=share * (overhead * parts + (training.loss_time if last else 0.0)),
     )
 
 
 def _of_parts(parts: int, devices: int, runs: float, spec: DeviceSpec) -> dict[str, float]:
     """What a device spends besides its share of a batch: launches and weights of its parts, which are not
     shared out, and the sum of the devices' gradients."""
-    more = (parts - 1) / devices
-    if not more:
+    more = max(0, parts - spec.parts) / devices
+    if not more and devices == 1:
         return {}
     return {
         "forward_ops": more * runs * spec.launch_overhead,

@@ -72,10 +72,11 @@ def test_memory_keeps_the_model_apart() -> None:
     assert "4 stages" in names
 
 
+@pytest.mark.parametrize("timed_in", [1, 2, 8])
 @pytest.mark.parametrize(("n_stages", "parts"), [(1, 4), (2, 4), (3, 2), (4, 2)])
-def test_planned_load_is_the_evaluated_tick(n_stages: int, parts: int) -> None:
+def test_planned_load_is_the_evaluated_tick(n_stages: int, parts: int, timed_in: int) -> None:
     """The weights that the solver adds up and the costs of the stages that it found are the same seconds."""
-    device = replace(FAST, launch_overhead=1e-6, tick_overhead=2e-6, link_bandwidth=1e8)
+    device = replace(FAST, launch_overhead=1e-6, tick_overhead=2e-6, link_bandwidth=1e8, parts=timed_in)
     graph = graph_of([32, 64, 16, 128, 8, 32], device)
     training = Training(0.0, predicts=False, order="lean", micro_batches=parts, known=True)
     result = _best(graph, n_stages, 4, [], [], training, "auto", None, 2.0)

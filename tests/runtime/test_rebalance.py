@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,12 @@ def test_what_takes_longer_than_was_planned_is_shared_out(monkeypatch: pytest.Mo
     assert len(t.losses) == 20
 
 
-def test_costs_that_are_corrected_give_what_was_measured() -> None:
-    """The same stages under the corrected costs take, to the last part, what they were seen to take."""
+@pytest.mark.parametrize("parts", [1, 4])
+def test_costs_that_are_corrected_give_what_was_measured(parts: int) -> None:
+    """The same stages under the corrected costs take, to the last part, what they were seen to take; what
+    parts of a batch cost is in there, and does not count again."""
     pipe = compiled(n_stages=3, recompute=True)
-    training = Training(1.0, known=True)
+    training = Training(1.0, micro_batches=parts, known=True)
     times = [
         StageTimes(3.0, 5.0, 0.5, 0.25, 1.0),
         StageTimes(1.0, 2.0, 0.25, 0.5, 1.0),
@@ -157,7 +160,15 @@ def test_costs_that_are_corrected_give_what_was_measured() -> None:
         assert cost.forward == pytest.approx(seen.forward)
         assert cost.backward == pytest.approx(seen.backward)
         assert cost.update == pytest.approx(seen.update)
-        assert cost.loop == pytest.approx(1.0, rel=0.01)
+        assert cost.loop + sum(c.prediction for c in new) / 3 == pytest.approx(1.0)
+    more, fewer = (
+        stage_costs(
+            graph, pipe.plan.stage_of, pipe.plan.recompute, training=replace(priced, micro_batches=n)
+        )[0]
+        for n in (2 * parts, 1)
+    )
+    assert more.loop == pytest.approx(new[0].loop + parts * new[0].slot)
+    assert fewer.loop == new[0].loop  # at least
     assert (
         pipe.graph.nodes["_0"]["forward_time"] != graph.nodes["_0"]["forward_time"]
     )  # the old one is as it was
