@@ -14,9 +14,10 @@ R = TypeVar("R")
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """The end of an error's text: the known name that is nearest, if one is near."""
-    close = get_close_matches(str(name), list(known))
-    # Letters in another order first: for difflib "dtpr" is nearer to "dtr" than to "dtrp".
-    best = sorted(close, key=lambda found: sorted(found) != sorted(str(name)))
+    close = get_close_matches(given := str(name), list(known))
+    # Letters in another order first, then longer names: for difflib "dtpr" is nearer to "dtr" than to "dtrp",
+    # and "scheduler" to "schedule" than to "lr_scheduler".
+    best = sorted(close, key=lambda found: (sorted(found) != sorted(given), given not in found))
     return f"; did you mean {best[0]!r}?" if best else ""
 
 

@@ -738,6 +738,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "turned": ({"method": "dtpr"}, "; did you mean 'dtrp'"),
     "predictor": ({"predictor": "adamm"}, "predictor='adamm': .*; did you mean 'adam'"),
     "argument": ({"shedule": "lean"}, "unexpected keyword argument 'shedule'; did you mean 'schedule'"),
+    "part": ({"scheduler": None}, "unexpected keyword argument 'scheduler'; did you mean 'lr_scheduler'"),
     "executor": ({"executor": "worker"}, "did you mean 'workers'"),
     "schedule": ({"schedule": "leen"}, "expected one of 'fig1', 'lean', 'auto'; did you mean 'lean'"),
     "timeline": ({"timeline": True}, "timeline=True: expected the path of a file"),

@@ -94,6 +94,7 @@ class Registered:
                 )
             if where != "torch":
                 imports[where] = None
+        imports |= dict.fromkeys(_compiled(stages))
         try:
             made = [_functions(n, op) for n, op in ours.items()]
             functions = dumps((made, list(_nodes()), dict(_tables(stages))))
@@ -108,7 +109,10 @@ class Registered:
     def apply(self) -> None:
         """In a worker."""
         for module in self.imports:
-            __import__(module)
+            if os.path.isabs(module):
+                torch.ops.load_library(module)  # type: ignore[no-untyped-call]
+            else:
+                __import__(module)
         for operator in self.operators:
             operator.define()
         operators, nodes, tables = loads(self.functions)
@@ -171,6 +175,23 @@ def _low_level(stages: Sequence[bytes]) -> Iterator[tuple[str, str]]:
         namespace, name, kernel = key.split("/")
         if namespace == "aten" and kernel != "Meta":
             yield f"aten::{name}", kernel or "CompositeImplicitAutograd"
+
+
+def _compiled(stages: Sequence[bytes]) -> Iterator[str]:
+    """Packages that brought libraries of operators in C++ along, and the files of others, if stages use any
+    (torchvision's `deform_conv2d`)."""
+    known = (name for name in torch._C._dispatch_get_all_op_names() if not name.startswith("aten::"))
+    if not torch.ops.loaded_libraries or not any(_used(name, stages) for name in known):
+        return
+    packages = {
+        os.path.join(path, ""): name
+        for name, module in list(sys.modules.items())
+        if "." not in name
+        for path in getattr(module, "__path__", ())
+    }
+    for file in sorted(torch.ops.loaded_libraries):
+        homes = (name for path, name in packages.items() if file.startswith(path) and importable(name))
+        yield next(homes, file)
 
 
 def _home(name: str, kernel: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -245,6 +246,39 @@ equal(lambda: Net(nn.Tanh()), loss=loss_of_nodes, y=Labels(y, torch.ones(8)))
 """,
     )
     assert said.count("EQUAL") == 10, said
+
+
+@pytest.mark.parametrize("way", ["package", pytest.param("file", marks=pytest.mark.slow)])
+def test_operators_in_compiled_code(tmp_path: Path, way: str) -> None:
+    """A stage's code names them by `torch.ops` alone, and nothing in it brings their library along."""
+    find = importlib.util.find_spec("torchvision")
+    if find is None:
+        pytest.skip("no torchvision")
+    (library,) = Path(find.submodule_search_locations[0]).glob("_C*.so")
+    said = script(
+        tmp_path,
+        f"""
+        if {way == "package"}:
+            import torchvision
+        else:
+            torch.ops.load_library({str(library)!r})
+
+        class Pick(nn.Module):
+            def forward(self, x):
+                boxes = torch.tensor([[0.0, i / 9, 0.0, 4.0, 4.0] for i in range(8)])
+                return torch.ops.torchvision.roi_align(x, boxes, 1.0, 3, 3, 2, False)
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.pick, self.b = nn.Linear(8, 16), Pick(), nn.Linear(9, 4)
+            def forward(self, x):
+                x = self.pick(self.a(x).view(1, 8, 4, 4))
+                return self.b(x.mean(1).flatten(1))
+        equal(Net)
+        """,
+    )
+    assert "EQUAL" in said, said
 
 
 LOW = {
