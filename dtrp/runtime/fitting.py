@@ -7,8 +7,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,9 @@ class Loop:
     def epoch(self, loader: Any, number: int) -> Iterator[Any]:
         """The batches that are still to come of an epoch, counted over all calls of `fit`: the same ones as
         if nothing had been."""
-        sampler: Any = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(number)
+        for part in _parts(loader):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(number)
         self.generator = getattr(loader, "generator", None)
         skip, now = self.fed, random_state() if self.fed else None
         if self.generator is not None and self.begun.get("loader") is not None:  # resumed
@@ -119,6 +120,13 @@ class Loop:
         """The epoch is over."""
         self.rows.append(row)
         self.fed, self.begun = 0, {}
+
+
+def _parts(loader: Any) -> Collection[Any]:
+    """Whatever of a loader may have another order, or other samples, in each epoch."""
+    names = ("sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
+    found = (reduce(lambda x, name: getattr(x, name, None), path.split("."), loader) for path in names)
+    return {id(part): part for part in found}.values()
 
 
 def _state(generator: torch.Generator | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from .toys import batches, compiled, mlp, same, trainer
 
@@ -88,10 +88,38 @@ class Numbered(torch.utils.data.Sampler[int]):
         return 8
 
 
-def test_each_call_of_fit_goes_on_with_the_epochs() -> None:
-    """Samplers shuffle by their number: with 0 each time, ``fit(loader, 1)`` in a loop has one order only."""
-    sampler = Numbered()
+class Groups(BatchSampler):
+    """Batches by number, as those of libraries for several processes."""
+
+    set_epoch = Numbered.set_epoch
+
+    def __init__(self) -> None:
+        super().__init__(range(8), 4, drop_last=False)
+        self.epochs: list[int] = []
+
+
+class Drawn(TensorDataset):
+    """Has other samples in each epoch."""
+
+    set_epoch = Numbered.set_epoch
+
+    def __init__(self) -> None:
+        super().__init__(X, Y)
+        self.epochs: list[int] = []
+
+
+@pytest.mark.parametrize("where", ["sampler", "batch_sampler", "in a batch_sampler", "dataset"])
+def test_each_call_of_fit_goes_on_with_the_epochs(where: str) -> None:
+    """Samplers shuffle by their number: with 0 each time, ``fit(loader, 1)`` in a loop has one order only. So
+    does whatever else a loader takes batches from."""
+    data, one, groups, drawn = TensorDataset(X, Y), Numbered(), Groups(), Drawn()
+    asked, loader = {
+        "sampler": (one, DataLoader(data, 4, sampler=one)),
+        "batch_sampler": (groups, DataLoader(data, batch_sampler=groups)),
+        "in a batch_sampler": (one, DataLoader(data, batch_sampler=BatchSampler(one, 4, drop_last=False))),
+        "dataset": (drawn, DataLoader(drawn, 4)),
+    }[where]
     with trainer(compiled()) as t:
         for epochs in (1, 1, 2):
-            t.fit(DataLoader(TensorDataset(X, Y), 4, sampler=sampler), epochs)
-    assert sampler.epochs == [0, 1, 2, 3]
+            t.fit(loader, epochs)
+    assert asked.epochs == [0, 1, 2, 3]
