@@ -7,9 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,7 @@ class Loop:
     fed : int
         Batches of the present one.
     begun : dict
-        The generators' states when it began, the caller's and the loader's own; between two, the latter's.
+        The generators' states when it began, the caller's and those of the loader; between two, the latter.
     ended : bool
         Whether the run was ended before its last epoch.
     """
@@ -86,12 +85,12 @@ class Loop:
     fed: int = 0
     begun: dict[str, Any] = field(default_factory=dict)
     ended: bool = False
-    generator: torch.Generator | None = None
+    generators: Sequence[torch.Generator] = ()
 
     def export(self) -> dict[str, Any]:
         """As plain data."""
         rows = [{name: value for name, value in row.items() if is_savable(value)} for row in self.rows]
-        begun = self.begun if self.fed else {"loader": _state(self.generator)}
+        begun = self.begun if self.fed else {"loader": self._states()}
         return {"rows": rows, "fed": self.fed, "begun": begun, "ended": self.ended}
 
     def epoch(self, loader: Any, number: int) -> Iterator[Any]:
@@ -100,14 +99,17 @@ class Loop:
         for part in _parts(loader):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(number)
-        self.generator = getattr(loader, "generator", None)
+        found = (getattr(part, "generator", None) for part in _parts(loader))
+        self.generators = list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
         skip, now = self.fed, random_state() if self.fed else None
-        if self.generator is not None and self.begun.get("loader") is not None:  # resumed
-            self.generator.set_state(self.begun["loader"])
+        if (states := self.begun.get("loader")) is not None:  # resumed
+            states = [states] if isinstance(states, Tensor) else states  # before there could be several
+            for generator, state in zip(self.generators, states, strict=False):
+                generator.set_state(state)
         if skip:
             set_random_state(self.begun["random"])
         else:
-            self.begun = {"random": random_state(), "loader": _state(self.generator)}
+            self.begun = {"random": random_state(), "loader": self._states()}
         for i, batch in enumerate(loader):
             if i < skip:
                 if i == skip - 1 and now is not None:  # the next batch's own draws begin there
@@ -116,21 +118,20 @@ class Loop:
             self.fed += 1
             yield batch
 
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
     def close(self, row: dict[str, Any]) -> None:
         """The epoch is over."""
         self.rows.append(row)
         self.fed, self.begun = 0, {}
 
 
-def _parts(loader: Any) -> Collection[Any]:
-    """Whatever of a loader may have another order, or other samples, in each epoch."""
-    names = ("sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
-    found = (reduce(lambda x, name: getattr(x, name, None), path.split("."), loader) for path in names)
-    return {id(part): part for part in found}.values()
-
-
-def _state(generator: torch.Generator | None) -> Tensor | None:
-    return None if generator is None else generator.get_state()
+def _parts(loader: Any) -> list[Any]:
+    """A loader, and whatever of it may have another order, or other samples, in each epoch."""
+    groups = getattr(loader, "batch_sampler", None)
+    found = loader, getattr(loader, "sampler", None), groups, getattr(groups, "sampler", None)
+    return list({id(part): part for part in (*found, getattr(loader, "dataset", None))}.values())
 
 
 def fit(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from .toys import batches, compiled, mlp, same, trainer
 
@@ -35,13 +35,18 @@ def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def fitted(
-    path: Path, n_stages: int, own: bool, ends: int | None = None
+    path: Path, n_stages: int, whose: str, ends: int | None = None
 ) -> tuple[dict[str, Tensor], list[float], list[dict[str, Any]]]:
     """Three epochs of ten shuffled batches, saved after each, and after batches 14 and 17."""
     torch.manual_seed(5)
     model = mlp()
-    generator = torch.Generator().manual_seed(3) if own else None
-    loader = DataLoader(TensorDataset(X, Y), 4, shuffle=True, generator=generator, collate_fn=noisy)
+    data, own = TensorDataset(X, Y), torch.Generator().manual_seed(3)
+    how = {
+        "global": {"shuffle": True},
+        "loader": {"shuffle": True, "generator": own},
+        "sampler": {"sampler": RandomSampler(data, generator=own)},
+    }[whose]
+    loader = DataLoader(data, 4, collate_fn=noisy, **how)
     run = trainer(compiled(model, n_stages), seed=None)
     with run:
         rows = run.fit(loader, 3, [(X, Y)], resume=path, callbacks=[SaveAt(path, (14, 17), ends)])
@@ -49,25 +54,30 @@ def fitted(
 
 
 @pytest.mark.parametrize(
-    ("n_stages", "own"),
-    [(1, False), (2, True), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, True), (2, False)))],
+    ("n_stages", "whose"),
+    [
+        (1, "global"),
+        (2, "loader"),
+        (1, "sampler"),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, "loader"), (2, "global"))),
+    ],
 )
-def test_a_run_goes_on_where_it_was_saved(n_stages: int, own: bool, tmp_path: Path) -> None:
-    """Within an epoch and at the end of one, with the loader's generator or the global one, with dropout: if
+def test_a_run_goes_on_where_it_was_saved(n_stages: int, whose: str, tmp_path: Path) -> None:
+    """Within an epoch and at the end of one, with a generator of its own or the global one, with dropout: if
     this fails, batches are trained twice or left out, or other ones come."""
-    expected = fitted(tmp_path / "whole", n_stages, own)
+    expected = fitted(tmp_path / "whole", n_stages, whose)
     for ends in (12, 16):
         with pytest.raises(InterruptedError):
-            fitted(tmp_path / "broken", n_stages, own, ends)
-    weights, losses, rows = fitted(tmp_path / "broken", n_stages, own)
+            fitted(tmp_path / "broken", n_stages, whose, ends)
+    weights, losses, rows = fitted(tmp_path / "broken", n_stages, whose)
     assert losses == expected[1]
     assert same(weights, expected[0])
     assert rows == expected[2]
 
 
 def test_a_run_that_was_over_is_over(tmp_path: Path) -> None:
-    first = fitted(tmp_path / "run", 2, True)
-    again = fitted(tmp_path / "run", 2, True)
+    first = fitted(tmp_path / "run", 2, "loader")
+    again = fitted(tmp_path / "run", 2, "loader")
     assert same(first[0], again[0])
     assert first[1:] == again[1:]
 
