@@ -61,7 +61,8 @@ class Callbacks:
         ends = False
         for one in self.given:
             if hasattr(one, moment):
-                ends |= getattr(one, moment)(trainer, what) is True
+                said = getattr(one, moment)(trainer, what)  # a truth value of numpy's or torch's counts, too
+                ends |= str(getattr(said, "dtype", type(said).__name__)).endswith("bool") and bool(said)
         return ends
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -86,12 +87,14 @@ def test_early_stopping_waits_for_its_patience() -> None:
             t.fit(batches(2), 1, batches(1), callbacks=[EarlyStopping(1, monitor="f1")])
 
 
-def test_a_step_may_end_the_run() -> None:
-    """What was fed is trained, the epoch closed, and no further one begun."""
+@pytest.mark.parametrize("kind", [bool, numpy.bool_, torch.tensor])
+def test_a_step_may_end_the_run(kind: Any) -> None:
+    """What was fed is trained, the epoch closed, and no further one begun; what numpy and torch say of a
+    comparison counts as Python's word."""
 
     class Enough:
-        def on_step(self, trainer: Any, loss: float | None) -> bool:
-            return trainer.samples >= 8
+        def on_step(self, trainer: Any, loss: float | None) -> Any:
+            return kind(trainer.samples >= 8)
 
     with trainer(compiled()) as t:
         assert len(t.fit(batches(5, size=4), 3, callbacks=[Enough()])) == 1
