@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..errors import WorkerError
 from .links import LostStage
@@ -29,17 +29,6 @@ if TYPE_CHECKING:
 
 GRACE = 1.0  # seconds in which the first cause of a failure may still be heard behind its consequences
 FAILURE = "failure"
-
-
-class Failure(NamedTuple):
-    """Why the run cannot go on."""
-
-    text: str
-    stage: int | None
-    trace: str
-
-    def error(self) -> WorkerError:
-        return WorkerError(self.text, stage=self.stage, remote_traceback=self.trace)
 
 
 class Peers:
@@ -63,14 +52,14 @@ class Peers:
         self._doing = ""  # with all others; else the script goes on
         self._waits = False
         self._done = 0
-        self.failure: Failure | None = None
+        self.failure: WorkerError | None = None
         self.pace = min(limit / 8, 0.25 + mesh.size / 100)
         self._grace = max(GRACE, 4 * self.pace)
         self._store = mesh.store
         self._run = f"dtrp/{mesh.first('the start of a run', lambda: time.time_ns())}"
         self._keys = [f"{self._run}/{rank}" for rank in range(mesh.size)] + [f"{self._run}/{FAILURE}"]
         self._ended = threading.Event()
-        self._to_tell: Failure | None = None
+        self._to_tell: WorkerError | None = None
         self._tell = threading.Event()  # there is something to tell, at once
         self._failed = threading.Event()
         self._lost = False  # the connection to the store is broken
@@ -112,7 +101,7 @@ class Peers:
                 self._signs[:] = map(Sign.unpack, signs)
                 self._heard = time.monotonic()
                 if word:
-                    self._fail(Failure(*pickle.loads(word)))
+                    self._fail(pickle.loads(word))
                 self._tell.wait(self.pace)
                 self._tell.clear()
         except RuntimeError:
@@ -125,15 +114,12 @@ class Peers:
             stuck = self._watch.look() if self.failure is None else None
             if stuck is not None:
                 rank, text = stuck
-                self._to_tell = Failure(text, self.mesh.stage_of(rank), "")
-                self._tell.set()
-                self._failed.wait(self._grace)
-                self._fail(Failure(text, self.mesh.stage_of(rank), ""))
+                self.report(WorkerError(text, stage=self.mesh.stage_of(rank)))
             if self.failure is not None:
                 self.mesh.poison()
                 return
 
-    def _cut_off(self) -> Failure:
+    def _cut_off(self) -> WorkerError:
         """The store does not answer: nor can those be reached who are where it is."""
         mesh, silence = self.mesh, time.monotonic() - self._heard
         with_store = [r for r in range(mesh.size) if mesh.addresses[r] == mesh.addresses[0]]
@@ -144,16 +130,16 @@ class Peers:
             f"{mesh.store_address} does not answer. Its process may be stopped, its host down, or the link "
             f"cut"
         )
-        return Failure(text, mesh.stage_of(gone[0]) if gone else None, "")
+        return WorkerError(text, stage=mesh.stage_of(gone[0]) if gone else None)
 
-    def _fail(self, failure: Failure) -> None:
+    def _fail(self, failure: WorkerError) -> None:
         if self.failure is None:
             self.failure = failure
         self._failed.set()
 
     # ---- what a rank asks ----------------------------------------------------------------------------------
 
-    def report(self, failure: Failure) -> Failure:
+    def report(self, failure: WorkerError) -> WorkerError:
         """This rank's last word, or whoever's came first; heard by all, as far as they can be reached."""
         self._to_tell = failure
         self._tell.set()
@@ -162,7 +148,7 @@ class Peers:
         assert self.failure is not None
         return self.failure
 
-    def cause(self, error: BaseException) -> Failure:
+    def cause(self, error: BaseException) -> WorkerError:
         """Why an operation with others failed: as the first says that gave a reason, or whose end it is."""
         rank = error.peer + self.mesh.rank - self.mesh.process if isinstance(error, LostStage) else None
         # Whose connection broke says the error; in an operation of all, the silence has to.
@@ -173,7 +159,7 @@ class Peers:
             whom = "another rank" if rank is None else self.mesh.name(rank)
             stage = None if rank is None else self.mesh.stage_of(rank)
             text = f"{whom} is gone: its process died, or the connection broke ({_first_line(error)})"
-            return self.report(Failure(text, stage, ""))
+            return self.report(WorkerError(text, stage=stage))
         assert self.failure is not None
         return self.failure
 
@@ -190,8 +176,8 @@ class Peers:
         try:
             yield
         except Exception as e:
-            if self.failure is not None or isinstance(e, LostStage) or _is_of_links(e):
-                raise self.cause(e).error() from e
+            if e is not self.failure and (self.failure or isinstance(e, LostStage) or _is_of_links(e)):
+                raise self.cause(e) from e
             raise
         finally:
             self._doing, self._waits = outer

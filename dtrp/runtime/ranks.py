@@ -29,7 +29,7 @@ from .group_links import GroupLinks
 from .inline import Results, as_in_workers, owned, private, told
 from .joint_norm import join_norms
 from .news import News
-from .peers import Failure, Peers
+from .peers import Peers
 from .processes import carrying, talking
 from .program import StageProgram
 from .random import pass_seed
@@ -253,7 +253,7 @@ class Ranks:
         """The script leaves its trainer by an error: the others need not wait."""
         if self.failure is None:
             text = f"the script on {self.mesh.name(self.mesh.rank)} left its trainer: {_line(error)}"
-            self.failure = self.peers.report(Failure(text, self.mesh.stage, "")).error()
+            self.failure = self.peers.report(WorkerError(text, stage=self.mesh.stage))
 
     def close(self) -> None:
         """Let go of everything; may be called twice."""
@@ -276,16 +276,10 @@ class Ranks:
         except GeneratorExit:
             raise
         except BaseException as e:
-            self.failure = e if isinstance(e, WorkerError) else self._report(e)
+            self.failure = e if isinstance(e, WorkerError) else self.peers.report(told(self.mesh.stage, e))
             if isinstance(e, Exception) and self.failure is not e:
                 raise self.failure from e
             raise
-
-    def _report(self, error: BaseException) -> WorkerError:
-        mine = told(self.mesh.stage, error)
-        trace = mine.remote_traceback
-        text = str(mine).removesuffix(f"\n\n{trace}")
-        return self.peers.report(Failure(text, mine.stage, trace)).error()
 
 
 def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
