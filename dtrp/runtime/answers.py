@@ -42,7 +42,7 @@ class Answers:
     # ---- evaluation ----------------------------------------------------------------------------------------
 
     def begin_evaluation(self, measure: Measure | None) -> None:
-        """Go to eval mode; the last stage will answer each batch with ``measure(output, target)``."""
+        """Go to eval mode; the last stage will answer each batch with what ``measure`` makes of it."""
         program, module = self.stage.program, self.stage.module
         if isinstance(measure, Measure) and self.stage.config.loss_fn is held_loss and program.is_last:
             measure = measure.with_loss(module.get_submodule("loss"))

@@ -37,7 +37,7 @@ class Feed(NamedTuple):
     update: Update = Update()
     part: int = 0  # which micro-batch of the mini-batch
     parts: int = 1  # of how many
-    share: float = 1.0  # of the mini-batch's samples
+    share: float = 1.0  # of the mini-batch's samples; in evaluation how many they are
 
     @property
     def closes(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import WorkerError
-from .arguments import Call, as_call, check_loader, feeds, take_target
+from .arguments import Call, as_call, check_loader, feeds, n_samples, take_target
 from .batch import Feed, WithExtra
 from .config import short
 from .loss import scalar_loss
@@ -25,24 +25,13 @@ if TYPE_CHECKING:
     from .run import Run
 
 Metric = Callable[[Any, Any], Any]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A metric raised: what it said. The run itself is none the worse for it."""
-
-    message: str
-    trace: str
-
-    @classmethod
-    def by(cls, name: str, error: Exception) -> Failed:
-        """The metric of this name, with ``error``."""
-        return cls(f"metric {name!r} failed: {type(error).__name__}: {error}", traceback.format_exc())
+Measured = dict[str, tuple[Any, float]] | WorkerError  # the latter where a metric raised
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Maps ``(output, target)`` of a batch to ``{name: (mean, weight)}``; the weight is the batch size.
+    """Maps ``(output, target)`` of a batch to ``{name: (mean, weight)}``; the weight is the target's rows, or
+    where it has none that can be told (detections, an object, a model that gives its own loss) the samples.
 
     Objects that gather what they see (`gathers`) get every batch, and are asked at the end (`totals`).
     """
@@ -92,11 +81,11 @@ class Measure:
         """The same with another loss: the last stage's own module."""
         return replace(self, loss_fn=loss_fn)
 
-    def __call__(self, output: Any, target: Any) -> dict[str, tuple[float, float]] | Failed:
+    def __call__(self, output: Any, target: Any, samples: float) -> Measured:
         loss = float(scalar_loss(self.loss_fn, output, target))
         if isinstance(target, WithExtra):
             target = target.target
-        size = float(_batch_size(target if target is not None else output))
+        size = _rows(target, samples)
         found = {"loss": (loss, size)}
         scores = class_scores(output)
         for name, metric in {**self.metrics, **self.gathering}.items():
@@ -106,19 +95,19 @@ class Measure:
                 else:
                     found[name] = (float(metric(output, target)), size)
             except Exception as e:
-                return Failed.by(name or _name(metric), e)
+                return _failed(name or _name(metric), e)
         if self.accuracy and (hits := class_hits(output, target, self.ignored)) is not None and hits.numel():
             found["accuracy"] = (float(hits.double().mean()), float(hits.numel()))
         return found
 
-    def totals(self) -> dict[str, tuple[Any, float]] | Failed:
+    def totals(self) -> Measured:
         """What the metrics say that have seen all batches: in the form of one more batch, of no weight."""
         found: dict[str, Any] = {}
         for name, metric in self.gathering.items():
             try:
                 value = metric.compute()
             except Exception as e:
-                return Failed.by(name or _name(metric), e)
+                return _failed(name or _name(metric), e)
             if isinstance(value, Mapping):
                 found |= {f"{name}/{key}" if name else key: v for key, v in value.items()}
             else:
@@ -138,6 +127,12 @@ def _name(metric: Any) -> str:
     return "metric" if name == "<lambda>" else name
 
 
+def _failed(name: str, error: Exception) -> WorkerError:
+    """What to answer for a metric that raises: the run itself is none the worse for it."""
+    text = f"metric {name!r} failed: {type(error).__name__}: {error}"
+    return WorkerError(text, remote_traceback=traceback.format_exc())
+
+
 def _plain(value: Any) -> Any:
     """A number; a tensor of several stays one."""
     if not isinstance(value, Tensor):
@@ -145,7 +140,7 @@ def _plain(value: Any) -> Any:
     return value.item() if value.numel() == 1 else value.cpu()
 
 
-def combine(batches: Iterable[Mapping[str, tuple[Any, float]] | Failed]) -> dict[str, Any]:
+def combine(batches: Iterable[Measured]) -> dict[str, Any]:
     """Weighted means over all batches; empty for no batch.
 
     Raises
@@ -156,8 +151,8 @@ def combine(batches: Iterable[Mapping[str, tuple[Any, float]] | Failed]) -> dict
     total: dict[str, list[Any]] = {}
     whole: dict[str, Any] = {}
     for batch in batches:
-        if isinstance(batch, Failed):
-            raise WorkerError(batch.message, remote_traceback=batch.trace)
+        if isinstance(batch, WorkerError):
+            raise batch
         for name, (mean, weight) in batch.items():
             if weight == 0.0:
                 if name in whole:
@@ -198,9 +193,12 @@ def class_scores(output: Any) -> Tensor | None:
     return scores if isinstance(scores, Tensor) else None
 
 
-def _batch_size(tree: Any) -> int:
-    sizes = [t.shape[0] for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dim() > 0]
-    return sizes[0] if sizes else 1
+def _rows(target: Any, samples: float) -> float:
+    """Of a target's first tensor; a list of other things has one for each sample, which may have any rows."""
+    if type(target) is list and not all(isinstance(t, Tensor) for t in target):
+        return samples
+    rows = (float(t.shape[0]) for t in pytree.tree_leaves(target) if isinstance(t, Tensor) and t.dim() > 0)
+    return next(rows, samples)
 
 
 def evaluate(run: Run, loader: Iterable[Any], metric: Any) -> dict[str, Any]:
@@ -238,7 +236,8 @@ def _answers(run: Run, loader: Iterable[Any], measure: Measure | None) -> Genera
     def feed(numbered: tuple[int, Call]) -> list[Feed]:
         number, call = numbered
         _, tensors, target = run.ready(*call, targets=targets, follow=False)
-        return feeds(run.eval_wiring, number, tensors, target)
+        samples = float(n_samples(tensors))
+        return [f._replace(share=samples) for f in feeds(run.eval_wiring, number, tensors, target)]
 
     run.asked = True  # the stages are in eval mode until all is answered
     try:

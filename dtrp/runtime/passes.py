@@ -75,7 +75,7 @@ class Passes:
                 output = self.ports.result(arrivals, outputs, training=False)
                 target = self._on_device(feed.target)
                 if measure is not None:
-                    return measure(output, target)
+                    return measure(output, target, feed.share)
                 return pytree.tree_map_only(Tensor, torch.Tensor.cpu, output)
         self.ports.send(feed.batch, outputs, training=False)
         return None

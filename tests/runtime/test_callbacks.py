@@ -265,7 +265,7 @@ def test_a_model_with_logits_is_measured_by_them() -> None:
     from dtrp.runtime.evaluation import Measure
 
     measure = Measure.of(None, {"spread": Spread()}).begin(torch.device("cpu"))
-    measure(Out(loss=torch.tensor(1.0), logits=torch.tensor([[1.0, 4.0]])), None)
+    measure(Out(loss=torch.tensor(1.0), logits=torch.tensor([[1.0, 4.0]])), None, 1.0)
     assert measure.totals() == {"spread": (3.0, 0.0)}
 
 

@@ -159,6 +159,58 @@ def test_metrics() -> None:
             t.evaluate(data, metric=3)
 
 
+class Labels:
+    """A target that only the loss can read."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+class OwnLoss(nn.Module):
+    """Gives its loss, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.body(x), y)
+
+
+def of_each(output: Tensor, target: list[dict[str, Tensor]]) -> Tensor:
+    return F.cross_entropy(output, torch.cat([t["labels"][:1] for t in target]))
+
+
+def of_object(output: Tensor, target: Labels) -> Tensor:
+    return F.cross_entropy(output, target.y)
+
+
+@pytest.mark.parametrize("executor", ["inline", pytest.param("workers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["a list of things per sample", "an object", "the model's own loss"])
+def test_batches_weigh_what_they_hold_in_samples(kind: str, executor: str) -> None:
+    """Where the target does not tell: a last, small batch counts for its samples, not for a whole one, nor
+    for the boxes of its first image."""
+    data = [batches(1, size=4)[0], batches(1, size=2, seed=7)[0]]
+    model, own = mlp(), OwnLoss()
+    x, y = data[0]
+    if kind == "an object":
+        pipe, loss, shown = compiled(model), of_object, [(x, Labels(y)) for x, y in data]
+    elif kind == "the model's own loss":
+        pipe, loss, shown = dtrp.compile(own, 2, example_inputs=(x, y)), None, data
+        model = own.body  # type: ignore[assignment]
+    else:
+        pipe, loss = compiled(model), of_each
+        shown = [
+            (x, [{"labels": k.repeat(i * 5 + 1)} for i, k in enumerate(y.flip(0))][::-1]) for x, y in data
+        ]
+    with trainer(pipe, executor, loss) as t:
+        found = t.evaluate(shown)["loss"]
+        model.eval()
+        with torch.no_grad():
+            expected = sum(len(y) * float(F.cross_entropy(model(x), y)) for x, y in data) / 6
+    assert found == pytest.approx(expected)
+
+
 def test_the_models_own_mode_is_not_the_trainers() -> None:
     """`eval` and `train` on the model between steps change nothing that is trained."""
     states = []
