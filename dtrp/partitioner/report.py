@@ -35,7 +35,7 @@ from dtrp.partitioner.report_parts import (
     why_not_faster,
 )
 from dtrp.partitioner.stage_cost import RECOMPUTE, Recompute, stage_costs
-from dtrp.partitioner.training import ASSUMED, EXACT, Training
+from dtrp.partitioner.training import ASSUMED, Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -326,8 +326,8 @@ class PartitionReport:
         for order, parts in ORDERS if k > 1 else ORDERS[:1]:
             if any(parts % devices for devices in how.replicas):
                 continue
-            predicts = how.predicts and order not in EXACT
-            training = replace(how, order=order, micro_batches=parts, predicts=predicts)
+            training = replace(how, order=order, micro_batches=parts)
+            training = replace(training, predicts=how.predicts and not training.exact)
             costs = stage_costs(self._graph, stage_of, recompute, training=training)
             seconds = training.batch_time([cost.tick for cost in costs], cores)
             peak = int(max(cost.peak for cost in costs))

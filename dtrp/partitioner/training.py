@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-EXACT = ("1f1b", "gpipe", "bp")
+from ..schedule import EXACT, Schedule
 
 OF_DELAY = {False: 0.0175, True: 0.4}
 """What the first update of delay in stage 0 adds to the epochs, as a share, with prediction (ours). Steps
@@ -58,28 +58,31 @@ class Training:
     known: bool = False
     replicas: tuple[int, ...] = ()
 
+    @property
+    def exact(self) -> bool:
+        """Whether no weights are ever stale."""
+        return self.order in EXACT
+
     def devices(self, k: int) -> int:
         """Of stage ``k`` (0-based)."""
         return self.replicas[k] if self.replicas else 1
 
+    def schedule(self, n_stages: int) -> Schedule:
+        """Who does what in which order."""
+        return Schedule(self.order, n_stages, self.micro_batches, self.replicas)
+
     def in_flight(self, k: int, n_stages: int) -> float:
         """Batches that a device of stage ``k`` (0-based) holds when it begins a backward pass, that one
         included; the last stage none (it passes a batch back at once)."""
-        mine, above = self.devices(k), sum(self.devices(j) for j in range(k + 1, n_stages))
-        if above == 0:
-            return 0.0
-        depths = {"fig1": 2 * above, "gpipe": self.micro_batches, "bp": mine}
-        return -(-depths.get(self.order, above + mine) // mine) / self.micro_batches
+        return self.schedule(n_stages).held(k) / self.micro_batches
 
     def staleness(self, k: int, n_stages: int) -> int:
         """Updates between the two passes of a batch in stage ``k``, at most."""
-        depth = round(self.in_flight(k, n_stages) * self.micro_batches)
-        behind = -(-max(0, depth - 1) * self.devices(k) // self.micro_batches)
-        return 0 if self.order in EXACT else behind
+        return self.schedule(n_stages).staleness(k)
 
     def price(self, n_stages: int) -> float:
         """Epochs for each one of exact training: what the delay of the first stage costs, with prediction."""
-        if self.order in EXACT:
+        if self.exact:
             return 1.0
         behind = self.in_flight(0, n_stages) - 1 / self.micro_batches
         return price_of_delay(behind * self.devices(0), adaptive=self.adaptive)
@@ -97,13 +100,12 @@ class Training:
         """
         held = 0
         for owner, guest, size in ties:
-            below = guest - owner
-            slots = below + 1 if self.order == "fig1" else -(-below // 2) + 1  # from a gradient to its sum
+            slots = self.schedule(guest + 1).tied_lag(owner, guest)  # from a gradient to its sum
             if k == owner:
-                sums = 1 if self.order in EXACT else -(-slots // self.micro_batches)
+                sums = 1 if self.exact else -(-slots // self.micro_batches)
                 held += sums * size
             elif k == guest:
-                held += (min(slots, self.micro_batches if self.order in EXACT else slots) - 1) * size
+                held += (min(slots, self.micro_batches if self.exact else slots) - 1) * size
         return held
 
     def versions(self, k: int, n_stages: int, *, recompute: bool) -> float:
@@ -111,7 +113,7 @@ class Training:
         built on. Micro-batches between two updates share one; with an adaptive optimizer, where they aim at
         the same update."""
         graphs = round(self.in_flight(k, n_stages) * self.micro_batches)
-        if recompute or self.order in EXACT or not graphs:
+        if recompute or self.exact or not graphs:
             return 0.0
 
         def version(slot: int) -> tuple[int, int]:
@@ -128,7 +130,7 @@ class Training:
         so that their sum counts. Exact orders fill and drain the pipeline with the parts of every batch.
         """
         parts, slowest = self.micro_batches, max(ticks)
-        if self.order in EXACT:
+        if self.exact:
             slowest = (sum(ticks) + (parts - 1) * slowest) / parts
         work = sum(tick * self.devices(k) for k, tick in enumerate(ticks))
         return max(slowest, work / cores) if cores else slowest

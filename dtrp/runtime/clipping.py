@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import accelerators
+from ..schedule import Schedule
 from .links import Channel, Links, Message
 from .meter import Meter
 from .ports import receive
-from .schedule import Schedule
 
 
 def norms(parameters: Collection[nn.Parameter]) -> Sequence[Tensor]:

@@ -14,9 +14,9 @@ import torch
 from torch.optim import Optimizer
 
 from ..names import one_of
+from ..schedule import EXACT, Horizon, Schedule
 from .groups import Group
 from .predictors import Predictor, check_predictor
-from .schedule import EXACT, Horizon, Schedule
 
 EXECUTORS = ("auto", "inline", "workers", "torchrun")
 MOST_PARTS = 254  # micro-batches that wait on a line at once: the number of a place is a byte

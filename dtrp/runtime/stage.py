@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from .. import accelerators
 from ..memory import bytes_of
+from ..schedule import in_updates
 from .answers import Answers
 from .batch import Feed, InFlight, Update
 from .clipping import Norms
@@ -47,7 +48,6 @@ from .ports import Ports
 from .predictors import asks_for
 from .program import StageProgram
 from .scaling import LossScale
-from .schedule import in_updates
 from .tied import TiedGradients
 from .twins import Snapshot, Twin
 from .updates import Updates

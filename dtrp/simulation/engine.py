@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrp.runtime.schedule import Schedule
+from dtrp.schedule import Schedule
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

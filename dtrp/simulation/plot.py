@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dtrp.runtime.schedule import ORDERS
+from dtrp.schedule import ORDERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

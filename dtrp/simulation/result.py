@@ -16,7 +16,7 @@ from dtrp.errors import InfeasiblePlanError
 from dtrp.names import one_of
 from dtrp.partitioner.report_text import open_table, printed
 from dtrp.partitioner.units import duration, size
-from dtrp.runtime.schedule import ORDERS
+from dtrp.schedule import ORDERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

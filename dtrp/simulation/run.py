@@ -19,7 +19,7 @@ from dtrp.partitioner.stage_cost import predictions
 from dtrp.partitioner.training import ASSUMED, Training
 from dtrp.pipeline import Pipeline
 from dtrp.runtime.events import Event, write_timeline
-from dtrp.runtime.schedule import ORDERS, Schedule
+from dtrp.schedule import ORDERS, Schedule
 
 from .cluster import Cluster, Link, cluster_of, count_of, number_of
 from .engine import BACKWARD, FORWARD, KINDS, RECOMPUTE, STEP, Floats, Lines, Trace, Work, run

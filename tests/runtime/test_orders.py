@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 import dtrp
 from dtrp.partitioner.training import Training
 from dtrp.runtime.predictors import Adam
-from dtrp.runtime.schedule import Action, Schedule
+from dtrp.schedule import Action, Schedule
 from tests.sweeps import each_once
 
 from .inside import kept_versions, stages

@@ -19,7 +19,7 @@ from dtrp.runtime.clipping import Norms
 from dtrp.runtime.links import Channel, Message, QueueLinks
 from dtrp.runtime.meter import Meter
 from dtrp.runtime.ports import receive
-from dtrp.runtime.schedule import EXACT, ORDERS, Schedule, in_updates
+from dtrp.schedule import EXACT, ORDERS, Schedule, in_updates
 
 STAGES = [1, 2, 3, 4, 5, 6, 7, 8]
 

@@ -19,7 +19,6 @@ from dtrp.partitioner.stage_cost import stage_costs
 from dtrp.partitioner.training import Training
 from dtrp.runtime.meter import Meter
 from dtrp.runtime.optim import OptimizerKind
-from dtrp.runtime.schedule import Schedule
 
 from .toys import ADAMW, SGD, batches, compiled, mlp, trainer
 
@@ -161,13 +160,3 @@ def test_the_loops_cost_is_in_the_tick() -> None:
     costs = stage_costs(graph, dict.fromkeys(graph, 0), (False,), training=Training(micro_batches=2))
     assert costs[0].loop == pytest.approx(1.0, rel=0.01)
     assert costs[0].tick > 1.0
-
-
-@pytest.mark.parametrize("order", ["fig1", "lean", "1f1b", "gpipe", "bp"])
-def test_what_planning_knows_of_orders_is_what_the_schedule_does(order: str) -> None:
-    """Two halves that may not import each other tell the same of depths and staleness."""
-    for parts in (1, 4) if order != "bp" else (1,):
-        training, schedule = Training(order=order, micro_batches=parts), Schedule(order, 4, parts)
-        for k in range(4):
-            assert training.in_flight(k, 4) * parts == schedule.depth(k)
-            assert training.staleness(k, 4) == schedule.staleness(k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dtrp.runtime.schedule import Schedule
+from dtrp.schedule import Schedule
 
 
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dtrp.partitioner.profile import Message, Profile, StageProfile
-from dtrp.runtime.schedule import EXACT, ORDERS, Schedule
+from dtrp.schedule import EXACT, ORDERS, Schedule
 from dtrp.simulation.cluster import Cluster, Link
 from dtrp.simulation.engine import KINDS, Lines, Work, listing, run
 from dtrp.simulation.run import simulate

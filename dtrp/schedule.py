@@ -79,6 +79,10 @@ class Schedule:
         mine = self._processes(stage, stage + 1)
         return {"lean": above + mine, "1f1b": above + mine, "gpipe": self.parts, "bp": 1}[self.order]
 
+    def held(self, stage: int) -> int:
+        """Of the slots that ``stage`` has in flight, those of one of its processes, at most."""
+        return -(-self.depth(stage) // self._processes(stage, stage + 1))
+
     def _processes(self, start: int, end: int) -> int:
         """Of the stages from ``start`` up to ``end``: slots that they work on at a time."""
         return sum(self.replicas[start:end]) if self.replicas else max(0, end - start)
@@ -172,7 +176,7 @@ class Schedule:
 
     def staleness(self, stage: int) -> int:
         """Updates between the two passes of one slot in ``stage``, at most."""
-        between = max(0, self.depth(stage) - 1)
+        between = max(0, self.held(stage) - 1) * self._processes(stage, stage + 1)
         return 0 if self.exact else -(-between // self.parts)
 
 
